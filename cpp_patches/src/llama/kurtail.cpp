@@ -1,0 +1,243 @@
+#include "kurtail.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+#include "llama-model-loader.h"
+
+#include "ggml-backend.h"
+#include "gguf.h"
+
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+#include <map>
+#include <stdexcept>
+#include <unordered_set>
+
+static constexpr uint32_t FORMAT_VERSION  = 1;
+static constexpr uint32_t MAX_R4_SIZE     = 8192; // what ggml-cuda's Hadamard kernel handles
+static constexpr int      UPSTREAM_R3_MIN = 64;   // smallest head_dim llama-kv-cache.cpp rotates
+
+namespace {
+
+// typed access to the kurtail keys; a key of another type is an error, never undefined behaviour
+class keys {
+  public:
+    explicit keys(const gguf_context * ctx) : ctx(ctx) {}
+
+    bool has(const char * key) const { return gguf_find_key(ctx, key) >= 0; }
+
+    uint32_t u32(const char * key) const {
+        return gguf_get_val_u32(ctx, find(key, GGUF_TYPE_UINT32));
+    }
+
+    std::string str(const char * key) const {
+        return gguf_get_val_str(ctx, find(key, GGUF_TYPE_STRING));
+    }
+
+    uint32_t u32_of(const char * key, std::initializer_list<uint32_t> allowed) const {
+        const uint32_t v = u32(key);
+        std::string list;
+        for (const uint32_t a : allowed) {
+            if (v == a) {
+                return v;
+            }
+            list += (list.empty() ? "" : ", ") + std::to_string(a);
+        }
+        throw std::runtime_error(format("kurtail: %s is %u, this runtime knows %s", key, v, list.c_str()));
+    }
+
+    std::string str_of(const char * key, std::initializer_list<const char *> allowed) const {
+        const std::string v = str(key);
+        std::string list;
+        for (const char * a : allowed) {
+            if (v == a) {
+                return v;
+            }
+            list += (list.empty() ? "" : ", ") + std::string(a);
+        }
+        throw std::runtime_error(format("kurtail: %s is '%s', this runtime knows %s", key, v.c_str(), list.c_str()));
+    }
+
+  private:
+    const gguf_context * ctx;
+
+    int64_t find(const char * key, gguf_type type) const {
+        const int64_t id = gguf_find_key(ctx, key);
+        if (id < 0) {
+            throw std::runtime_error(format("kurtail: key %s is missing", key));
+        }
+        if (gguf_get_kv_type(ctx, id) != type) {
+            throw std::runtime_error(format("kurtail: key %s has type %s, expected %s", key,
+                gguf_type_name(gguf_get_kv_type(ctx, id)), gguf_type_name(type)));
+        }
+        return id;
+    }
+};
+
+bool is_power_of_two(uint32_t n) { return n != 0 && (n & (n - 1)) == 0; }
+
+// layer of "blk.N.ffn_down*.weight", -1 for any other name
+int ffn_down_layer(const std::string & name) {
+    int layer = -1;
+    int end   = 0;
+    if (sscanf(name.c_str(), "blk.%d.ffn_down%n", &layer, &end) != 1 || end == 0) {
+        return -1;
+    }
+    const std::string rest = name.substr(end);
+    return rest == ".weight" || rest == "_exps.weight" || rest == "_shexp.weight" ? layer : -1;
+}
+
+bool is_block_linear(const std::string & name, const ggml_tensor * t) {
+    return t->type == GGML_TYPE_KT4 && name.rfind("blk.", 0) == 0;
+}
+
+} // namespace
+
+void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
+    const keys k(ml.metadata);
+    if (!k.has("kurtail.format_version")) {
+        return;
+    }
+    const uint32_t version = k.u32("kurtail.format_version");
+    if (version < 1 || version > FORMAT_VERSION) {
+        throw std::runtime_error(format("kurtail: kurtail.format_version is %u, this runtime reads up to %u: update it", version, FORMAT_VERSION));
+    }
+    const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8 });
+    kv_bits = k.u32_of("kurtail.kv_bits", { 4, 8, 16 });
+    k.str_of("kurtail.r1.kind", { "none", "hadamard", "random", "learned" });
+    k.str_of("kurtail.r2.kind", { "none", "hadamard", "random", "learned" });
+    r3 = k.str_of("kurtail.r3.kind", { "none", "hadamard" }) != "none";
+
+    const llama_hparams & hp = model.hparams;
+    const uint32_t head_dim  = hp.n_embd_head_k();
+    if (r3) {
+        const uint32_t size = k.u32("kurtail.r3.size");
+        if (size != head_dim || !is_power_of_two(size) || size < UPSTREAM_R3_MIN) {
+            throw std::runtime_error(format("kurtail: kurtail.r3.size is %u, head_dim is %u: needs head_dim, a power of two of at least %d", size, head_dim, UPSTREAM_R3_MIN));
+        }
+    }
+    if (kv_bits < 16 && (head_dim % 32 != 0 || hp.n_embd_head_v() % 32 != 0)) {
+        throw std::runtime_error(format("kurtail: kurtail.kv_bits is %u, which needs a head_dim that is a multiple of 32; it is %u", kv_bits, head_dim));
+    }
+
+    std::string summary;
+    load_activation_bits(ml, model, activation_bits, summary);
+    summary += format("KV%u", kv_bits);
+    summary += r3 ? format(", R3 %u", head_dim) : ", no R3";
+
+    if (k.str_of("kurtail.r4.kind", { "none", "hadamard" }) != "none") {
+        const uint32_t size = k.u32("kurtail.r4.size");
+        if (!is_power_of_two(size) || size < 2 || size > MAX_R4_SIZE) {
+            throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, needs a power of two from 2 to %u", size, MAX_R4_SIZE));
+        }
+        make_r4(model, size, summary);
+    } else {
+        summary += ", no R4";
+    }
+
+    active = true;
+    LLAMA_LOG_INFO("%s: %s\n", __func__, summary.c_str());
+}
+
+void kurtail_model::load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const {
+    // prec_policy has taken the listed 8-bit tensors; what the file does not list follows kurtail.activation_bits
+    std::unordered_set<std::string> listed;
+    const gguf_context * ctx = ml.metadata;
+    const int64_t id = gguf_find_key(ctx, "general.tensor_extra.name");
+    if (id >= 0 && gguf_get_kv_type(ctx, id) == GGUF_TYPE_ARRAY && gguf_get_arr_type(ctx, id) == GGUF_TYPE_STRING) {
+        for (size_t i = 0; i < gguf_get_arr_n(ctx, id); ++i) {
+            listed.insert(gguf_get_arr_str(ctx, id, i));
+        }
+    }
+    int n4 = 0;
+    int n8 = 0;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        if (!is_block_linear(name, t)) {
+            continue;
+        }
+        if (bits == 8 && listed.count(name) == 0) {
+            model.prec_policy.prec_src1.emplace(t, GGML_PREC_Q8);
+        }
+        model.prec_policy.prec_src1.count(t) ? ++n8 : ++n4;
+    }
+    summary += n8 == 0 ? "W4A4" : n4 == 0 ? "W4A8" : format("W4A4 (A8 in %d of %d tensors) ", n8, n4 + n8);
+}
+
+void kurtail_model::make_r4(llama_model & model, uint32_t size, std::string & summary) {
+    // one matrix a device: the CPU and CUDA take the fast transform and never read it, other backends multiply by it
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> matrices;
+    std::vector<float> hadamard;
+    int64_t width = 0;
+
+    for (const auto & [name, t] : model.tensors_by_name) {
+        const int layer = ffn_down_layer(name);
+        if (layer < 0) {
+            continue;
+        }
+        if (t->ne[0] % size != 0) {
+            throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, which does not divide the %" PRId64 " inputs of %s", size, t->ne[0], name.c_str()));
+        }
+        width = t->ne[0];
+
+        ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(model.dev_layer(layer));
+        ggml_tensor * & matrix = matrices[buft];
+        if (!matrix) {
+            ggml_init_params params = { ggml_tensor_overhead(), nullptr, true };
+            contexts.emplace_back(ggml_init(params));
+            matrix = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, size, size);
+            ggml_set_name(matrix, "kurtail_r4");
+            if (model.hparams.no_alloc) {
+                buffers.emplace_back(ggml_backend_buft_alloc_buffer(buft, 0));
+                matrix->buffer = buffers.back().get();
+            } else {
+                buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts.back().get(), buft));
+                if (!buffers.back()) {
+                    throw std::runtime_error(format("kurtail: cannot allocate the %u x %u matrix of R4", size, size));
+                }
+                ggml_backend_buffer_set_usage(buffers.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+                if (hadamard.empty()) {
+                    hadamard.resize((size_t) size*size);
+                    const float scale = 1.0f/sqrtf((float) size);
+                    for (size_t row = 0; row < size; ++row) {
+                        for (size_t col = 0; col < size; ++col) {
+                            hadamard[row*size + col] = __builtin_parityll(row & col) ? -scale : scale;
+                        }
+                    }
+                }
+                ggml_backend_tensor_set(matrix, hadamard.data(), 0, ggml_nbytes(matrix));
+            }
+        }
+        r4[t] = matrix;
+    }
+    if (width == 0) {
+        throw std::runtime_error("kurtail: kurtail.r4.kind is hadamard, but no ffn_down tensor takes it");
+    }
+    summary += width == size ? format(", R4 %u", size) : format(", R4 %u×%d", size, (int) (width/size));
+}
+
+ggml_tensor * kurtail_model::online_rotation(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur) const {
+    const auto it = r4.find(w);
+    return it == r4.end() ? cur : llama_mul_mat_hadamard(ctx, cur, it->second);
+}
+
+void kurtail_model::override_attention_rotation(bool & rotate_k, bool & rotate_v) const {
+    if (active) {
+        rotate_k = rotate_k && r3;
+        rotate_v = false;
+    }
+}
+
+void kurtail_model::default_cache_types(llama_context_params & params) const {
+    const ggml_type type = !active ? GGML_TYPE_F16 : kv_bits == 4 ? GGML_TYPE_Q4_0 : kv_bits == 8 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
+    if (params.type_k == GGML_TYPE_COUNT) {
+        params.type_k = type;
+    }
+    if (params.type_v == GGML_TYPE_COUNT) {
+        params.type_v = type;
+        if (ggml_is_quantized(type) && params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
+            LLAMA_LOG_WARN("%s: flash attention was switched off, so V is cached as f16 instead of %s\n", __func__, ggml_type_name(type));
+            params.type_v = GGML_TYPE_F16;
+        }
+    }
+}

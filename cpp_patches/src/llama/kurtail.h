@@ -1,0 +1,44 @@
+// What a kurtail file asks of the graph: the `kurtail.` keys (docs/format.md), checked at load, and the online
+// transforms they imply. A file without those keys leaves everything as upstream has it.
+#pragma once
+
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+struct llama_model;
+struct llama_model_loader;
+struct llama_context_params;
+
+struct kurtail_model {
+    bool active = false; // the file has kurtail keys
+
+    // Reads and checks the keys, sets the activation precision of every block linear in model.prec_policy and makes
+    // the R4 matrices on each layer's device. Called once all tensors are known, before their data is read.
+    // Throws std::runtime_error with key, value and limit where the runtime cannot do what the file asks.
+    void load(const llama_model_loader & ml, llama_model & model);
+
+    // R4: multiplies cur by the Hadamard matrix of weight w, where w is an ffn_down of a rotated file; else cur itself
+    ggml_tensor * online_rotation(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur) const;
+
+    // upstream rotates K and V online whenever their cache is quantized; in our files K follows R3, and V is
+    // rotated in the weights (R2) or not at all
+    void override_attention_rotation(bool & rotate_k, bool & rotate_v) const;
+
+    // cache types left at GGML_TYPE_COUNT ("not given") become what the file asks for, f16 for any other file
+    void default_cache_types(llama_context_params & params) const;
+
+private:
+    uint32_t kv_bits = 16;
+    bool     r3      = false;
+
+    std::unordered_map<const ggml_tensor *, ggml_tensor *> r4; // ffn_down -> Hadamard matrix
+    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_backend_buffer_ptr> buffers;
+
+    void load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const;
+    void make_r4(llama_model & model, uint32_t size, std::string & summary);
+};

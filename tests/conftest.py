@@ -1,0 +1,137 @@
+"""Fixtures: tiny random models of every supported architecture, built by the test that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,  # 64 · 3: no power of two
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+_CONFIGS = {
+    "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+    "llama-biases": lambda: LlamaConfig(
+        **_SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    ),
+    # head_dim is not hidden_size / heads, as in Mistral Nemo
+    "mistral": lambda: MistralConfig(**_SIZES, head_dim=64, sliding_window=None, tie_word_embeddings=False),
+    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
+}
+
+
+def _build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A model whose norm gains, biases and weights are all random and far from their defaults."""
+    config = _CONFIGS[kind]()
+    # SDPA and torch's own norm: transformers' eager softmax and norms go through float32.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
+    if dtype == torch.float64:
+        _use_exact_norms(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.1 * noise)
+    return model
+
+
+def _use_exact_norms(model: PreTrainedModel) -> None:
+    size, eps = model.config.hidden_size, model.config.rms_norm_eps
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            parent, _, attribute = name.rpartition(".")
+            norm = torch.nn.RMSNorm(size, eps=eps, dtype=torch.float64)
+            setattr(model.get_submodule(parent), attribute, norm)
+
+
+def _save(kind: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The same as an HF directory of safetensors; returns the model."""
+    model = _build(kind, seed, dtype)
+    model.save_pretrained(directory)
+    return model
+
+
+def _save_tokenizer(directory: Path) -> None:
+    """A byte-level BPE without merges: 256 bytes and a few special tokens, below 320."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<unk>", "<s>", "</s>", *alphabet]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(directory)
+
+
+@dataclass
+class Recorder:
+    """A Progress that remembers its stages, to check that units add up."""
+
+    stages: list[list] = field(default_factory=list)
+
+    def stage(self, name: str, total: int):
+        record = [name, total, 0]
+        self.stages.append(record)
+        return _Open(record)
+
+
+class _Open:
+    def __init__(self, record: list) -> None:
+        self._record = record
+
+    def __enter__(self) -> _Open:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._record[2] += n
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """``tiny_model(kind, seed=0, dtype=float64)``; kinds are the keys of ``_CONFIGS``."""
+    return _build
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """``tiny_checkpoint(kind, seed=0, dtype=float32)``: the HF directory, with a byte tokenizer."""
+
+    def make(kind: str = "llama-tied", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+        directory = tmp_path / f"{kind}-{seed}"
+        _save(kind, directory, seed, dtype)
+        _save_tokenizer(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny models are slower on more threads, and tests may share the machine."""
+    torch.set_num_threads(1)

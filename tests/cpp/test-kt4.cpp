@@ -1,0 +1,266 @@
+// The tensor type through ggml's public interface: both sides of a product are quantized, to the file's bits, and
+// the result is that of exact arithmetic on the quantized values, to rounding.
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+static int failures = 0;
+static int checks   = 0;
+
+static void check(bool ok, const std::string & what) {
+    ++checks;
+    if (!ok) {
+        ++failures;
+        printf("FAILED: %s\n", what.c_str());
+    }
+}
+
+static std::vector<float> random_values(size_t n, uint32_t seed, float outliers = 0.0f) {
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(n);
+    for (size_t i = 0; i < n; ++i) {
+        x[i] = normal(rng);
+        if (outliers > 0.0f && rng() % 97 == 0) {
+            x[i] *= outliers;
+        }
+    }
+    return x;
+}
+
+static std::vector<uint8_t> quantized(const std::vector<float> & x, int64_t k) {
+    std::vector<uint8_t> q(ggml_row_size(GGML_TYPE_KT4, k)*(x.size()/k));
+    ggml_quantize_chunk(GGML_TYPE_KT4, x.data(), q.data(), 0, x.size()/k, k, nullptr);
+    return q;
+}
+
+static std::vector<float> dequantized(const std::vector<uint8_t> & q, size_t n) {
+    std::vector<float> x(n);
+    ggml_get_type_traits(GGML_TYPE_KT4)->to_float(q.data(), x.data(), n);
+    return x;
+}
+
+// 8-bit blocks of 64, written here from docs/format.md alone
+static std::vector<float> through_8_bits(const std::vector<float> & x) {
+    std::vector<float> y(x.size());
+    for (size_t b = 0; b < x.size(); b += QK_KT4) {
+        float amax = 0.0f;
+        for (int j = 0; j < QK_KT4; ++j) {
+            amax = std::max(amax, std::fabs(x[b + j]));
+        }
+        const float d = amax/127.0f;
+        const float r = ggml_fp16_to_fp32(ggml_fp32_to_fp16(d));
+        for (int j = 0; j < QK_KT4; ++j) {
+            y[b + j] = d == 0.0f ? 0.0f : r*std::nearbyint(x[b + j]*(1.0f/d));
+        }
+    }
+    return y;
+}
+
+
+static std::vector<float> compute(const std::function<ggml_tensor * (ggml_context *, std::vector<std::pair<ggml_tensor *, const void *>> &)> & build, int threads, bool ref) {
+    ggml_backend_ptr backend(ggml_backend_cpu_init());
+    ggml_backend_cpu_set_n_threads(backend.get(), threads);
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+    auto set_ref = (void (*)(ggml_backend_t, bool)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_cpu_set_use_ref");
+    set_ref(backend.get(), ref);
+
+    ggml_context_ptr ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    std::vector<std::pair<ggml_tensor *, const void *>> inputs;
+    ggml_tensor * out   = build(ctx.get(), inputs);
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(graph, out);
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
+    for (auto & [t, data] : inputs) {
+        ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+    }
+    check(ggml_backend_supports_op(backend.get(), out), "the CPU supports the operation");
+    ggml_backend_graph_compute(backend.get(), graph);
+    std::vector<float> result(ggml_nelements(out));
+    ggml_backend_tensor_get(out, result.data(), 0, ggml_nbytes(out));
+    return result;
+}
+
+// relative to the size of the sum's terms: only the order of a few hundred float additions differs
+static void check_close(const std::vector<float> & got, const std::vector<double> & want, const std::vector<double> & magnitude, const std::string & what) {
+    double worst = 0.0;
+    for (size_t i = 0; i < got.size(); ++i) {
+        const double error = std::fabs(got[i] - want[i])/std::max(magnitude[i], 1e-30);
+        worst = std::isfinite(got[i]) ? std::max(worst, error) : INFINITY;
+    }
+    check(worst < 1e-6, what + ": worst relative error " + std::to_string(worst));
+}
+
+static void test_mul_mat(int64_t k, int64_t rows, int64_t cols, int bits, int threads, bool ref, uint32_t seed) {
+    const auto w = quantized(random_values(k*rows, seed), k);
+    const auto x = random_values(k*cols, seed + 1, 20.0f);
+
+    const auto wq = dequantized(w, k*rows);
+    const auto xq = bits == 4 ? dequantized(quantized(x, k), x.size()) : through_8_bits(x);
+
+    std::vector<double> want(rows*cols), magnitude(rows*cols), unquantized(rows*cols);
+    for (int64_t c = 0; c < cols; ++c) {
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t i = 0; i < k; ++i) {
+                want       [c*rows + r] += (double) wq[r*k + i]*xq[c*k + i];
+                unquantized[c*rows + r] += (double) wq[r*k + i]*x [c*k + i];
+                magnitude  [c*rows + r] += std::fabs((double) wq[r*k + i]*xq[c*k + i]);
+            }
+        }
+    }
+
+    const auto got = compute([&](ggml_context * ctx, auto & inputs) {
+        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
+        ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
+        inputs = { { a, w.data() }, { b, x.data() } };
+        ggml_tensor * out = ggml_mul_mat(ctx, a, b);
+        if (bits == 8) {
+            ggml_prec_set_src(out, GGML_PREC_Q8, 1);
+        }
+        return out;
+    }, threads, ref);
+
+    char name[128];
+    snprintf(name, sizeof(name), "mul_mat k=%d rows=%d cols=%d A%d threads=%d%s", (int) k, (int) rows, (int) cols, bits, threads, ref ? " ref" : "");
+    check_close(got, want, magnitude, name);
+
+    // and the test can tell: leaving the activations unquantized is far outside that bound
+    double distance = 0.0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        distance = std::max(distance, std::fabs(unquantized[i] - want[i])/magnitude[i]);
+    }
+    check(distance > 1e-4, std::string(name) + ": differs from unquantized activations");
+}
+
+static void test_mul_mat_id(int bits, int threads) {
+    const int64_t k = 128, rows = 37, experts = 5, used = 2, tokens = 9;
+    const auto w = quantized(random_values(k*rows*experts, 11), k);
+    const auto x = random_values(k*tokens, 12);
+    const auto wq = dequantized(w, k*rows*experts);
+    const auto xq = bits == 4 ? dequantized(quantized(x, k), x.size()) : through_8_bits(x);
+
+    std::vector<int32_t> ids(used*tokens);
+    for (size_t i = 0; i < ids.size(); ++i) {
+        ids[i] = (int32_t) (i*7 % experts);
+    }
+    std::vector<double> want(rows*used*tokens), magnitude(rows*used*tokens);
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t s = 0; s < used; ++s) {
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int64_t i = 0; i < k; ++i) {
+                    const double p = (double) wq[(ids[t*used + s]*rows + r)*k + i]*xq[t*k + i];
+                    want     [(t*used + s)*rows + r] += p;
+                    magnitude[(t*used + s)*rows + r] += std::fabs(p);
+                }
+            }
+        }
+    }
+    const auto got = compute([&](ggml_context * ctx, auto & inputs) {
+        ggml_tensor * a = ggml_new_tensor_3d(ctx, GGML_TYPE_KT4, k, rows, experts);
+        ggml_tensor * b = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, 1, tokens);
+        ggml_tensor * i = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, used, tokens);
+        inputs = { { a, w.data() }, { b, x.data() }, { i, ids.data() } };
+        ggml_tensor * out = ggml_mul_mat_id(ctx, a, b, i);
+        if (bits == 8) {
+            ggml_prec_set_src(out, GGML_PREC_Q8, 1);
+        }
+        return out;
+    }, threads, false);
+    check_close(got, want, magnitude, "mul_mat_id A" + std::to_string(bits));
+}
+
+static void test_get_rows() {
+    const int64_t k = 192, rows = 7;
+    const auto w  = quantized(random_values(k*rows, 21), k);
+    const auto wq = dequantized(w, k*rows);
+    const std::vector<int32_t> ids = { 6, 0, 3, 3 };
+    const auto got = compute([&](ggml_context * ctx, auto & inputs) {
+        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
+        ggml_tensor * i = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ids.size());
+        inputs = { { a, w.data() }, { i, ids.data() } };
+        return ggml_get_rows(ctx, a, i);
+    }, 2, false);
+    for (size_t n = 0; n < ids.size(); ++n) {
+        check(std::memcmp(&got[n*k], &wq[ids[n]*k], k*sizeof(float)) == 0, "get_rows row " + std::to_string(ids[n]));
+    }
+}
+
+static void test_quantize() {
+    // zeros, one value, ties, the largest magnitude twice with both signs, overflow of the scale, tiny values
+    std::vector<std::vector<float>> blocks(7, std::vector<float>(QK_KT4, 0.0f));
+    blocks[1][5] = -3.0f;
+    for (int j = 0; j < QK_KT4; ++j) {
+        blocks[2][j] = -8.0f + 0.5f*(j % 33);
+        blocks[3][j] = j % 2 ? 4.0f : -4.0f;
+        blocks[4][j] = (j - 32)*1e5f;
+        blocks[5][j] = (j - 32)*1e-42f;
+        blocks[6][j] = std::sin((float) j);
+    }
+    for (size_t b = 0; b < blocks.size(); ++b) {
+        const auto q = quantized(blocks[b], QK_KT4);
+        const auto y = dequantized(q, QK_KT4);
+        const block_kt4 * block = (const block_kt4 *) q.data();
+        const float d = ggml_fp16_to_fp32(block->d);
+        check(std::isfinite(d), "scale of block " + std::to_string(b) + " is finite");
+        check(ggml_validate_row_data(GGML_TYPE_KT4, q.data(), q.size()), "block " + std::to_string(b) + " is valid");
+        for (int j = 0; j < QK_KT4; ++j) {
+            const float code = d == 0.0f ? 0.0f : y[j]/d;
+            check(code == std::nearbyint(code) && code >= -8.0f && code <= 7.0f, "code of block " + std::to_string(b));
+            if (b != 4 && b != 5) { // within half a step, a whole one where +8 is cut to +7
+                check(std::fabs(y[j] - blocks[b][j]) <= std::fabs(d)*1.002f, "error in block " + std::to_string(b));
+            }
+        }
+    }
+    check(dequantized(quantized(blocks[2], QK_KT4), QK_KT4)[0] == -8.0f, "the largest magnitude is exact");
+}
+
+static void test_validation() {
+    auto q = quantized(random_values(4*QK_KT4, 31), 2*QK_KT4);
+    check(ggml_validate_row_data(GGML_TYPE_KT4, q.data(), q.size()), "random rows are valid");
+    for (float bad : { std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity() }) {
+        auto broken = q;
+        ((block_kt4 *) broken.data())[3].d = ggml_fp32_to_fp16(bad);
+        check(!ggml_validate_row_data(GGML_TYPE_KT4, broken.data(), broken.size()), "a scale of " + std::to_string(bad) + " is refused");
+    }
+    check(!ggml_validate_row_data(GGML_TYPE_KT4, q.data(), q.size() - 1), "a row cut short is refused");
+}
+
+int main() {
+    check(GGML_TYPE_KT4 == GGML_TYPE_KT4_ID, "the enum and the header agree on the id");
+    check(ggml_blck_size(GGML_TYPE_KT4) == 64 && ggml_type_size(GGML_TYPE_KT4) == 34, "34 bytes for 64 values");
+
+    test_quantize();
+    test_validation();
+    test_get_rows();
+    uint32_t seed = 100;
+    for (int bits : { 4, 8 }) {
+        for (bool ref : { false, true }) {
+            for (int threads : { 1, 2, 3 }) {
+                for (int64_t k : { 64, 192, 576, 1536 }) {
+                    for (auto [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{ { 1, 1 }, { 4, 4 }, { 5, 1 }, { 33, 7 }, { 131, 2 }, { 64, 19 } }) {
+                        test_mul_mat(k, rows, cols, bits, threads, ref, seed += 2);
+                    }
+                }
+            }
+        }
+        test_mul_mat_id(bits, 1);
+        test_mul_mat_id(bits, 3);
+    }
+    printf("%d checks, %d failures\n", checks, failures);
+    return failures == 0 ? 0 : 1;
+}

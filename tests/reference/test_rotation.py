@@ -1,0 +1,145 @@
+"""Hadamard matrices, kurtosis and the Cayley transform against published definitions and scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+
+from kurtail_gguf.formats.hadamard import r4_size, sylvester, walsh_hadamard_
+from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.rotation.cayley import cayley, optimise
+from kurtail_gguf.rotation.hadamard import hadamard_matrix, random_orthogonal, random_rotation
+from kurtail_gguf.rotation.learn import learn_r1, learn_r2
+from kurtail_gguf.rotation.objectives import kurtosis_loss, token_kurtosis
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("n", [1, 2, 64, 512])
+def test_sylvester_is_scipys_normalised(n):
+    assert np.abs(sylvester(n) - scipy.linalg.hadamard(n) / np.sqrt(n)).max() < 1e-12
+
+
+@pytest.mark.parametrize("n", [2, 64, 256])
+def test_fast_transform_of_torch_and_numpy_is_the_matrix(n):
+    x = np.random.default_rng(n).standard_normal((4, 2, 3 * n))
+    expected = (x.reshape(4, 2, 3, n) @ scipy.linalg.hadamard(n) / np.sqrt(n)).reshape(x.shape)
+    assert np.abs(walsh_hadamard_(x.copy(), n) - expected).max() < 1e-12
+    assert np.abs(walsh_hadamard_(torch.from_numpy(x.copy()), n).numpy() - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("length", "n"),
+    [(1536, 512), (14336, 2048), (11008, 256), (13696, 128), (18944, 512), (4864, 256), (28672, 4096),
+     (16384, 8192), (32768, 8192), (63, 1)],
+)  # fmt: skip
+def test_r4_size_is_the_largest_power_of_two_up_to_8192(length, n):
+    assert r4_size(length) == n
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 28, 36, 44, 60, 576, 896, 1536, 3584])
+def test_known_orders_are_hadamard(n):
+    h = hadamard_matrix(n)
+    assert set(np.unique(h)) <= {-1.0, 1.0}
+    assert np.array_equal(h @ h.T, n * np.eye(n))
+
+
+@pytest.mark.parametrize("n", [3, 6, 9, 92 * 2 + 1])
+def test_orders_without_a_matrix_give_none(n):
+    assert hadamard_matrix(n) is None
+    kind, q = random_rotation(n, np.random.default_rng(0))
+    assert kind == "random"
+    assert np.abs(q @ q.T - np.eye(n)).max() < 1e-12
+
+
+@pytest.mark.parametrize("n", [64, 576])
+def test_random_hadamard_is_orthogonal_and_seeded(n):
+    kind, q = random_rotation(n, np.random.default_rng(5))
+    assert kind == "hadamard"
+    assert np.abs(q @ q.T - np.eye(n)).max() < 1e-12
+    assert np.array_equal(q, random_rotation(n, np.random.default_rng(5))[1])
+    assert not np.array_equal(q, random_rotation(n, np.random.default_rng(6))[1])
+
+
+def test_random_orthogonal_has_no_preferred_sign():
+    # The mean of an entry of a Haar-distributed matrix is 0; a bare QR's diagonal is biased.
+    diagonals = [np.diag(random_orthogonal(8, np.random.default_rng(i))) for i in range(400)]
+    assert abs(np.mean(diagonals)) < 0.03
+
+
+def test_kurtosis_is_scipys():
+    x = np.random.default_rng(0).standard_t(4, (7, 576))
+    found = token_kurtosis(torch.from_numpy(x)).numpy()
+    assert np.allclose(found, scipy.stats.kurtosis(x, axis=-1, fisher=False), rtol=1e-10)
+
+
+def test_loss_vanishes_on_a_uniform_distribution():
+    x = torch.linspace(-3, 3, 100_001, dtype=torch.float64)[None]
+    assert kurtosis_loss(x) < 1e-4
+    assert abs(float(kurtosis_loss(torch.ones(1, 8)))) == pytest.approx(1.8)
+
+
+def test_cayley_is_orthogonal_and_identity_at_zero():
+    a = torch.randn(3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    r = cayley(a)
+    assert (r @ r.mT - torch.eye(20, dtype=torch.float64)).abs().max() < 1e-12
+    assert torch.equal(cayley(torch.zeros(4, 4)), torch.eye(4))
+
+
+def test_optimise_reaches_a_known_rotation():
+    rng = np.random.default_rng(0)
+    target = torch.from_numpy(scipy.linalg.expm(0.1 * (lambda a: a - a.T)(rng.standard_normal((6, 6)))))
+    losses = []
+    found = optimise(
+        torch.eye(6, dtype=torch.float64),
+        lambda r, _: (r - target.float()).square().sum(),
+        steps=200,
+        lr=0.02,
+        report=losses.append,
+    )
+    assert losses[-1] < 1e-4 < losses[0]
+    assert (found - target).abs().max() < 0.01
+
+
+def _heavy_tailed(tokens: int, n: int, seed: int) -> np.ndarray:
+    """Normal tokens with three outlier channels, as a residual stream has them."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, n))
+    x[:, :3] *= 12
+    return (x / np.sqrt((x * x).mean(-1, keepdims=True))).astype(np.float16)
+
+
+def test_learned_r1_lowers_kurtosis_of_unseen_tokens_and_is_orthogonal(recorder):
+    sites = [_heavy_tailed(300, 64, seed) for seed in range(4)]
+    r1 = learn_r1(sites, kurtosis_loss, 0, CPU, recorder, steps=60)
+    unseen = torch.from_numpy(_heavy_tailed(300, 64, 99).astype(np.float64))
+    random = torch.from_numpy(random_orthogonal(64, np.random.default_rng(0)))
+    assert r1.dtype == np.float64
+    assert np.abs(r1 @ r1.T - np.eye(64)).max() < 1e-10
+    learned_loss = kurtosis_loss(unseen @ torch.from_numpy(r1))
+    assert learned_loss < 0.6 * kurtosis_loss(unseen @ random) < kurtosis_loss(unseen)
+    assert recorder.stages == [["learn R1", 60, 60]]
+
+
+def test_learned_r2_is_one_rotation_for_each_kv_head(recorder):
+    values = [_heavy_tailed(500, 128, seed).astype(np.float32).reshape(500, 2, 64) for seed in range(3)]
+    r2 = learn_r2(values, kurtosis_loss, 0, CPU, recorder, steps=40)
+    assert r2.shape == (3, 2, 64, 64)
+    assert np.abs(r2 @ r2.swapaxes(-1, -2) - np.eye(64)).max() < 1e-10
+    assert not np.array_equal(r2[0, 0], r2[0, 1])
+    for layer, seen in enumerate(values):
+        for head in range(2):
+            v = torch.from_numpy(seen[:, head]).double()
+            assert kurtosis_loss(v @ torch.from_numpy(r2[layer, head])) < kurtosis_loss(v)
+    assert recorder.stages == [["learn R2", 3, 3]]
+
+
+def test_same_seed_same_bytes():
+    sites = [_heavy_tailed(100, 32, seed) for seed in range(2)]
+    first, second, other = (
+        learn_r1(sites, kurtosis_loss, seed, CPU, NullProgress(), steps=10).tobytes() for seed in (4, 4, 5)
+    )
+    assert first == second != other
