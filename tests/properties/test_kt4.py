@@ -77,7 +77,7 @@ def _scalar_reference(block: np.ndarray) -> tuple[list[int], np.float16]:
         inverse = f(0) if d == 0 else f(f(1) / d)
     if not math.isfinite(inverse):
         inverse = f(0)
-    codes = [min(7, int(math.floor(f(f(x * inverse) + f(8.5)))) - 8) for x in block]
+    codes = [min(7, round(float(f(x * inverse)))) for x in block]  # Python's round takes ties to even
     return codes, np.float16(min(max(d, f(-65504)), f(65504)))
 
 
@@ -111,11 +111,11 @@ def test_first_largest_value_decides_the_sign():
     assert codes[9] == 7  # +8 does not exist
 
 
-def test_a_tie_rounds_towards_plus_infinity():
+def test_a_tie_rounds_to_even():
     block = np.zeros(64, np.float32)
-    block[:4] = -8, 2.5, -2.5, 0.5
+    block[:4] = -8, 2.5, -2.5, 3.5
     codes, _ = kt4.quantize_reference(block)
-    assert codes[:4].tolist() == [-8, 3, -2, 1]
+    assert codes[:4].tolist() == [-8, 2, -2, 4]
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-40, 1e-39])

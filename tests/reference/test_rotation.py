@@ -13,7 +13,7 @@ from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.rotation.cayley import cayley, optimise
 from kurtail_gguf.rotation.hadamard import hadamard_matrix, random_orthogonal, random_rotation
 from kurtail_gguf.rotation.learn import learn_r1, learn_r2
-from kurtail_gguf.rotation.objectives import kurtosis_loss, token_kurtosis
+from kurtail_gguf.rotation.objectives import absolute_kurtosis_loss, kurtosis_loss, token_kurtosis
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,15 @@ def test_kurtosis_is_scipys():
 def test_loss_vanishes_on_a_uniform_distribution():
     x = torch.linspace(-3, 3, 100_001, dtype=torch.float64)[None]
     assert kurtosis_loss(x) < 1e-4
-    assert abs(float(kurtosis_loss(torch.ones(1, 8)))) == pytest.approx(1.8)
+    assert absolute_kurtosis_loss(x) < 1e-4
+
+
+def test_only_the_absolute_loss_dislikes_tokens_flatter_than_uniform():
+    flat = torch.tensor([[1.0, -1.0] * 32])  # κ = 1
+    assert float(kurtosis_loss(flat)) == 0
+    assert float(absolute_kurtosis_loss(flat)) == pytest.approx(0.8)
+    peaked = torch.tensor([[1.0] + [0.0] * 63])
+    assert float(kurtosis_loss(peaked)) == float(absolute_kurtosis_loss(peaked)) > 50
 
 
 def test_cayley_is_orthogonal_and_identity_at_zero():

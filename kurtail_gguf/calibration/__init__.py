@@ -1,0 +1,1 @@
+"""What rotations are learned from: texts, token batches, text of the model's own, captured activations."""

@@ -1,0 +1,184 @@
+"""Normalised activations at the inputs of attention and FFN, and values, sampled and spilled to disk.
+
+The hidden states of all sequences lie in one memory-mapped file that is updated in place, layer by
+layer, so that neither the model nor its activations have to fit into memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kurtail_gguf.calibration.runner import LayerRunner
+from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.progress import Progress
+
+#: Most tokens kept at a site: 2048 tokens x 60 sites x 576 halves are 140 MB on disk.
+MAX_SAMPLE = 2048
+#: Sequences in one forward pass.
+BATCH = 4
+#: Sites of a layer: what reads the residual stream there.
+SITES = ("attention", "ffn")
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """Samples on disk, opened memory-mapped."""
+
+    directory: Path
+    layers: int
+
+    def site(self, layer: int, site: str) -> npt.NDArray[np.float16]:
+        """x̂ = x / rms(x) at the input of attention or FFN, before the norm's gain.
+
+        Returns:
+            float16 ``[tokens, hidden]``; magnitudes are at most √hidden, well inside a half.
+        """
+        return np.load(self.directory / _name(layer, site), mmap_mode="r")
+
+    def values(self, layer: int) -> npt.NDArray[np.float32]:
+        """Outputs of v_proj, float32 ``[tokens, kv_heads, head_dim]``."""
+        return np.load(self.directory / _name(layer, "value"), mmap_mode="r")
+
+    def sites(self) -> list[npt.NDArray[np.float16]]:
+        """All sites in the order of the forward pass."""
+        return [self.site(layer, site) for layer in range(self.layers) for site in SITES]
+
+
+def capture(
+    checkpoint: Checkpoint,
+    ids: npt.NDArray[np.int32],
+    directory: Path,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    max_sample: int = MAX_SAMPLE,
+) -> Capture:
+    """Run the sequences through the model layer by layer and keep a sample at every site.
+
+    Args:
+        checkpoint: the model; each layer's weights are checked for NaN as they are loaded.
+        ids: int32 ``[sequences, length]``.
+        directory: an existing directory to fill.
+        seed: seed of the choice of tokens, which differs from site to site.
+        device: where the layers are computed.
+        progress: advanced once a layer.
+        max_sample: most tokens kept at a site. The first token of every sequence is always among
+            them (as far as they fit): its activations are the heaviest-tailed of all.
+
+    Returns:
+        The samples.
+
+    Raises:
+        SourceError: NaN or infinite weights; the message names the tensor.
+    """
+    sequences, length = ids.shape
+    spec = checkpoint.spec
+    runner = LayerRunner(checkpoint, device, length)
+    path = directory / "hidden.npy"
+    hidden = np.lib.format.open_memmap(path, "w+", np.float32, (sequences, length, spec.hidden_size))
+    rotary = runner.rotary(0, length)
+    with progress.stage("capture activations", spec.layers) as stage, torch.inference_mode():
+        for start in range(0, sequences, BATCH):
+            embedded = runner.embed(torch.from_numpy(ids[start : start + BATCH].astype(np.int64)))
+            hidden[start : start + BATCH] = embedded.cpu().numpy()
+        for layer in range(spec.layers):
+            weights = checkpoint.layer(layer, device, check=True)
+            samples = [
+                _Sample(choose_tokens(sequences, length, max_sample, (seed, layer, site)), length)
+                for site in range(3)
+            ]
+            with _Hooks(runner.module(layer), spec, checkpoint.config.rms_norm_eps) as hooks:
+                for start in range(0, sequences, BATCH):
+                    batch = torch.from_numpy(hidden[start : start + BATCH]).to(device)
+                    output = runner.run(layer, weights, batch, rotary)
+                    hidden[start : start + BATCH] = output.cpu().numpy()
+                    for sample, seen in zip(samples, hooks.take(), strict=True):
+                        sample.add(start, seen)
+            for sample, site in zip(samples, SITES, strict=False):
+                np.save(directory / _name(layer, site), sample.rows().astype(np.float16))
+            values = samples[2].rows().reshape(-1, spec.kv_heads, spec.head_dim)
+            np.save(directory / _name(layer, "value"), values)
+            stage.advance(1, f"layer {layer}")
+    del hidden
+    path.unlink()
+    return Capture(directory, spec.layers)
+
+
+def choose_tokens(
+    sequences: int, length: int, limit: int, seed: tuple[int, ...]
+) -> npt.NDArray[np.int64]:
+    """Sorted flat indices ``sequence·length + position`` of the tokens to keep, at most ``limit``.
+
+    First tokens come first, as far as a quarter of the limit; the rest is drawn without replacement.
+    """
+    total = sequences * length
+    if total <= limit:
+        return np.arange(total)
+    firsts = np.arange(0, total, length)[: limit // 4]
+    others = np.setdiff1d(np.arange(total), firsts)
+    drawn = np.random.default_rng(seed).choice(others, limit - len(firsts), replace=False)
+    return np.sort(np.concatenate([firsts, drawn]))
+
+
+class _Sample:
+    """Collects the chosen tokens' rows at one site, in order, over the batches."""
+
+    def __init__(self, chosen: npt.NDArray[np.int64], length: int) -> None:
+        self._chosen = chosen
+        self._length = length
+        self._rows: list[npt.NDArray[np.float32]] = []
+
+    def add(self, first_sequence: int, seen: torch.Tensor) -> None:
+        flat = seen.reshape(-1, seen.shape[-1])
+        local = self._chosen - first_sequence * self._length
+        local = local[(local >= 0) & (local < len(flat))]
+        self._rows.append(flat[torch.from_numpy(local).to(flat.device)].cpu().numpy())
+
+    def rows(self) -> npt.NDArray[np.float32]:
+        return np.concatenate(self._rows)
+
+
+class _Hooks:
+    """Sees the inputs of both norms and the output of v_proj while a layer runs."""
+
+    def __init__(self, module: torch.nn.Module, spec, eps: float) -> None:
+        self._eps = eps
+        self._seen: dict[int, torch.Tensor] = {}
+        family = spec.family
+        norms = (family.attention_norm, family.ffn_norm)
+        self._handles = [
+            module.get_submodule(name).register_forward_pre_hook(self._norm_hook(slot))
+            for slot, name in enumerate(norms)
+        ]
+        value = module.get_submodule(family.value)
+        self._handles.append(value.register_forward_hook(self._value_hook))
+
+    def __enter__(self) -> _Hooks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the last run showed: x̂ before attention, x̂ before the FFN, values."""
+        return self._seen.pop(0), self._seen.pop(1), self._seen.pop(2)
+
+    def _norm_hook(self, slot: int):
+        def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0]
+            self._seen[slot] = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+
+        return hook
+
+    def _value_hook(self, _module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        self._seen[2] = output
+
+
+def _name(layer: int, site: str) -> str:
+    return f"layer-{layer:05d}-{site}.npy"

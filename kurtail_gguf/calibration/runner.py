@@ -1,0 +1,86 @@
+"""One decoder layer at a time: transformers' own modules, weights passed in for the one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.func import functional_call
+
+from kurtail_gguf.errors import SourceError
+from kurtail_gguf.loading.checkpoint import Checkpoint
+
+
+class LayerRunner:
+    """Runs single layers of a checkpoint without ever holding more than one layer's weights.
+
+    The modules live on torch's meta device and stay without storage; ``functional_call`` lends them
+    the tensors of the layer being run. The masks are transformers' default: causal, which its SDPA
+    attention does by itself when no mask is given.
+
+    Args:
+        checkpoint: the model.
+        device: where the layers are computed, in float32.
+        max_length: the longest sequence that will be run.
+
+    Raises:
+        SourceError: a sliding window shorter than that, where the default mask would be wrong.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, max_length: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        window = checkpoint.spec.window
+        if window and window < max_length:
+            raise SourceError(
+                f"{checkpoint.directory}: sliding_window {window} is below the calibration length "
+                f"{max_length}"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                checkpoint.config, attn_implementation="sdpa", dtype=torch.float32
+            )
+        self._checkpoint = checkpoint
+        self._device = device
+        self._layers = model.model.layers.eval()
+        # Rotary frequencies are computed, not stored, so this one module must be real.
+        self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
+
+    def module(self, layer: int) -> torch.nn.Module:
+        """The layer's module, to hang hooks on (weights on the meta device)."""
+        return self._layers[layer]
+
+    def rotary(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of positions start…start+length, float32 ``[1, length, head_dim]`` each."""
+        positions = torch.arange(start, start + length, device=self._device)[None]
+        return self._rotary(torch.empty(0, device=self._device), positions)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings float32 ``[…, hidden]`` of token ids int64 ``[…]``; only their rows are read."""
+        table = self._checkpoint.tensor(f"{self._checkpoint.spec.family.embedding}.weight")
+        return table[ids.cpu()].to(device=self._device, dtype=torch.float32)
+
+    def run(
+        self,
+        layer: int,
+        weights: dict[str, torch.Tensor],
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Any = None,
+    ) -> torch.Tensor:
+        """The layer's output, float32 ``[batch, length, hidden]``, for an input of the same shape.
+
+        Args:
+            layer: layer number.
+            weights: as :meth:`Checkpoint.layer` gives them.
+            hidden: residual stream before the layer.
+            rotary: as :meth:`rotary` gives them for the positions of ``hidden``.
+            cache: an object with transformers' ``update``, or None.
+        """
+        output = functional_call(
+            self._layers[layer],
+            weights,
+            (hidden,),
+            {"position_embeddings": rotary, "attention_mask": None, "past_key_values": cache},
+        )
+        return output[0] if isinstance(output, tuple) else output

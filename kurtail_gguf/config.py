@@ -1,0 +1,131 @@
+"""Settings of a conversion and the provenance recorded in the file: frozen dataclasses, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kurtail_gguf import __version__
+from kurtail_gguf.errors import ConfigError
+
+ROTATIONS = ("kurtail", "hadamard", "none")
+WEIGHTS = ("rtn",)
+ACTIVATION_BITS = (4, 8)
+KV_BITS = (4, 8, 16)
+DEVICES = ("auto", "cpu", "cuda")
+
+#: Fewest tokens that R1 can be learned from: below it the samples of a step repeat themselves.
+MIN_CALIBRATION_TOKENS = 1024
+#: ``kurtail.calibration.tokens`` is a uint32, and captured activations stay bounded well before this.
+MAX_CALIBRATION_TOKENS = 1 << 24
+#: ``kurtail.seed`` is a uint64; torch's generators take seeds below 2**63.
+MAX_SEED = (1 << 63) - 1
+
+FORMAT_VERSION = 1
+TOOL = f"kurtail-gguf {__version__}"
+
+
+def _one_of(option: str, value: object, offered: tuple[object, ...]) -> None:
+    if value not in offered:
+        names = ", ".join(str(item) for item in offered)
+        raise ConfigError(f"{option} {value!r} is not offered: choose one of {names}")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertConfig:
+    """Everything ``pipeline.convert`` needs to know.
+
+    Args:
+        model: an HF directory, a GGUF file that transformers can read, or the name of a recipe.
+        out: the GGUF file to write.
+        rotation: ``kurtail`` (R1, R2 learned), ``hadamard`` (R1, R2 random) or ``none``.
+        weights: weight quantization; ``rtn`` is round-to-nearest with searched scales.
+        activations: bits of the activations that enter the block linears.
+        kv: bits of the KV cache (16 is f16).
+        calibration: ``("self",)``, text or jsonl files, or ``hf:NAME``.
+        calibration_tokens: how many tokens to calibrate on.
+        seed: seed of everything random.
+        device: where tensors are computed.
+        work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
+    """
+
+    model: str
+    out: Path
+    rotation: str = "kurtail"
+    weights: str = "rtn"
+    activations: int = 4
+    kv: int = 4
+    calibration: tuple[str, ...] = ("self",)
+    calibration_tokens: int = 8192
+    seed: int = 0
+    device: str = "auto"
+    work_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("--rotation", self.rotation, ROTATIONS)
+        _one_of("--weights", self.weights, WEIGHTS)
+        _one_of("--activations", self.activations, ACTIVATION_BITS)
+        _one_of("--kv", self.kv, KV_BITS)
+        _one_of("--device", self.device, DEVICES)
+        if not self.model:
+            raise ConfigError("MODEL is empty: give an HF directory, a GGUF file or a recipe's name")
+        if not self.calibration:
+            raise ConfigError("--calibration names no text: give files, hf:NAME or self")
+        if "self" in self.calibration and len(self.calibration) > 1:
+            raise ConfigError("--calibration self cannot be mixed with files: give one or the other")
+        if not MIN_CALIBRATION_TOKENS <= self.calibration_tokens <= MAX_CALIBRATION_TOKENS:
+            raise ConfigError(
+                f"--calibration-tokens {self.calibration_tokens} is outside "
+                f"{MIN_CALIBRATION_TOKENS}…{MAX_CALIBRATION_TOKENS}"
+            )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"--seed {self.seed} is outside 0…{MAX_SEED}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether rotations are learned, and so whether any text is read at all."""
+        return self.rotation == "kurtail"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """The ``kurtail.*`` keys of docs/format.md; a field ``r1_kind`` is the key ``kurtail.r1.kind``.
+
+    Kinds are ``none``, ``hadamard``, ``random`` (orthogonal) or ``learned``; a size is 0 where the
+    kind is ``none``. Without calibration the name and hash are empty and the tokens 0.
+    """
+
+    rotation: str
+    objective: str
+    weights: str
+    seed: int
+    r1_kind: str
+    r1_size: int
+    r2_kind: str
+    r2_size: int
+    r3_kind: str
+    r3_size: int
+    r4_kind: str
+    r4_size: int
+    activation_bits: int
+    kv_bits: int
+    calibration_name: str
+    calibration_tokens: int
+    calibration_sha256: str
+    format_version: int = FORMAT_VERSION
+    tool: str = TOOL
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertResult:
+    """What a conversion produced.
+
+    Args:
+        out: the GGUF file written.
+        provenance: what the file says about itself.
+        seconds: wall-clock seconds by stage name, in order.
+    """
+
+    out: Path
+    provenance: Provenance
+    seconds: dict[str, float]

@@ -1,0 +1,93 @@
+"""Fold one decoder layer: gains into the linears that read a norm, R1, R2 and R4 into what they meet.
+
+Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = x R1 on the residual:
+
+* RMSNorm without gain commutes with R1, since the norm of x' is that of x;
+* a reader sees x̂ ⊙ g = (x̂' R1ᵀ) diag(g), hence W' = W diag(g) R1, bias unchanged;
+* a writer gives y' = y R1, hence W' = R1ᵀ W and b' = b R1;
+* values become v R2 (a KV head each): W_v' = R2ᵀ W_v, b_v' = b_v R2, and every query head of the group
+  undoes it at o_proj's input: W_o' = W_o R2 on that head's columns;
+* the runtime multiplies down_proj's input by the block-diagonal H (R4): W_down' = W_down H.
+
+R3 acts on queries and keys alike inside attention and needs no folding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kurtail_gguf.arch.spec import ModelSpec
+from kurtail_gguf.formats.hadamard import walsh_hadamard_
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerRotations:
+    """What is folded into one layer.
+
+    Args:
+        r1: float64 ``[hidden, hidden]`` or None.
+        r2: float64 ``[kv_heads, head_dim, head_dim]`` or None.
+        r4: size of R4's Hadamard blocks, a power of two dividing intermediate_size; 0 for none.
+    """
+
+    r1: torch.Tensor | None
+    r2: torch.Tensor | None
+    r4: int
+
+
+def fold_layer(
+    weights: dict[str, torch.Tensor], spec: ModelSpec, rotations: LayerRotations
+) -> dict[str, torch.Tensor]:
+    """The folded layer.
+
+    Args:
+        weights: the layer's tensors by the names of ``spec.layer_shapes()``, any float type, on the
+            rotations' device.
+        spec: sizes and roles.
+        rotations: what to fold.
+
+    Returns:
+        float64 tensors of the same names and shapes; norm weights are ones.
+    """
+    family = spec.family
+    folded = {name: tensor.double() for name, tensor in weights.items()}
+    for norm, readers in (
+        (f"{family.attention_norm}.weight", family.attention_readers),
+        (f"{family.ffn_norm}.weight", family.ffn_readers),
+    ):
+        for name in readers:
+            weight = f"{name}.weight"
+            folded[weight] = fold_reader(folded[weight], folded[norm], rotations.r1)
+        folded[norm] = torch.ones_like(folded[norm])
+    if rotations.r2 is not None:
+        _fold_r2(folded, spec, rotations.r2)
+    if rotations.r4 > 1:
+        down = f"{family.ffn_writer}.weight"
+        folded[down] = walsh_hadamard_(folded[down].clone(), rotations.r4)
+    if rotations.r1 is not None:
+        for name in (family.attention_writer, family.ffn_writer):
+            folded[f"{name}.weight"] = rotations.r1.T @ folded[f"{name}.weight"]
+            if f"{name}.bias" in folded:
+                folded[f"{name}.bias"] = folded[f"{name}.bias"] @ rotations.r1
+    return folded
+
+
+def fold_reader(weight: torch.Tensor, gain: torch.Tensor, r1: torch.Tensor | None) -> torch.Tensor:
+    """``W diag(g) R1`` in float64 for ``W`` ``[out, hidden]`` and the gain ``[hidden]`` of its norm."""
+    scaled = weight.double() * gain.double()
+    return scaled if r1 is None else scaled @ r1
+
+
+def _fold_r2(folded: dict[str, torch.Tensor], spec: ModelSpec, r2: torch.Tensor) -> None:
+    value, out = spec.family.value, spec.family.attention_writer
+    kv, group, dim = spec.kv_heads, spec.value_group, spec.head_dim
+    rows = folded[f"{value}.weight"].reshape(kv, dim, -1)
+    folded[f"{value}.weight"] = (r2.mT @ rows).reshape(kv * dim, -1)
+    if f"{value}.bias" in folded:
+        bias = folded[f"{value}.bias"].reshape(kv, 1, dim)
+        folded[f"{value}.bias"] = (bias @ r2).reshape(kv * dim)
+    # Query heads of a group are neighbours: head q reads KV head q // group.
+    columns = folded[f"{out}.weight"].reshape(-1, kv, group, dim)
+    folded[f"{out}.weight"] = torch.einsum("okgd,kde->okge", columns, r2).reshape(-1, kv * group * dim)

@@ -1,0 +1,42 @@
+"""Fold embedding and head, streamed in row chunks: they are the largest tensors of a small model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kurtail_gguf.fold.layer import fold_reader
+from kurtail_gguf.loading.checkpoint import Checkpoint
+
+
+def fold_embedding(checkpoint: Checkpoint, r1: torch.Tensor | None, path: Path) -> None:
+    """Write ``E R1`` to ``path`` (.npy, float32 ``[vocab, hidden]``), atomically."""
+    name = f"{checkpoint.spec.family.embedding}.weight"
+    _stream(checkpoint, name, path, lambda rows: rows if r1 is None else rows @ r1, r1)
+
+
+def fold_head(checkpoint: Checkpoint, r1: torch.Tensor | None, path: Path) -> None:
+    """Write ``W diag(g) R1`` to ``path`` (.npy, float32 ``[vocab, hidden]``), atomically.
+
+    W is the head's weight, the embedding's where they are tied, and g the final norm's gain; folding
+    it makes the two differ, so the head is always written.
+    """
+    gain = checkpoint.tensor(f"{checkpoint.spec.family.final_norm}.weight", check=True)
+    if r1 is not None:
+        gain = gain.to(r1.device)
+    _stream(checkpoint, checkpoint.head_name, path, lambda rows: fold_reader(rows, gain, r1), r1)
+
+
+def _stream(checkpoint: Checkpoint, name: str, path: Path, fold, r1: torch.Tensor | None) -> None:
+    device = torch.device("cpu") if r1 is None else r1.device
+    shape = (checkpoint.spec.vocab_size, checkpoint.spec.hidden_size)
+    scratch = path.with_suffix(".tmp")
+    out = np.lib.format.open_memmap(scratch, "w+", np.float32, shape)
+    for start, rows in checkpoint.rows(name):
+        out[start : start + len(rows)] = fold(rows.to(device).double()).float().cpu().numpy()
+    out.flush()
+    del out
+    os.replace(scratch, path)

@@ -1,0 +1,62 @@
+"""The Hadamard matrices the file format speaks of: normalised Sylvester matrices and their fast product.
+
+``H_1 = [1]``, ``H_2n = [[H_n, H_n], [H_n, -H_n]] / √2``: symmetric, orthogonal, its own inverse, in
+natural order. R3 and R4 of docs/format.md are these, so the converter and any simulation share them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+#: Largest block of R4 that the runtime can do.
+MAX_R4: Final = 8192
+
+#: A numpy array or a torch tensor: only arithmetic, reshape and slices are used.
+Array = TypeVar("Array")
+
+
+def r4_size(intermediate_size: int) -> int:
+    """Size of one Hadamard block of R4: the largest power of two that divides, at most 8192.
+
+    Args:
+        intermediate_size: length of down_proj's input (1536 gives 512, 14336 gives 2048).
+
+    Returns:
+        A power of two; 1 where the length is odd (no R4 then).
+    """
+    return min(intermediate_size & -intermediate_size, MAX_R4)
+
+
+def sylvester(n: int) -> npt.NDArray[np.float64]:
+    """The normalised Sylvester matrix H_n, float64 ``[n, n]``, n a power of two."""
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"Sylvester matrices exist for powers of two, not {n}")
+    return walsh_hadamard_(np.eye(n), n)
+
+
+def walsh_hadamard_(x: Array, n: int) -> Array:
+    """Multiply each of the ``K/n`` consecutive pieces of every row by H_n, in place.
+
+    Args:
+        x: contiguous floating ``[..., K]`` array or tensor, overwritten; K a multiple of n.
+        n: size of a piece, a power of two.
+
+    Returns:
+        ``x``, after K·log2(n) additions a row and one scaling.
+    """
+    if n < 1 or n & (n - 1) or x.shape[-1] % n:
+        raise ValueError(f"pieces of {n} do not divide a row of {x.shape[-1]} as a power of two")
+    half = 1
+    while half < n:
+        pairs = x.reshape(-1, 2, half)
+        even, odd = pairs[:, 0], pairs[:, 1]
+        difference = even - odd
+        even += odd
+        odd[...] = difference
+        half *= 2
+    x *= 1.0 / math.sqrt(n)
+    return x

@@ -1,0 +1,129 @@
+"""Oracle of tensor type ``kt4`` (docs/format.md): pack, unpack, reference quantization, dequantize.
+
+A block is 64 values along the row: one signed half scale ``d`` and 64 two's-complement nibbles,
+34 bytes. Rounding traps, all of which must match the C reference bit for bit:
+
+* every operation is single precision with one rounding, and ties of ``x·id`` go to the even code;
+* ``id = 1 / d`` uses the unrounded ``d``, while the stored scale is ``half(d)``;
+* the largest value is the *first* with the largest magnitude, so the sign of ``d`` is fixed on ties.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+#: Type id in the file, and ``general.file_type``.
+TYPE_ID: Final = 164
+#: Values in a block.
+BLOCK: Final = 64
+#: Bytes in a block: two of scale, 32 of nibbles.
+TYPE_SIZE: Final = 34
+#: Largest finite half.
+HALF_MAX: Final = 65504.0
+
+_HALF = BLOCK // 2
+
+
+def _check_row(length: int) -> None:
+    if length % BLOCK:
+        raise ValueError(f"row of {length} values is not a multiple of {BLOCK}")
+
+
+def pack(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:
+    """Lay codes and scales out as the file's bytes.
+
+    Args:
+        codes: int8 ``[..., K]`` in −8…7, K a multiple of 64.
+        scales: float16 ``[..., K/64]``, finite.
+
+    Returns:
+        uint8 ``[..., K/64*34]``.
+
+    Raises:
+        ValueError: shapes that do not fit, a code outside −8…7, a scale that is not finite.
+    """
+    _check_row(codes.shape[-1])
+    lead, blocks = codes.shape[:-1], codes.shape[-1] // BLOCK
+    if scales.shape != (*lead, blocks):
+        raise ValueError(f"scales {scales.shape} do not fit codes {codes.shape}")
+    if codes.dtype != np.int8 or scales.dtype != np.float16:
+        raise ValueError(f"codes {codes.dtype} and scales {scales.dtype}: expected int8 and float16")
+    if codes.size and (codes.min() < -8 or codes.max() > 7):
+        raise ValueError(f"codes {codes.min()}…{codes.max()} are outside -8…7")
+    if not np.isfinite(scales).all():
+        raise ValueError("a scale is NaN or infinite")
+    nibbles = codes.reshape(*lead, blocks, BLOCK).view(np.uint8) & 0x0F
+    out = np.empty((*lead, blocks, TYPE_SIZE), np.uint8)
+    out[..., :2] = scales.astype("<f2").reshape(*lead, blocks, 1).view(np.uint8)
+    out[..., 2:] = nibbles[..., :_HALF] | (nibbles[..., _HALF:] << 4)
+    return out.reshape(*lead, blocks * TYPE_SIZE)
+
+
+def unpack(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Inverse of :func:`pack`.
+
+    Args:
+        data: uint8 ``[..., B*34]``.
+
+    Returns:
+        codes int8 ``[..., B*64]`` and scales float16 ``[..., B]``.
+
+    Raises:
+        ValueError: a row that is not a whole number of blocks.
+    """
+    if data.shape[-1] % TYPE_SIZE:
+        raise ValueError(f"row of {data.shape[-1]} bytes is not a multiple of {TYPE_SIZE}")
+    lead, blocks = data.shape[:-1], data.shape[-1] // TYPE_SIZE
+    cells = data.reshape(*lead, blocks, TYPE_SIZE)
+    scales = np.ascontiguousarray(cells[..., :2]).view("<f2").reshape(*lead, blocks).astype(np.float16)
+    codes = np.empty((*lead, blocks, BLOCK), np.int8)
+    # Shift left, then arithmetic shift right: sign extension of a nibble.
+    codes[..., :_HALF] = (cells[..., 2:] << 4).view(np.int8) >> 4
+    codes[..., _HALF:] = np.ascontiguousarray(cells[..., 2:]).view(np.int8) >> 4
+    return codes.reshape(*lead, blocks * BLOCK), scales
+
+
+def quantize_reference(
+    x: npt.NDArray[np.floating],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Plain round-to-nearest as the runtime quantizes activations: steps 1–3 of docs/format.md.
+
+    Args:
+        x: finite ``[..., K]``, K a multiple of 64; computed in float32.
+
+    Returns:
+        codes int8 ``[..., K]`` and scales float16 ``[..., K/64]``.
+    """
+    _check_row(x.shape[-1])
+    lead, blocks = x.shape[:-1], x.shape[-1] // BLOCK
+    values = np.asarray(x, np.float32).reshape(*lead, blocks, BLOCK)
+    first = np.abs(values).argmax(-1)  # numpy's argmax is the first on ties
+    # Adding +0 turns a block of -0 into one of +0, which is where the C reference's comparison starts.
+    signed_max = np.take_along_axis(values, first[..., None], -1) + np.float32(0)
+    d = signed_max / np.float32(-8)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / d
+    # Infinite for a block of zeros or the tiniest denormals, whose half scale is 0: codes 0 as well.
+    inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
+    codes = np.minimum(np.rint(values * inverse), np.float32(7))
+    scales = np.clip(d, -HALF_MAX, HALF_MAX).astype(np.float16)[..., 0]
+    return codes.astype(np.int8).reshape(*lead, blocks * BLOCK), scales
+
+
+def dequantize(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+    """``x[i] = d · q[i]`` in single precision.
+
+    Args:
+        codes: int8 ``[..., K]``.
+        scales: float16 ``[..., K/64]``.
+
+    Returns:
+        float32 ``[..., K]``.
+    """
+    _check_row(codes.shape[-1])
+    lead, blocks = codes.shape[:-1], codes.shape[-1] // BLOCK
+    values = codes.reshape(*lead, blocks, BLOCK).astype(np.float32)
+    return (values * scales.astype(np.float32)[..., None]).reshape(*lead, blocks * BLOCK)

@@ -1,0 +1,1 @@
+"""Getting at a model: streaming checkpoints, and what turns MODEL into an HF directory."""

@@ -1,0 +1,235 @@
+"""Streaming reader of an HF directory: memory-mapped safetensors, one layer's tensors at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kurtail_gguf.arch.registry import find_family
+from kurtail_gguf.arch.spec import ModelSpec, build_spec
+from kurtail_gguf.errors import SourceError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32", "F16", "BF16"}
+#: Rows of an embedding checked or converted at once: 8192 x 4096 float32 is 128 MiB.
+CHUNK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An HF directory opened for reading; every tensor's place, shape and dtype was checked.
+
+    Args:
+        directory: the HF directory.
+        config: transformers' config object for it.
+        spec: sizes and roles.
+        files: tensor name -> the safetensors file that holds it.
+    """
+
+    directory: Path
+    config: Any
+    spec: ModelSpec
+    files: dict[str, Path]
+
+    def tensor(self, name: str, check: bool = False) -> torch.Tensor:
+        """One tensor as stored, a view of the mapped file (float32, float16 or bfloat16).
+
+        Raises:
+            SourceError: with ``check``, where a weight is NaN or infinite.
+        """
+        with _open(self.files[name]) as file:
+            tensor = file.get_tensor(name)
+        if check:
+            _check_finite(tensor, name, self.files[name])
+        return tensor
+
+    def layer(
+        self, index: int, device: str | torch.device = "cpu", check: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """All tensors of a layer, by name below ``model.layers.N.``.
+
+        Args:
+            index: layer number.
+            device: where to put them; on the CPU float32 tensors stay views of the mapped file.
+            check: refuse NaN and infinities.
+
+        Returns:
+            float32 tensors, shapes as in ``spec.layer_shapes()``.
+        """
+        prefix = self.spec.layer_prefix(index)
+        names = [prefix + name for name in self.spec.layer_shapes()]
+        weights = {}
+        # Opened once a file and not once a tensor: generation asks for every layer at every token.
+        for path in {self.files[name]: None for name in names}:
+            with _open(path) as file:
+                for name in names:
+                    if self.files[name] == path:
+                        tensor = file.get_tensor(name)
+                        if check:
+                            _check_finite(tensor, name, path)
+                        weights[name.removeprefix(prefix)] = tensor.to(device, torch.float32)
+        return weights
+
+    def rows(self, name: str, chunk: int = CHUNK_ROWS) -> Iterator[tuple[int, torch.Tensor]]:
+        """A matrix in chunks of rows: ``(first row, float32 [≤ chunk, columns])``, checked for NaN."""
+        with _open(self.files[name]) as file:
+            rows = file.get_slice(name)
+            total = rows.get_shape()[0]
+            for start in range(0, total, chunk):
+                piece = rows[start : min(start + chunk, total)]
+                _check_finite(piece, name, self.files[name])
+                yield start, piece.to(torch.float32)
+
+    @property
+    def head_name(self) -> str:
+        """Name of the tensor that holds the output head's weights (the embedding's where tied)."""
+        family = self.spec.family
+        return f"{family.embedding if self.spec.tied else family.head}.weight"
+
+    def fingerprint(self) -> str:
+        """Hex digest of config.json and of every shard's name, size and time of change.
+
+        Cheap, and enough to notice that a checkpoint changed between two runs in one work directory.
+        """
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for path in sorted(set(self.files.values())):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open an HF directory and check that every tensor the architecture needs is there and fits.
+
+    Weights themselves are read, and checked for NaN, only when a step asks for them.
+
+    Raises:
+        UnsupportedArchitecture: the model is not one that can be converted exactly.
+        SourceError: no config.json, a missing, truncated or outlying shard, a missing tensor, a wrong
+            shape or dtype; the message names file and tensor.
+    """
+    raw = _read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise SourceError(f"{directory / 'config.json'}: 'architectures' must name one architecture")
+    family = find_family(str(architectures[0]))
+    config = _load_config(directory)
+    try:
+        spec = build_spec(family, config.to_dict())
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
+    files = _locate(directory)
+    _check_tensors(spec, files, directory)
+    return Checkpoint(directory, config, spec, files)
+
+
+def _load_config(directory: Path) -> Any:
+    from transformers import AutoConfig  # takes seconds to import: only once a checkpoint looks sane
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of a bad config, it is the config's fault
+        raise SourceError(f"{directory / 'config.json'}: transformers refuses it: {error}") from error
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist: {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: expected a JSON object")
+    return value
+
+
+def _locate(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index or the single file."""
+    index = directory / _INDEX
+    if index.exists():
+        weight_map = _read_json(index, remedy="").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise SourceError(f"{index}: no 'weight_map'")
+        return {name: _shard(directory, shard, index) for name, shard in weight_map.items()}
+    single = directory / _SINGLE
+    if single.exists():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    if any(directory.glob("*.bin")):
+        raise SourceError(
+            f"{directory} holds .bin pickles, which can run code when read: "
+            "convert them to safetensors (save_pretrained does) and try again"
+        )
+    raise SourceError(f"{directory} holds neither {_SINGLE} nor {_INDEX}")
+
+
+def _shard(directory: Path, shard: object, index: Path) -> Path:
+    if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+        raise SourceError(f"{index}: shard {shard!r} is not the name of a .safetensors file beside it")
+    path = directory / shard
+    if not path.exists():
+        raise SourceError(f"{path} is missing: {index.name} names it; download the shard again")
+    return path
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{path} is truncated or not safetensors ({error}): download the file again"
+        ) from error
+
+
+def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> None:
+    expected = dict(spec.top_shapes())
+    for layer in range(spec.layers):
+        prefix = spec.layer_prefix(layer)
+        expected |= {prefix + name: shape for name, shape in spec.layer_shapes().items()}
+    by_file: dict[Path, list[str]] = {}
+    for name in expected:
+        if name not in files:
+            raise SourceError(f"{directory}: tensor {name} is missing from the checkpoint")
+        by_file.setdefault(files[name], []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as file:
+            present = set(file.keys())
+            for name in names:
+                if name not in present:
+                    raise SourceError(f"{path}: tensor {name} is missing, though the index names this file")
+                info = file.get_slice(name)
+                shape, dtype = tuple(info.get_shape()), info.get_dtype()
+                if shape != expected[name]:
+                    raise SourceError(
+                        f"{path}: tensor {name} has shape {list(shape)}, config.json asks for "
+                        f"{list(expected[name])}"
+                    )
+                if dtype not in _DTYPES:
+                    raise SourceError(
+                        f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} can be read"
+                    )
+    _check_extra_biases(spec, files)
+
+
+def _check_extra_biases(spec: ModelSpec, files: dict[str, Path]) -> None:
+    """A bias that the architecture does not know would be dropped in silence: refuse it."""
+    for layer in range(spec.layers):
+        prefix = spec.layer_prefix(layer)
+        known = {prefix + name for name in spec.layer_shapes()}
+        for name, path in files.items():
+            if name.startswith(prefix) and name not in known and not name.endswith("rotary_emb.inv_freq"):
+                raise SourceError(f"{path}: tensor {name} is unknown to {spec.family.architecture}")
+
+
+def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    if not torch.isfinite(tensor).all():
+        raise SourceError(f"{path}: tensor {name} holds NaN or infinite weights: the checkpoint is damaged")

@@ -1,0 +1,365 @@
+"""From MODEL to a GGUF: the order of the steps, and what of an earlier run can be taken over.
+
+Every stage leaves its result in the work directory, complete or not at all, and is skipped where the
+result is already there; the layers of the last stage count one by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from kurtail_gguf.calibration.capture import Capture, capture
+from kurtail_gguf.calibration.generate import generate
+from kurtail_gguf.calibration.texts import read_texts
+from kurtail_gguf.calibration.tokens import (
+    CalibrationTokens,
+    calibration_name,
+    load_tokenizer,
+    tokenize,
+)
+from kurtail_gguf.config import TOOL, ConvertConfig, ConvertResult, Provenance
+from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
+from kurtail_gguf.export import write_gguf
+from kurtail_gguf.fold.layer import LayerRotations, fold_layer
+from kurtail_gguf.fold.tables import fold_embedding, fold_head
+from kurtail_gguf.formats import kt4
+from kurtail_gguf.formats.hadamard import r4_size
+from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
+from kurtail_gguf.loading.source import resolve_source
+from kurtail_gguf.progress import Progress
+from kurtail_gguf.quantize.rtn import quantize_rtn
+from kurtail_gguf.rotation.hadamard import random_rotation
+from kurtail_gguf.rotation.learn import learn_r1, learn_r2
+from kurtail_gguf.rotation.objectives import OBJECTIVES
+from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
+from kurtail_gguf.workdir import filling, open_work_dir
+
+#: What the file says R1 and R2 were learned by.
+OBJECTIVE = "kurtosis"
+#: Which side of it counts: R1 must leave flat tokens flat, values have none (rotation/objectives.py).
+R1_OBJECTIVE, R2_OBJECTIVE = "kurtosis", "absolute-kurtosis"
+
+
+def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
+    """Convert a model to a 4-bit GGUF with rotations.
+
+    Args:
+        config: what to do.
+        progress: told about every stage.
+
+    Returns:
+        The file written, its provenance, and seconds by stage.
+
+    Raises:
+        KurtailError: anything that is wrong with model, text, options or OUT. OUT is then untouched.
+    """
+    check_out(config.out)
+    device = pick_device(config.device)
+    texts = _text_hashes(config)
+    work_dir = config.work_dir or config.out.with_name(config.out.name + ".work")
+    disposable = config.work_dir is None and not work_dir.exists()
+    try:
+        result = _convert(config, texts, work_dir, device, progress)
+    except (SourceError, CalibrationError, QuantizeError):
+        # Bad input: nothing that was computed from it is worth keeping.
+        if disposable:
+            shutil.rmtree(work_dir, ignore_errors=True)
+        raise
+    if config.work_dir is None:
+        shutil.rmtree(work_dir)
+    return result
+
+
+def _convert(
+    config: ConvertConfig,
+    texts: dict[str, str],
+    work_dir: Path,
+    device: torch.device,
+    progress: Progress,
+) -> ConvertResult:
+    clock = _Clock()
+    with clock.measure("source"):
+        source = resolve_source(config.model, work_dir, progress)
+        checkpoint = open_checkpoint(source)
+    open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
+    tokens = None
+    if config.needs_calibration:
+        with clock.measure("calibration"):
+            tokens = _tokens(config, checkpoint, work_dir, device, progress)
+    with clock.measure("rotations"):
+        rotations = _rotations(config, checkpoint, tokens, work_dir, device, progress)
+    plan = _Plan.of(config, checkpoint)
+    with clock.measure("quantize"):
+        quantized = _quantize(checkpoint, rotations, plan, work_dir / "quantized", device, progress)
+    provenance = _provenance(config, checkpoint, rotations, plan, tokens)
+    with clock.measure("export"):
+        write_gguf(source, quantized, config.out, provenance, progress)
+    return ConvertResult(config.out, provenance, clock.seconds)
+
+
+def check_out(out: Path) -> None:
+    """Refuse an OUT that cannot be written, before any work.
+
+    Raises:
+        KurtailError: OUT is a directory, or its parent is missing or not writable.
+    """
+    if out.is_dir():
+        raise KurtailError(f"OUT {out} is a directory: give the name of a file")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise KurtailError(f"OUT {out} cannot be written: {parent} is not a directory; create it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise KurtailError(f"OUT {out} cannot be written: no permission to write in {parent}")
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        KurtailError: CUDA was asked for and torch sees none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise KurtailError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The online rotations' sizes, 0 for none."""
+
+    r3: int
+    r4: int
+
+    @classmethod
+    def of(cls, config: ConvertConfig, checkpoint: Checkpoint) -> _Plan:
+        if config.rotation == "none":
+            return cls(0, 0)
+        head_dim = checkpoint.spec.head_dim
+        # Upstream rotates only heads that are multiples of 64, and only for a quantized cache.
+        r3 = head_dim if head_dim % 64 == 0 and head_dim & (head_dim - 1) == 0 and config.kv < 16 else 0
+        r4 = r4_size(checkpoint.spec.intermediate_size)
+        return cls(r3, r4 if r4 > 1 else 0)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _text_hashes(config: ConvertConfig) -> dict[str, str]:
+    """Hashes of the text files: missing ones are noticed at once, edited ones on a rerun."""
+    if not config.needs_calibration:
+        return {}
+    files = (name for name in config.calibration if name != "self" and not name.startswith("hf:"))
+    return {name: _file_sha256(Path(name)) for name in files}
+
+
+def _settings(
+    config: ConvertConfig, checkpoint: Checkpoint, texts: dict[str, str], device: torch.device
+) -> dict[str, object]:
+    """What the stages depend on."""
+    return {
+        "tool": TOOL,
+        "checkpoint": checkpoint.fingerprint(),
+        "rotation": config.rotation,
+        "weights": config.weights,
+        "kv": config.kv,
+        "activations": config.activations,
+        "calibration": list(config.calibration),
+        "calibration_texts": texts,
+        "calibration_tokens": config.calibration_tokens,
+        "seed": config.seed,
+        "device": device.type,
+    }
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CalibrationError(f"calibration text {path} cannot be read: {error.strerror}") from error
+
+
+def _tokens(
+    config: ConvertConfig,
+    checkpoint: Checkpoint,
+    work_dir: Path,
+    device: torch.device,
+    progress: Progress,
+) -> CalibrationTokens:
+    name = calibration_name(config.calibration)
+    path = work_dir / "tokens.npy"
+    if path.exists():
+        return CalibrationTokens(np.load(path), name)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    if config.calibration == ("self",):
+        special = frozenset(tokenizer.all_special_ids)
+        bos = tokenizer.bos_token_id
+        ids = generate(
+            checkpoint, config.calibration_tokens, bos, special, config.seed, device, progress
+        )
+    else:
+        ids = tokenize(read_texts(config.calibration), tokenizer, config.calibration_tokens)
+        if ids.max() >= checkpoint.spec.vocab_size:
+            raise CalibrationError(
+                f"{checkpoint.directory}: the tokenizer's id {ids.max()} is outside the model's "
+                f"vocabulary of {checkpoint.spec.vocab_size}"
+            )
+    scratch = path.with_suffix(".tmp.npy")
+    np.save(scratch, ids)
+    os.replace(scratch, path)
+    return CalibrationTokens(ids, name)
+
+
+def _rotations(
+    config: ConvertConfig,
+    checkpoint: Checkpoint,
+    tokens: CalibrationTokens | None,
+    work_dir: Path,
+    device: torch.device,
+    progress: Progress,
+) -> Rotations:
+    if config.rotation == "none":
+        return Rotations()
+    path = work_dir / "rotations.safetensors"
+    if path.exists():
+        return load_rotations(path)
+    if tokens is None:
+        rotations = random_rotations(checkpoint, config.seed)
+    else:
+        samples = _capture(checkpoint, tokens, work_dir / "capture", config.seed, device, progress)
+        values = [samples.values(layer) for layer in range(samples.layers)]
+        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
+        r2 = learn_r2(values, OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
+        rotations = Rotations("learned", "learned", r1, r2)
+    save_rotations(rotations, path)
+    return rotations
+
+
+def random_rotations(checkpoint: Checkpoint, seed: int) -> Rotations:
+    """R1 and R2 at random, as ``--rotation hadamard`` folds them: no calibration is needed."""
+    spec = checkpoint.spec
+    rng = np.random.default_rng((seed, 0))
+    r1_kind, r1 = random_rotation(spec.hidden_size, rng)
+    heads = [random_rotation(spec.head_dim, rng) for _ in range(spec.layers * spec.kv_heads)]
+    shape = (spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
+    r2 = np.stack([matrix for _, matrix in heads]).reshape(shape)
+    return Rotations(r1_kind, heads[0][0], r1, r2)
+
+
+def _capture(
+    checkpoint: Checkpoint,
+    tokens: CalibrationTokens,
+    target: Path,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> Capture:
+    if not target.exists():
+        with filling(target) as directory:
+            capture(checkpoint, tokens.ids, directory, seed, device, progress)
+    return Capture(target, checkpoint.spec.layers)
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    rotations: Rotations,
+    plan: _Plan,
+    target: Path,
+    device: torch.device,
+    progress: Progress,
+) -> Path:
+    """Fold and quantize into ``target``; the layout is the exporter's input.
+
+    ``embed_tokens.npy``, ``lm_head.npy`` (float32 ``[vocab, hidden]``), ``layer-NNNNN.safetensors`` (HF
+    names; block linears as kt4 rows, uint8 ``[out, in/64*34]``; the rest float32) and
+    ``final.safetensors`` (the final norm's weight, ones).
+    """
+    target.mkdir(exist_ok=True)
+    spec = checkpoint.spec
+    r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
+    with progress.stage("fold and quantize", spec.layers + 2) as stage:
+        for name, fold in (("embed_tokens.npy", fold_embedding), ("lm_head.npy", fold_head)):
+            if not (target / name).exists():
+                fold(checkpoint, r1, target / name)
+            stage.advance(1, name.removesuffix(".npy"))
+        for layer in range(spec.layers):
+            path = target / f"layer-{layer:05d}.safetensors"
+            if not path.exists():
+                r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
+                folding = LayerRotations(r1, r2, plan.r4)
+                weights = checkpoint.layer(layer, device, check=True)
+                _save(_quantize_layer(checkpoint, layer, fold_layer(weights, spec, folding)), path)
+            stage.advance(1, f"layer {layer}")
+    norm = f"{spec.family.final_norm}.weight"
+    _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
+    return target
+
+
+def _quantize_layer(
+    checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor]
+) -> dict[str, np.ndarray]:
+    prefix = checkpoint.spec.layer_prefix(layer)
+    linears = {f"{name}.weight" for name in checkpoint.spec.family.linears}
+    out = {}
+    for name, tensor in folded.items():
+        if name in linears:
+            out[prefix + name] = kt4.pack(*quantize_rtn(tensor, prefix + name))
+        else:
+            out[prefix + name] = tensor.float().cpu().numpy()
+    return out
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    scratch = path.with_suffix(".tmp")
+    save_file(tensors, scratch)
+    os.replace(scratch, path)
+
+
+def _provenance(
+    config: ConvertConfig,
+    checkpoint: Checkpoint,
+    rotations: Rotations,
+    plan: _Plan,
+    tokens: CalibrationTokens | None,
+) -> Provenance:
+    spec = checkpoint.spec
+    return Provenance(
+        rotation=config.rotation,
+        objective=OBJECTIVE if config.rotation == "kurtail" else "none",
+        weights=config.weights,
+        seed=config.seed,
+        r1_kind=rotations.r1_kind,
+        r1_size=0 if rotations.r1 is None else spec.hidden_size,
+        r2_kind=rotations.r2_kind,
+        r2_size=0 if rotations.r2 is None else spec.head_dim,
+        r3_kind="hadamard" if plan.r3 else "none",
+        r3_size=plan.r3,
+        r4_kind="hadamard" if plan.r4 else "none",
+        r4_size=plan.r4,
+        activation_bits=config.activations,
+        kv_bits=config.kv,
+        calibration_name="" if tokens is None else tokens.name,
+        calibration_tokens=0 if tokens is None else int(tokens.ids.size),
+        calibration_sha256="" if tokens is None else tokens.sha256,
+    )
+

@@ -1,0 +1,1 @@
+"""Finding R1 and R2: random orthogonal and Hadamard matrices, objectives, optimisation, storage."""

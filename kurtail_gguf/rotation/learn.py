@@ -1,0 +1,106 @@
+"""Learn R1 (one for the residual stream) and R2 (a layer's KV heads) from captured activations.
+
+KurTail (arXiv:2503.01483) learns both by the kurtosis of what is quantized: R1 of the inputs of
+attention and FFN, R2 of the values. A token counts as one sample, wherever in the model it was seen.
+Both start from a random Hadamard matrix where one of that order is known: it already spreads single
+outlier channels evenly over all others, which a random orthogonal matrix does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kurtail_gguf.progress import Progress
+from kurtail_gguf.rotation.cayley import optimise
+from kurtail_gguf.rotation.hadamard import random_rotation
+from kurtail_gguf.rotation.objectives import Objective
+
+#: Steps, first learning rate and tokens a step (over all sites) of R1: 25 s for hidden 576 on two cores.
+R1_STEPS, R1_LR, R1_TOKENS = 150, 5e-3, 2400
+#: The same of R2; its tokens are per layer.
+R2_STEPS, R2_LR, R2_TOKENS = 80, 1e-2, 256
+
+
+def learn_r1(
+    sites: Sequence[npt.NDArray[np.floating]],
+    objective: Objective,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    steps: int = R1_STEPS,
+) -> npt.NDArray[np.float64]:
+    """One rotation of the residual stream for all sites.
+
+    Args:
+        sites: x̂ ``[tokens, hidden]`` at each site, memory-mapped or not.
+        objective: what to minimise, of rotated tokens.
+        seed: seed of the start and of the choice of tokens.
+        device: where to compute.
+        progress: advanced once a step.
+        steps: number of steps.
+
+    Returns:
+        R1, float64 ``[hidden, hidden]``; row vectors are rotated as ``x @ R1``.
+    """
+    rng = np.random.default_rng((seed, 1))
+    hidden = sites[0].shape[-1]
+    start = torch.from_numpy(random_rotation(hidden, rng)[1]).to(device)
+    share = max(1, R1_TOKENS // len(sites))
+
+    def loss(rotation: torch.Tensor, _step: int) -> torch.Tensor:
+        picked = [_pick(site, share, rng) for site in sites]
+        x = torch.from_numpy(np.concatenate(picked)).to(device)
+        return objective(x @ rotation)
+
+    with progress.stage("learn R1", steps) as stage:
+        report = _reporter(stage)
+        return optimise(start, loss, steps, R1_LR, report).cpu().numpy()
+
+
+def learn_r2(
+    values: Sequence[npt.NDArray[np.floating]],
+    objective: Objective,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    steps: int = R2_STEPS,
+) -> npt.NDArray[np.float64]:
+    """A rotation of the values for every KV head of every layer, a layer's heads at a time.
+
+    Args:
+        values: outputs of v_proj ``[tokens, kv_heads, head_dim]`` of each layer.
+        objective, seed, device, steps: as in :func:`learn_r1`.
+        progress: advanced once a layer.
+
+    Returns:
+        R2, float64 ``[layers, kv_heads, head_dim, head_dim]``.
+    """
+    rotations = []
+    with progress.stage("learn R2", len(values)) as stage:
+        for layer, seen in enumerate(values):
+            rng = np.random.default_rng((seed, 2, layer))
+            heads, head_dim = seen.shape[1:]
+            start = np.stack([random_rotation(head_dim, rng)[1] for _ in range(heads)])
+            last = []
+
+            def loss(rotation: torch.Tensor, _step: int, seen=seen, rng=rng) -> torch.Tensor:
+                v = torch.from_numpy(_pick(seen, R2_TOKENS, rng)).to(device)
+                return objective(v.transpose(0, 1) @ rotation)
+
+            learned = optimise(torch.from_numpy(start).to(device), loss, steps, R2_LR, last.append)
+            rotations.append(learned.cpu().numpy())
+            stage.advance(1, f"layer {layer}, loss {last[-1]:.3f}")
+    return np.stack(rotations)
+
+
+def _pick(seen: npt.NDArray[np.floating], count: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """``count`` random tokens with replacement, sorted so that a mapped file is read forwards."""
+    return seen[np.sort(rng.integers(0, len(seen), count))].astype(np.float32)
+
+
+def _reporter(stage):
+    return lambda value: stage.advance(1, f"loss {value:.3f}")

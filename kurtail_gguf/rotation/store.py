@@ -1,0 +1,59 @@
+"""Rotations as one value: kinds, matrices and sizes, and their file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from kurtail_gguf.errors import KurtailError
+
+
+@dataclass(frozen=True, eq=False)
+class Rotations:
+    """R1 and R2, with the kinds that docs/format.md names.
+
+    Args:
+        r1_kind, r2_kind: ``none``, ``hadamard``, ``random`` or ``learned``.
+        r1: float64 ``[hidden, hidden]``, None with kind ``none``.
+        r2: float64 ``[layers, kv_heads, head_dim, head_dim]``, None with kind ``none``.
+    """
+
+    r1_kind: str = "none"
+    r2_kind: str = "none"
+    r1: npt.NDArray[np.float64] | None = None
+    r2: npt.NDArray[np.float64] | None = None
+
+
+def save_rotations(rotations: Rotations, path: Path) -> None:
+    """Write ``path`` (safetensors, kinds in its metadata) atomically."""
+    tensors = {name: getattr(rotations, name) for name in ("r1", "r2")}
+    kinds = {"r1": rotations.r1_kind, "r2": rotations.r2_kind}
+    scratch = path.with_suffix(".tmp")
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items() if value is not None},
+        scratch,
+        {"kinds": json.dumps(kinds)},
+    )
+    os.replace(scratch, path)
+
+
+def load_rotations(path: Path) -> Rotations:
+    """Inverse of :func:`save_rotations`.
+
+    Raises:
+        KurtailError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            kinds = json.loads(file.metadata()["kinds"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return Rotations(kinds["r1"], kinds["r2"], tensors.get("r1"), tensors.get("r2"))
+    except Exception as error:  # safetensors' own errors, JSON's, a missing key: all the same to a user
+        raise KurtailError(f"{path} is damaged ({error}): remove the work directory") from error

@@ -1,0 +1,51 @@
+"""The numpy oracle against the runtime's C, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from kurtail_gguf import ggml
+from kurtail_gguf.formats import kt4
+
+
+@pytest.fixture(scope="module")
+def native() -> ggml.GgmlBase:
+    return ggml.GgmlBase()
+
+
+def assert_same(native: ggml.GgmlBase, x: np.ndarray) -> None:
+    packed = kt4.pack(*kt4.quantize_reference(x))
+    np.testing.assert_array_equal(native.quantize(x, ggml.KT4), packed)
+    restored = native.dequantize(packed, ggml.KT4, x.shape[-1])
+    np.testing.assert_array_equal(restored.view(np.uint32), kt4.dequantize(*kt4.unpack(packed)).view(np.uint32))
+
+
+@settings(max_examples=300, deadline=None)
+@given(hnp.arrays(np.float32, (2, 128), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+def test_any_finite_values(native: ggml.GgmlBase, x: np.ndarray) -> None:
+    assert_same(native, x)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-7, 1.0, 3e4, 6e5, 1e30])
+def test_normal_values_of_any_size(native: ggml.GgmlBase, scale: float) -> None:
+    x = np.random.default_rng(7).standard_normal((64, 576)).astype(np.float32) * np.float32(scale)
+    assert_same(native, x)
+
+
+def test_special_blocks(native: ggml.GgmlBase) -> None:
+    x = np.zeros((6, 64), np.float32)
+    x[1, 63] = -1.0
+    x[2] = np.where(np.arange(64) % 2, 4.0, -4.0)  # the largest magnitude with both signs: the first decides
+    x[3] = np.arange(64) / 2 - 8  # every other value lies half-way between two codes
+    x[4] = -x[3]
+    x[5, :2] = [np.float32(1e-45), -np.float32(1e-45)]
+    assert_same(native, x)
+
+
+def test_block_constants_are_the_headers(native: ggml.GgmlBase) -> None:
+    assert ggml.KT4 == kt4.TYPE_ID
+    assert native.row_bytes(kt4.TYPE_ID, 10 * kt4.BLOCK) == 10 * kt4.TYPE_SIZE

@@ -1,0 +1,210 @@
+"""Texts, tokens, generated text and captured activations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kurtail_gguf.calibration.capture import SITES, capture, choose_tokens
+from kurtail_gguf.calibration.generate import generate
+from kurtail_gguf.calibration.texts import read_texts
+from kurtail_gguf.calibration.tokens import (
+    CalibrationTokens,
+    calibration_name,
+    cut_sequences,
+    load_tokenizer,
+    tokenize,
+)
+from kurtail_gguf.errors import CalibrationError, SourceError
+from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.progress import NullProgress
+
+CPU = torch.device("cpu")
+
+
+def test_text_and_jsonl(tmp_path):
+    (tmp_path / "a.txt").write_text("eins\nzwei", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "drei"}\n\n{"text": "vier", "id": 1}\n', encoding="utf-8")
+    found = read_texts((str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")))
+    assert list(found) == ["eins\nzwei", "drei", "vier"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("gone.txt", None, "gone.txt does not exist"),
+        ("bytes.txt", b"\xff\xfe\x00", "bytes.txt is not readable as UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text"', r"bad.jsonl:2: not a JSON object"),
+        ("field.jsonl", b'{"content": "a"}\n', r"field.jsonl:1: .*'text'"),
+        ("type.jsonl", b'{"text": 3}\n', r"type.jsonl:1: field 'text' is not a string"),
+    ],
+)
+def test_bad_texts_are_named(tmp_path, name, data, message):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(CalibrationError, match=message) as caught:
+        list(read_texts((str(tmp_path / name),)))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_carry_no_directories():
+    assert calibration_name(("self",)) == "self"
+    assert calibration_name(("/a/b/c4.txt", "hf:allenai/c4:en")) == "c4.txt,hf:allenai/c4:en"
+
+
+@pytest.mark.parametrize("bos", [None, 1])
+def test_sequences_are_the_joined_documents(bos):
+    documents = [np.arange(i * 100, i * 100 + 7, dtype=np.int32) for i in range(100)]
+    ids = cut_sequences(documents, 60, bos, seq_len=16)
+    assert ids.shape == (4, 16)
+    assert ids.dtype == np.int32
+    body = ids if bos is None else ids[:, 1:]
+    assert np.array_equal(body.ravel(), np.concatenate(documents)[: body.size])
+    assert bos is None or (ids[:, 0] == bos).all()
+
+
+def test_only_as_many_documents_are_taken_as_needed():
+    taken = []
+
+    def documents():
+        for i in range(1000):
+            taken.append(i)
+            yield np.zeros(10, np.int32)
+
+    cut_sequences(documents(), 64, None, seq_len=32)
+    assert len(taken) == 7
+
+
+def test_short_text_says_both_counts_and_the_remedy():
+    with pytest.raises(CalibrationError, match="has 10 tokens, 1022 are needed.*--calibration-tokens"):
+        cut_sequences([np.zeros(10, np.int32)], 1024, 1)
+
+
+def test_tokenize_uses_the_checkpoints_tokenizer(tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint())
+    ids = tokenize(iter(["hello " * 400]), tokenizer, 1024)
+    assert ids.shape == (2, 512)
+    assert (ids[:, 0] == 1).all()
+    assert tokenizer.decode(ids[0, 1:13]) == "hello hello "
+
+
+def test_missing_tokenizer_names_the_directory(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(SourceError, match="no tokenizer"):
+        load_tokenizer(directory)
+
+
+def test_hash_is_of_little_endian_int32():
+    ids = np.array([[1, 2, 258]], np.int32)
+    data = bytes([1, 0, 0, 0, 2, 0, 0, 0, 2, 1, 0, 0])
+    assert CalibrationTokens(ids, "x").sha256 == hashlib.sha256(data).hexdigest()
+
+
+def _generate(directory, seed=0, n=48, **options):
+    checkpoint = open_checkpoint(directory)
+    return generate(checkpoint, n, 1, frozenset({0, 1, 2}), seed, CPU, NullProgress(), length=16, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "mistral", "qwen2"])
+def test_generated_text_is_seeded_and_shaped(tiny_checkpoint, kind):
+    directory = tiny_checkpoint(kind)
+    ids = _generate(directory)
+    assert ids.shape == (3, 16)
+    assert ids.dtype == np.int32
+    assert (ids[:, 0] == 1).all()
+    assert not np.isin(ids[:, 1], [0, 1, 2]).any()
+    assert np.array_equal(ids, _generate(directory))
+    assert not np.array_equal(ids, _generate(directory, seed=1))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "mistral", "qwen2"])
+def test_greedy_tokens_are_what_the_model_says(tiny_checkpoint, tiny_model, kind):
+    # Positions 2–4 are greedy: the whole model, run by transformers, must choose the same.
+    ids = torch.from_numpy(_generate(tiny_checkpoint(kind)).astype(np.int64))
+    model = tiny_model(kind, dtype=torch.float32)
+    with torch.no_grad():
+        chosen = model(ids).logits.argmax(-1)
+    assert torch.equal(chosen[:, 1:4], ids[:, 2:5])
+
+
+def test_sampled_tokens_follow_the_models_distribution(tiny_checkpoint, tiny_model):
+    ids = torch.from_numpy(_generate(tiny_checkpoint(), n=16 * 64).astype(np.int64))
+    model = tiny_model("llama-tied", dtype=torch.float32)
+    with torch.no_grad():
+        probabilities = model(ids).logits[:, 4:-1].double().log_softmax(-1)
+    taken = probabilities.gather(-1, ids[:, 5:, None])[..., 0]
+    entropy = -(probabilities.exp() * probabilities).sum(-1)
+    # The mean surprise of samples is the entropy; 64 · 11 samples leave a few per cent of noise.
+    assert abs(float(-taken.mean() / entropy.mean()) - 1) < 0.1
+
+
+@pytest.fixture
+def ids():
+    return np.random.default_rng(0).integers(3, 250, (6, 24)).astype(np.int32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-biases", "mistral", "qwen2"])
+def test_captured_activations_are_the_models(tiny_checkpoint, tiny_model, tmp_path, ids, kind, recorder):
+    checkpoint = open_checkpoint(tiny_checkpoint(kind))
+    seen = capture(checkpoint, ids, tmp_path, 0, CPU, recorder)
+    model = tiny_model(kind, dtype=torch.float32)
+    inputs = {}
+    for layer, module in enumerate(model.model.layers):
+        for site, norm in (("attention", module.input_layernorm), ("ffn", module.post_attention_layernorm)):
+            norm.register_forward_pre_hook(
+                lambda _m, args, key=(layer, site): inputs.__setitem__(key, args[0])
+            )
+        module.self_attn.v_proj.register_forward_hook(
+            lambda _m, _a, out, key=(layer, "value"): inputs.__setitem__(key, out)
+        )
+    with torch.no_grad():
+        model(torch.from_numpy(ids.astype(np.int64)))
+    for layer in range(2):
+        for site in SITES:
+            x = inputs[layer, site].reshape(ids.size, -1)
+            expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
+            found = torch.from_numpy(seen.site(layer, site).astype(np.float32))
+            assert (found - expected).abs().max() < 0.01  # stored as halves
+            assert torch.allclose(found.square().mean(-1), torch.ones(ids.size), atol=1e-2)
+        values = inputs[layer, "value"].reshape(ids.size, 2, -1)
+        assert np.abs(seen.values(layer) - values.numpy()).max() < 1e-4
+    assert recorder.stages == [["capture activations", 2, 2]]
+    assert not (tmp_path / "hidden.npy").exists()
+
+
+def test_samples_are_bounded_and_hold_every_first_token(tiny_checkpoint, tmp_path, ids):
+    checkpoint = open_checkpoint(tiny_checkpoint())
+    (tmp_path / "all").mkdir()
+    (tmp_path / "some").mkdir()
+    whole = capture(checkpoint, ids, tmp_path / "all", 0, CPU, NullProgress())
+    part = capture(checkpoint, ids, tmp_path / "some", 0, CPU, NullProgress(), max_sample=32)
+    chosen = choose_tokens(6, 24, 32, (0, 1, 1))
+    assert set(range(0, 144, 24)) <= set(chosen.tolist())
+    assert np.array_equal(part.site(1, "ffn"), whole.site(1, "ffn")[chosen])
+    assert part.values(0).shape == (32, 2, 32)
+
+
+def test_nan_weights_are_named_while_capturing(tiny_checkpoint, tmp_path, ids):
+    from safetensors.torch import load_file, save_file
+
+    directory = tiny_checkpoint()
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(SourceError, match="model.layers.1.mlp.down_proj.weight holds NaN"):
+        capture(open_checkpoint(directory), ids, tmp_path, 0, CPU, NullProgress())
+
+
+def test_a_window_shorter_than_the_sequences_is_refused(tiny_checkpoint, tmp_path, ids):
+    directory = tiny_checkpoint("mistral")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+    with pytest.raises(SourceError, match="sliding_window 16 is below the calibration length 24"):
+        capture(open_checkpoint(directory), ids, tmp_path, 0, CPU, NullProgress())

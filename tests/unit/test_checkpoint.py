@@ -1,0 +1,205 @@
+"""Reading checkpoints: what is streamed, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kurtail_gguf.errors import KurtailError, SourceError, UnsupportedArchitecture
+from kurtail_gguf.loading.checkpoint import open_checkpoint
+
+
+def _refused(directory, kind=SourceError) -> str:
+    with pytest.raises(kind) as caught:
+        open_checkpoint(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert isinstance(caught.value, KurtailError)
+    return message
+
+
+def _edit_config(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config.update(changes)
+    path.write_text(json.dumps(config))
+
+
+def _shard(directory):
+    """Split the single file into two shards with an index; returns the shards' paths."""
+    single = directory / "model.safetensors"
+    tensors = load_file(single)
+    names = sorted(tensors)
+    shards, weight_map = [], {}
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        path = directory / f"model-0000{part + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in chosen}, path)
+        weight_map |= dict.fromkeys(chosen, path.name)
+        shards.append(path)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    single.unlink()
+    return shards
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_layers_are_the_models_in_float32(tiny_checkpoint, tiny_model, dtype, sharded):
+    directory = tiny_checkpoint("qwen2", dtype=dtype)
+    if sharded:
+        _shard(directory)
+    checkpoint = open_checkpoint(directory)
+    state = tiny_model("qwen2", dtype=dtype).state_dict()
+    for layer in range(checkpoint.spec.layers):
+        weights = checkpoint.layer(layer, check=True)
+        prefix = f"model.layers.{layer}."
+        assert {prefix + name for name in weights} == {name for name in state if name.startswith(prefix)}
+        for name, tensor in weights.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, state[prefix + name].float())
+    rows = torch.cat([piece for _, piece in checkpoint.rows("model.embed_tokens.weight", chunk=77)])
+    assert torch.equal(rows, state["model.embed_tokens.weight"].float())
+
+
+def test_spec_reads_head_dim_before_dividing(tiny_checkpoint):
+    spec = open_checkpoint(tiny_checkpoint("mistral")).spec
+    assert spec.head_dim == 64 != spec.hidden_size // spec.heads
+    assert spec.linear_shape("self_attn.o_proj") == (128, 256)
+    assert spec.value_group == 2
+
+
+def test_biases_are_found(tiny_checkpoint):
+    assert len(open_checkpoint(tiny_checkpoint("llama-biases")).spec.biased) == 7
+    assert len(open_checkpoint(tiny_checkpoint("qwen2")).spec.biased) == 3
+    assert not open_checkpoint(tiny_checkpoint("llama")).spec.biased
+
+
+def test_no_config(tmp_path):
+    assert "config.json does not exist" in _refused(tmp_path)
+
+
+def test_config_that_is_not_json(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    (directory / "config.json").write_text("{")
+    assert "config.json: not readable as JSON" in _refused(directory)
+
+
+def test_unknown_architecture_lists_the_supported(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    _edit_config(directory, architectures=["GPT2LMHeadModel"])
+    message = _refused(directory, UnsupportedArchitecture)
+    assert "GPT2LMHeadModel" in message
+    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"hidden_size": 100}, "hidden_size 100"),
+        ({"intermediate_size": 200}, "intermediate_size 200"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(tiny_checkpoint, changes, word):
+    directory = tiny_checkpoint()
+    _edit_config(directory, **changes)
+    assert word in _refused(directory, SourceError)
+
+
+def test_missing_shard_is_named(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    shard = _shard(directory)[1]
+    shard.unlink()
+    assert f"{shard} is missing" in _refused(directory)
+
+
+def test_shard_outside_the_directory(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    _shard(directory)
+    index = directory / "model.safetensors.index.json"
+    for evil in ("../other.safetensors", "/etc/x.safetensors", "model.bin", 7):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": evil}}))
+        assert repr(evil) in _refused(directory)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
+def test_truncated_file_is_named(tiny_checkpoint, keep):
+    directory = tiny_checkpoint()
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    assert f"{path} is truncated" in _refused(directory)
+
+
+def test_pickles_are_refused_with_a_remedy(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    message = _refused(directory)
+    assert ".bin pickles" in message
+    assert "convert them to safetensors" in message
+
+
+def _rewrite(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_missing_tensor_is_named(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    _rewrite(directory, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "model.layers.1.mlp.up_proj.weight is missing" in _refused(directory)
+
+
+def test_wrong_shape_is_named_with_both(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    name = "model.layers.0.self_attn.k_proj.weight"
+    _rewrite(directory, lambda t: t.update({name: torch.zeros(32, 128)}))
+    message = _refused(directory)
+    assert name in message
+    assert "[32, 128]" in message
+    assert "[64, 128]" in message
+
+
+def test_unknown_bias_is_not_dropped_in_silence(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    _rewrite(directory, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)}))
+    assert "model.layers.0.self_attn.q_proj.bias is unknown" in _refused(directory)
+
+
+def test_integer_weights_are_refused(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    name = "model.layers.0.mlp.up_proj.weight"
+    _rewrite(directory, lambda t: t.update({name: torch.zeros(192, 128, dtype=torch.int8)}))
+    assert "is I8" in _refused(directory)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_weights_are_named_when_their_layer_is_loaded(tiny_checkpoint, bad):
+    directory = tiny_checkpoint()
+    name = "model.layers.1.self_attn.o_proj.weight"
+    _rewrite(directory, lambda t: t[name].view(-1)[7].fill_(bad))
+    checkpoint = open_checkpoint(directory)
+    checkpoint.layer(0, check=True)
+    with pytest.raises(SourceError, match="model.layers.1.self_attn.o_proj.weight holds NaN or infinite"):
+        checkpoint.layer(1, check=True)
+
+
+def test_bad_embedding_is_named(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    _rewrite(directory, lambda t: t["model.embed_tokens.weight"][300, 3].fill_(float("nan")))
+    with pytest.raises(SourceError, match="model.embed_tokens.weight holds NaN"):
+        list(open_checkpoint(directory).rows("model.embed_tokens.weight"))
+
+
+def test_fingerprint_notices_a_changed_shard(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    before = open_checkpoint(directory).fingerprint()
+    assert open_checkpoint(directory).fingerprint() == before
+    _rewrite(directory, lambda t: t["model.norm.weight"].fill_(2))
+    assert open_checkpoint(directory).fingerprint() != before

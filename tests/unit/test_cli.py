@@ -1,0 +1,148 @@
+"""The commands: how errors end, what is refused before any work, what interruption says."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from kurtail_gguf import __version__
+from kurtail_gguf.cli import eval as eval_module
+from kurtail_gguf.cli.main import commands
+from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.errors import KurtailError
+
+
+@pytest.fixture
+def run():
+    def invoke(*arguments: object):
+        return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def _one_error_line(result) -> str:
+    assert result.exit_code == 1, (result.exception, result.stderr)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert result.stdout == ""
+    return lines[0]
+
+
+def test_version_and_help(run):
+    assert __version__ in run("--version").stdout
+    listed = run("--help").stdout
+    assert all(name in listed for name in ("convert", "eval", "inspect", "install-bindings"))
+
+
+def test_convert_defaults_are_the_configs(run, monkeypatch, tmp_path):
+    seen = []
+
+    def fake(config, progress):
+        seen.append(config)
+        raise KurtailError("stop here")
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    out = tmp_path / "o.gguf"
+    run("convert", "M", out)
+    assert seen == [ConvertConfig(model="M", out=out)]
+
+
+def test_convert_options_reach_the_config(run, monkeypatch, tmp_path):
+    seen = []
+
+    def fake(config, progress):
+        seen.append(config)
+        raise KurtailError("stop here")
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    out = tmp_path / "o.gguf"
+    options = [
+        *("--rotation", "hadamard", "--weights", "rtn", "--activations", "8", "--kv", "16", "--seed", "7"),
+        *("--calibration", "a.txt", "--calibration", "b.jsonl", "--calibration-tokens", "2048"),
+        *("--device", "cpu", "--work-dir", tmp_path / "w"),
+    ]
+    result = run("convert", "M", out, *options)
+    assert _one_error_line(result) == "error: stop here"
+    assert seen == [
+        ConvertConfig(
+            model="M", out=out, rotation="hadamard", weights="rtn", activations=8, kv=16,
+            calibration=("a.txt", "b.jsonl"), calibration_tokens=2048, seed=7, device="cpu", work_dir=tmp_path / "w",
+        )
+    ]  # fmt: skip
+
+
+def test_values_outside_what_is_offered(run, tmp_path):
+    out = tmp_path / "o.gguf"
+    assert run("convert", "M", out, "--kv", "5").exit_code == 2
+    assert "--calibration-tokens" in _one_error_line(run("convert", "M", out, "--calibration-tokens", "3"))
+
+
+def test_interruption_says_how_to_go_on(run, monkeypatch, tmp_path):
+    def fake(config, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("sys.argv", ["kurtail-gguf", "convert", "M", "my file.gguf"])
+    result = run("convert", "M", tmp_path / "o.gguf")
+    assert result.exit_code == 130
+    assert result.stderr.strip().splitlines() == [
+        "interrupted; to go on from the last finished step, type: kurtail-gguf convert M 'my file.gguf'"
+    ]
+
+
+def test_a_defect_is_not_hidden(run, monkeypatch):
+    def broken(path):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("kurtail_gguf.cli.inspect.read_gguf", broken)
+    assert isinstance(run("inspect", "x").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"GG", b"{}"])
+def test_inspect_of_what_is_no_gguf(run, tmp_path, content):
+    path = tmp_path / "x.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    assert "x.gguf" in _one_error_line(run("inspect", path))
+
+
+def test_inspect_of_a_directory(run, tmp_path):
+    assert "directory" in _one_error_line(run("inspect", tmp_path))
+
+
+def test_eval_refuses_before_any_work(run, tmp_path):
+    text, empty = tmp_path / "t.txt", tmp_path / "empty.txt"
+    text.write_text("words", encoding="utf-8")
+    empty.touch()
+    missing = tmp_path / "missing.gguf"
+    assert "no-text.txt" in _one_error_line(run("eval", missing, "--text", tmp_path / "no-text.txt"))
+    assert "empty" in _one_error_line(run("eval", missing, "--text", empty))
+    assert "missing.gguf" in _one_error_line(run("eval", missing, "--text", text))
+    unwritable = tmp_path / "no" / "r.json"
+    assert "r.json" in _one_error_line(run("eval", missing, "--text", text, "--json", unwritable))
+    assert run("eval", missing).exit_code == 2
+
+
+def test_json_of_eval_is_exactly_the_promised_keys(tmp_path):
+    row = eval_module.ModelResult("a.gguf", 30.0, 1.0, None, None, 4.9, 4, 4)
+    path = tmp_path / "r.json"
+    eval_module._write_json(path, [row])
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "models": [
+            {
+                "path": "a.gguf", "perplexity": 30.0, "perplexity_stderr": 1.0, "kld_mean": None,
+                "top1_agreement": None, "bits_per_weight": 4.9, "activation_bits": 4, "kv_bits": 4,
+            }
+        ]
+    }  # fmt: skip
+
+
+def test_commands_are_documented():
+    for command in commands.commands.values():
+        assert command.help
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and parameter.name != "device":
+                assert parameter.help, (command.name, parameter.name)

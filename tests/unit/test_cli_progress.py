@@ -1,0 +1,53 @@
+"""Progress without a terminal is plain lines with percent and ETA."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from kurtail_gguf.cli import progress
+from kurtail_gguf.cli.progress import BarProgress, PlainProgress, format_seconds, make_progress
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (185, "3:05"), (3723, "1:02:03")]
+)
+def test_format_seconds(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_plain_lines(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    console = Console(file=out, width=20)
+    with make_progress(console).stage("learn [R1]", 10) as stage:
+        for _ in range(4):
+            now[0] += 6
+            stage.advance(1, "loss 0.5")
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "learn [R1] …",
+        "learn [R1]: 20% (2/10), elapsed 12 s, ETA 48 s loss 0.5",
+        "learn [R1]: 40% (4/10), elapsed 24 s, ETA 36 s loss 0.5",
+        "learn [R1]: done in 24 s",
+    ]
+
+
+def test_a_failed_stage_is_not_called_done():
+    out = io.StringIO()
+    with pytest.raises(RuntimeError), PlainProgress(Console(file=out)).stage("x", 1):
+        raise RuntimeError
+    assert "done" not in out.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_percent_and_eta():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    drawn = make_progress(console)
+    assert isinstance(drawn, BarProgress)
+    with drawn.stage("capture", 4) as stage:
+        stage.advance(3, "layer 2")
+    assert all(part in out.getvalue() for part in ("capture", "75%", "3/4", "elapsed", "ETA", "layer 2"))

@@ -1,0 +1,71 @@
+"""Figures and settings derived from a GGUF file's keys and tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from kurtail_gguf import ggml
+from kurtail_gguf.config import Provenance
+from kurtail_gguf.gguf_info import PROVENANCE_KEYS, GgufError, GgufInfo, TensorInfo
+
+PROVENANCE = Provenance(
+    rotation="kurtail", objective="kurtosis", weights="rtn", seed=3, r1_kind="learned", r1_size=128, r2_kind="learned",
+    r2_size=64, r3_kind="hadamard", r3_size=64, r4_kind="hadamard", r4_size=128, activation_bits=4, kv_bits=4,
+    calibration_name="self", calibration_tokens=1024, calibration_sha256="00",
+)  # fmt: skip
+
+
+def _info(metadata=(), tensors=()):
+    return GgufInfo(Path("x.gguf"), {"general.architecture": "llama", **dict(metadata)}, tuple(tensors))
+
+
+def _keys(provenance=PROVENANCE):
+    values = asdict(provenance)
+    return {key: values[field] for field, key, _ in PROVENANCE_KEYS}
+
+
+def test_every_field_of_the_provenance_has_a_key_and_a_documented_type():
+    assert {field for field, _, _ in PROVENANCE_KEYS} == set(asdict(PROVENANCE))
+    specification = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+    documented = {line.split("|")[1].strip(" `"): line.split("|")[2].strip() for line in specification.splitlines() if line.startswith("| `kurtail.")}
+    assert {key: kind for _, key, kind in PROVENANCE_KEYS} == documented
+
+
+def test_provenance_survives():
+    assert _info(_keys()).provenance == PROVENANCE
+    assert _info().provenance is None
+    incomplete = _keys()
+    del incomplete["kurtail.r4.size"]
+    with pytest.raises(GgufError, match="kurtail.r4.size"):
+        _ = _info(incomplete).provenance
+
+
+def test_bits_per_weight():
+    tensors = [
+        TensorInfo("blk.0.attn_q.weight", ggml.KT4, "kt4", (64, 64), 64 * 34, 0),
+        TensorInfo("token_embd.weight", ggml.F16, "f16", (64, 64), 64 * 128, 0),
+    ]
+    info = _info(tensors=tensors)
+    assert info.block_bits_per_weight == 4.25
+    assert info.bits_per_weight == pytest.approx((4.25 + 16) / 2)
+    assert _info().block_bits_per_weight is None
+
+
+def test_which_tensors_are_linears_of_a_block():
+    def is_linear(name):
+        return TensorInfo(name, 0, "f32", (1,), 4, 0).is_block_linear
+
+    assert all(is_linear(f"blk.11.{part}.weight") for part in ("attn_q", "attn_output", "ffn_down", "ffn_gate"))
+    assert not any(is_linear(name) for name in ("blk.0.attn_norm.weight", "output.weight", "blk.0.attn_q.bias"))
+
+
+def test_activation_bits_of_a_tensor():
+    extra = {
+        "general.tensor_extra.name": ["blk.0.attn_q.weight", "blk.0.attn_k.weight"],
+        "general.tensor_extra.prec_a4": [False, True],
+    }
+    info = _info({**_keys(), **extra})
+    assert [info.activation_bits_of(f"blk.0.attn_{name}.weight") for name in "qkv"] == [8, 4, 4]

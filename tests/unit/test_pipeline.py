@@ -1,0 +1,226 @@
+"""The pipeline up to the exporter, whose place a recorder takes: checkpoints, settings, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from kurtail_gguf import pipeline
+from kurtail_gguf.config import ConvertConfig, Provenance
+from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
+from kurtail_gguf.formats import kt4
+from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.progress import NullProgress
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """What the exporter was given: one dict of bytes, and the provenance, for each call."""
+    calls = []
+
+    def write_gguf(source, quantized, out, provenance, progress):
+        files = {path.name: path.read_bytes() for path in sorted(quantized.iterdir())}
+        calls.append((files, provenance))
+        out.write_bytes(b"GGUF")
+
+    monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
+    return calls
+
+
+def _config(model: Path, out: Path, **changes) -> ConvertConfig:
+    return ConvertConfig(str(model), out, calibration_tokens=1024, device="cpu", **changes)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    return path
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Learning is tested elsewhere; two hundred steps on a tiny model prove nothing here."""
+    for learn in ("learn_r1", "learn_r2"):
+        original = getattr(pipeline, learn)
+        monkeypatch.setattr(pipeline, learn, lambda *a, original=original: original(*a, steps=3))
+
+
+def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
+    model = tiny_checkpoint("qwen2")
+    config = _config(model, tmp_path / "o.gguf", calibration=(str(text),), seed=7)
+    result = pipeline.convert(config, recorder)
+    files, provenance = exported[0]
+    assert sorted(files) == [
+        "embed_tokens.npy", "final.safetensors", "layer-00000.safetensors", "layer-00001.safetensors",
+        "lm_head.npy",
+    ]  # fmt: skip
+    assert result.out == tmp_path / "o.gguf"
+    assert result.provenance == provenance
+    assert not (tmp_path / "o.gguf.work").exists()
+    assert provenance == Provenance(
+        rotation="kurtail", objective="kurtosis", weights="rtn", seed=7,
+        r1_kind="learned", r1_size=128, r2_kind="learned", r2_size=32,
+        r3_kind="none", r3_size=0, r4_kind="hadamard", r4_size=64,
+        activation_bits=4, kv_bits=4,
+        calibration_name="text.txt", calibration_tokens=1024,
+        calibration_sha256=provenance.calibration_sha256,
+    )  # fmt: skip
+    assert len(provenance.calibration_sha256) == 64
+    assert all(done == total for _, total, done in recorder.stages)
+
+
+def test_layers_hold_packed_linears_unit_norms_and_biases(tiny_checkpoint, tmp_path, exported):
+    model = tiny_checkpoint("qwen2")
+    config = _config(model, tmp_path / "o.gguf", rotation="none", work_dir=tmp_path / "w")
+    pipeline.convert(config, NullProgress())
+    spec = open_checkpoint(model).spec
+    layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
+    assert set(layer) == {f"model.layers.1.{name}" for name in spec.layer_shapes()}
+    original = open_checkpoint(model).layer(1)
+    gain = original["input_layernorm.weight"]
+    for name, tensor in layer.items():
+        short = name.removeprefix("model.layers.1.")
+        if "norm" in short:
+            assert np.array_equal(tensor, np.ones(128, np.float32))
+        elif short.endswith(".bias"):
+            assert np.array_equal(tensor, original[short].numpy())
+        else:
+            out, columns = spec.linear_shape(short.removesuffix(".weight"))
+            assert tensor.dtype == np.uint8
+            assert tensor.shape == (out, columns // 64 * 34)
+    weight = kt4.dequantize(*kt4.unpack(layer["model.layers.1.self_attn.q_proj.weight"]))
+    expected = (original["self_attn.q_proj.weight"] * gain).numpy()
+    assert np.square(weight - expected).mean() < 0.02 * np.square(expected).mean()
+    final = load_file(tmp_path / "w" / "quantized" / "final.safetensors")
+    assert np.array_equal(final["model.norm.weight"], np.ones(128, np.float32))
+    assert np.load(tmp_path / "w" / "quantized" / "lm_head.npy").shape == (320, 128)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "kv", "kinds"),
+    [
+        ("none", 4, ("none", "none", "none", "none")),
+        ("hadamard", 4, ("hadamard", "hadamard", "hadamard", "hadamard")),
+        ("hadamard", 16, ("hadamard", "hadamard", "none", "hadamard")),
+    ],
+)
+def test_without_learning_no_text_is_read(tiny_checkpoint, tmp_path, exported, rotation, kv, kinds):
+    config = _config(
+        tiny_checkpoint("mistral"), tmp_path / "o.gguf", rotation=rotation, kv=kv, calibration=("gone",)
+    )
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert (provenance.r1_kind, provenance.r2_kind, provenance.r3_kind, provenance.r4_kind) == kinds
+    assert provenance.r3_size == (64 if kinds[2] == "hadamard" else 0)
+    assert (provenance.objective, provenance.calibration_name, provenance.calibration_tokens) == ("none", "", 0)
+
+
+def test_same_seed_same_bytes(tiny_checkpoint, tmp_path, exported, few_steps):
+    model = tiny_checkpoint()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pipeline.convert(_config(model, tmp_path / f"{name}.gguf", seed=seed), NullProgress())
+    assert exported[0] == exported[1]
+    assert exported[0][0] != exported[2][0]
+
+
+def test_a_rerun_skips_what_is_finished_and_gives_the_same(tiny_checkpoint, tmp_path, exported, few_steps, recorder):
+    config = _config(tiny_checkpoint(), tmp_path / "o.gguf", work_dir=tmp_path / "w")
+    pipeline.convert(config, NullProgress())
+    (tmp_path / "w" / "quantized" / "layer-00001.safetensors").unlink()  # as if interrupted there
+    pipeline.convert(config, recorder)
+    assert exported[0] == exported[1]
+    assert [name for name, *_ in recorder.stages] == ["fold and quantize"]
+    assert (tmp_path / "w" / "settings.json").exists()
+
+
+def test_changed_settings_are_named(tiny_checkpoint, tmp_path, exported):
+    config = _config(tiny_checkpoint(), tmp_path / "o.gguf", rotation="hadamard", work_dir=tmp_path / "w")
+    pipeline.convert(config, NullProgress())
+    changed = dataclasses.replace(config, seed=5)
+    with pytest.raises(KurtailError, match=r"seed was 0, is 5.*--work-dir"):
+        pipeline.convert(changed, NullProgress())
+    json.loads((tmp_path / "w" / "settings.json").read_text())
+    assert len(exported) == 1
+
+
+def test_an_edited_text_is_noticed(tiny_checkpoint, tmp_path, exported, text, few_steps):
+    config = _config(tiny_checkpoint(), tmp_path / "o.gguf", calibration=(str(text),), work_dir=tmp_path / "w")
+    pipeline.convert(config, NullProgress())
+    text.write_text("another text " * 200)
+    with pytest.raises(KurtailError, match="calibration_texts was"):
+        pipeline.convert(config, NullProgress())
+
+
+def _refused(config, kind=KurtailError) -> str:
+    with pytest.raises(kind) as caught:
+        pipeline.convert(config, NullProgress())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_out_is_checked_before_any_work(tmp_path):
+    gone = tmp_path / "gone"
+    assert "is a directory" in _refused(_config(gone, tmp_path))
+    assert "is not a directory; create it" in _refused(_config(gone, tmp_path / "no" / "o.gguf"))
+
+
+def test_bad_input_leaves_nothing_behind(tiny_checkpoint, tmp_path, exported, text):
+    model = tiny_checkpoint()
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / "o.gguf"
+    text.write_text("too short")
+    before = sorted(tmp_path.iterdir())
+    assert "has 9 tokens" in _refused(_config(model, out, calibration=(str(text),)))
+    path = model / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-100])
+    assert "truncated" in _refused(_config(model, out), SourceError)
+    # NaN in the last tensor: noticed only after work has begun
+    path.write_bytes(data)
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.clone() for name, tensor in load_torch(path).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, path)
+    for rotation in ("none", "kurtail"):
+        message = _refused(_config(model, out, rotation=rotation), SourceError)
+        assert "model.layers.1.mlp.up_proj.weight" in message
+    assert sorted(tmp_path.iterdir()) == before
+    assert not exported
+
+
+def test_missing_text_is_noticed_before_the_model_is_opened(tmp_path):
+    config = _config(tmp_path / "gone", tmp_path / "o.gguf", calibration=("no-such-text",))
+    assert "no-such-text" in _refused(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_a_device(tmp_path):
+    config = dataclasses.replace(_config(tmp_path, tmp_path / "o.gguf"), device="cuda")
+    assert "no CUDA device" in _refused(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"rotation": "quarot"}, "kurtail, hadamard, none"),
+        ({"weights": "gptq"}, "--weights 'gptq' is not offered"),
+        ({"activations": 5}, "4, 8"),
+        ({"kv": 2}, "4, 8, 16"),
+        ({"device": "tpu"}, "auto, cpu, cuda"),
+        ({"calibration": ()}, "--calibration"),
+        ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
+        ({"seed": -1}, "--seed -1"),
+        ({"calibration_tokens": 10}, "--calibration-tokens 10"),
+    ],
+)
+def test_options_outside_what_is_offered(changes, word):
+    with pytest.raises(ConfigError, match=word):
+        ConvertConfig(**({"model": "m", "out": Path("o")} | changes))
