@@ -30,7 +30,7 @@ from kurtail_gguf.calibration.tokens import (
 )
 from kurtail_gguf.config import TOOL, ConvertConfig, ConvertResult, Provenance
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
-from kurtail_gguf.export import write_gguf
+from kurtail_gguf.export import check_vocabulary, write_gguf
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.fold.tables import fold_embedding, fold_head
 from kurtail_gguf.formats import kt4
@@ -92,6 +92,7 @@ def _convert(
     with clock.measure("source"):
         source = resolve_source(config.model, work_dir, progress)
         checkpoint = open_checkpoint(source)
+        check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
     open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
     tokens = None
     if config.needs_calibration:

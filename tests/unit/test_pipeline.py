@@ -30,6 +30,8 @@ def exported(monkeypatch):
         out.write_bytes(b"GGUF")
 
     monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
+    # the tiny checkpoints have a byte tokenizer, which upstream does not know
+    monkeypatch.setattr(pipeline, "check_vocabulary", lambda source: None)
     return calls
 
 

@@ -1,0 +1,83 @@
+"""``kurtail-gguf convert MODEL OUT.gguf``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from kurtail_gguf.cli.progress import format_seconds, make_progress
+from kurtail_gguf.config import ACTIVATION_BITS, DEVICES, KV_BITS, ROTATIONS, WEIGHTS, ConvertConfig
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ConvertConfig)}
+
+
+class _Bits(click.Choice):
+    """A choice of numbers; the value is an int."""
+
+    def __init__(self, offered: tuple[int, ...]) -> None:
+        super().__init__([str(bits) for bits in offered])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return int(super().convert(str(value), param, ctx))
+
+
+@click.command("convert")
+@click.argument("model")
+@click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
+@click.option(
+    "--rotation", type=click.Choice(ROTATIONS), default=_DEFAULTS["rotation"], show_default=True,
+    help="kurtail: R1 and R2 learned; hadamard: at random; none.",
+)
+@click.option(
+    "--weights", type=click.Choice(WEIGHTS), default=_DEFAULTS["weights"], show_default=True,
+    help="How weights are quantized; rtn rounds to nearest with searched scales.",
+)
+@click.option(
+    "--activations", type=_Bits(ACTIVATION_BITS), default=_DEFAULTS["activations"], show_default=True,
+    help="Bits of the activations that enter the linears of the blocks.",
+)
+@click.option(
+    "--kv", type=_Bits(KV_BITS), default=_DEFAULTS["kv"], show_default=True,
+    help="Bits of the KV cache.",
+)
+@click.option(
+    "--calibration", multiple=True, default=_DEFAULTS["calibration"], metavar="FILE", show_default=True,
+    help="Text or jsonl files (give the option once for each), hf:NAME for a dataset, or self: text "
+    "that the model generates.",
+)
+@click.option(
+    "--calibration-tokens", type=int, default=_DEFAULTS["calibration_tokens"], show_default=True,
+    help="How many tokens to calibrate on.",
+)
+@click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of everything random.")
+@click.option("--device", type=click.Choice(DEVICES), default=_DEFAULTS["device"], show_default=True)
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), default=None,
+    help="Where finished steps are kept; beside OUT, and removed at the end, if not given.",
+)  # fmt: skip
+def convert_command(model: str, out: Path, calibration: tuple[str, ...], **options: Any) -> None:
+    """Convert MODEL to a 4-bit GGUF file.
+
+    MODEL is a Hugging Face directory, a GGUF file that transformers can read, or the name of a known
+    model (smollm2-135m). An interrupted run goes on where it was when the same line is typed again.
+    """
+    # click takes seconds to start where torch is imported, so --help does without
+    from kurtail_gguf.export import read_gguf
+    from kurtail_gguf.pipeline import convert
+
+    config = ConvertConfig(model=model, out=out, calibration=calibration, **options)
+    result = convert(config, make_progress(Console(stderr=True)))
+    info = read_gguf(result.out)
+    size = os.path.getsize(result.out) / 1e6
+    spent = format_seconds(sum(result.seconds.values()))
+    provenance = result.provenance
+    click.echo(
+        f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight "
+        f"(W4A{provenance.activation_bits}KV{provenance.kv_bits}), in {spent}"
+    )
+    click.echo(f"run it with: llama-cli -m {click.format_filename(result.out)}")

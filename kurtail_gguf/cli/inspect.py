@@ -1,0 +1,114 @@
+"""``kurtail-gguf inspect FILE.gguf``."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from kurtail_gguf.config import Provenance
+from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, read_gguf
+
+
+@click.command("inspect")
+@click.argument("file", metavar="FILE.gguf", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def inspect_command(file: Path, as_json: bool) -> None:
+    """Show a GGUF file's tensor types, bits per weight, rotations and origin."""
+    info = read_gguf(file)
+    if as_json:
+        click.echo(json.dumps(_summary(info), indent=2))
+    else:
+        _print(info, Console())
+
+
+def _summary(info: GgufInfo) -> dict[str, Any]:
+    provenance = info.provenance
+    return {
+        "path": str(info.path),
+        "architecture": info.architecture,
+        "name": info.metadata.get("general.name"),
+        "parameters": sum(tensor.values for tensor in info.tensors),
+        "bits_per_weight": info.bits_per_weight,
+        "block_bits_per_weight": info.block_bits_per_weight,
+        "types": _types(info),
+        "tensor_activation_bits": _exceptions(info),
+        "kurtail": None if provenance is None else asdict(provenance),
+    }
+
+
+def _types(info: GgufInfo) -> dict[str, dict[str, int]]:
+    """Tensors, values and bytes of each type, largest first."""
+    by_type: dict[str, list[TensorInfo]] = defaultdict(list)
+    for tensor in info.tensors:
+        by_type[tensor.type_name].append(tensor)
+    totals = {
+        name: {
+            "tensors": len(tensors),
+            "values": sum(tensor.values for tensor in tensors),
+            "bytes": sum(tensor.bytes for tensor in tensors),
+        }
+        for name, tensors in by_type.items()
+    }
+    return dict(sorted(totals.items(), key=lambda item: (-item[1]["bytes"], item[0])))
+
+
+def _exceptions(info: GgufInfo) -> dict[str, int]:
+    """Block linears whose activation bits are not the file's general ones."""
+    provenance = info.provenance
+    if provenance is None:
+        return {}
+    bits = {tensor.name: info.activation_bits_of(tensor.name) for tensor in info.tensors if tensor.is_block_linear}
+    return {name: number for name, number in bits.items() if number != provenance.activation_bits}
+
+
+def _print(info: GgufInfo, console: Console) -> None:
+    summary = _summary(info)
+    table = Table(title=f"{info.path}: {info.architecture}, {summary['parameters'] / 1e6:.1f} M values")
+    table.add_column("type")
+    for column in ("tensors", "values", "bytes", "bits/weight"):
+        table.add_column(column, justify="right")
+    for name, total in summary["types"].items():
+        bits = 8 * total["bytes"] / total["values"]
+        table.add_row(name, str(total["tensors"]), f"{total['values']:,}", f"{total['bytes']:,}", f"{bits:.2f}")
+    console.print(table)
+    block = info.block_bits_per_weight
+    of_blocks = "" if block is None else f", {block:.2f} in the linears of the blocks"
+    _line(console, f"bits per weight: {info.bits_per_weight:.2f}{of_blocks}")
+    provenance = info.provenance
+    if provenance is None:
+        _line(console, "no kurtail keys: a stock file")
+        return
+    _print_provenance(provenance, console)
+    for name, bits in summary["tensor_activation_bits"].items():
+        _line(console, f"activations of {name}: {bits} bits")
+
+
+def _print_provenance(provenance: Provenance, console: Console) -> None:
+    _line(console, f"runs as W4A{provenance.activation_bits}KV{provenance.kv_bits}, weights {provenance.weights}")
+    _line(console, f"rotation {provenance.rotation}, objective {provenance.objective}, seed {provenance.seed}")
+    rotations = (
+        ("R1, residual stream, folded", provenance.r1_kind, provenance.r1_size),
+        ("R2, values of a head, folded", provenance.r2_kind, provenance.r2_size),
+        ("R3, queries and keys, online", provenance.r3_kind, provenance.r3_size),
+        ("R4, input of ffn_down, online", provenance.r4_kind, provenance.r4_size),
+    )
+    for name, kind, size in rotations:
+        _line(console, f"  {name}: {kind}{f' {size}' if size else ''}")
+    if provenance.calibration_tokens:
+        _line(
+            console,
+            f"calibrated on {provenance.calibration_name}, {provenance.calibration_tokens} tokens, "
+            f"sha256 {provenance.calibration_sha256}",
+        )
+    _line(console, f"written by {provenance.tool}, format {provenance.format_version}")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,67 @@
+"""``kurtail-gguf``: the group of commands, and how errors and interruptions end."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from kurtail_gguf import __version__
+from kurtail_gguf.cli.bindings import install_bindings_command
+from kurtail_gguf.cli.convert import convert_command
+from kurtail_gguf.cli.eval import eval_command
+from kurtail_gguf.cli.inspect import inspect_command
+from kurtail_gguf.errors import KurtailError
+
+#: What a shell reports for a program ended by SIGINT.
+_INTERRUPTED = 130
+
+#: Commands that keep what they finished, so that the same line goes on with it.
+_RESUMES = frozenset({"convert"})
+
+
+class _Commands(click.Group):
+    """A group whose commands may raise KurtailError: one line on standard error, status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KurtailError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            again = shlex.join(["kurtail-gguf", *sys.argv[1:]])
+            how = "to go on from the last finished step" if ctx.invoked_subcommand in _RESUMES else "to start again"
+            click.echo(f"\ninterrupted; {how}, type: {again}", err=True)
+            ctx.exit(_INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kurtail-gguf")
+def commands() -> None:
+    """4-bit weights, activations and KV cache with learned rotations, as GGUF files."""
+
+
+commands.add_command(convert_command)
+commands.add_command(eval_command)
+commands.add_command(inspect_command)
+commands.add_command(install_bindings_command)
+
+
+def main() -> None:
+    """Entry point of the installed program."""
+    # a terminated run cleans up and says how to go on, as an interrupted one does
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    commands()
+
+
+def _as_interrupt(signal_number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Draws progress: a bar with percent, elapsed time and ETA, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as Bars,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from kurtail_gguf.progress import Progress, Stage
+
+#: Seconds between plain lines of one stage.
+_PLAIN_INTERVAL = 10.0
+
+
+def make_progress(console: Console) -> Progress:
+    """What fits the console: standard error, so that results on standard output stay clean."""
+    return BarProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+class BarProgress:
+    """A bar for each stage; a finished one stays above the next."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        """Open a stage; see kurtail_gguf.progress."""
+        bars = Bars(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(),
+            TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=self._console,
+        )  # fmt: skip
+        with bars:
+            yield _Bar(bars, bars.add_task(name, total=total, note=""))
+
+
+class _Bar:
+    def __init__(self, bars: Bars, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._bars.update(self._task, advance=n, note=note)
+
+
+class PlainProgress:
+    """A line when a stage opens and closes, and every few seconds between."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Stage]:
+        """Open a stage; see kurtail_gguf.progress."""
+        line = _PlainStage(self._console, name, total)
+        self._print(f"{name} …")
+        yield line
+        self._print(f"{name}: done in {format_seconds(line.elapsed)}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _PlainStage:
+    def __init__(self, console: Console, name: str, total: int) -> None:
+        self._console = console
+        self._name = name
+        self._total = total
+        self._done = 0
+        self._start = self._printed = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._printed < _PLAIN_INTERVAL or not self._done:
+            return
+        self._printed = now
+        remaining = self.elapsed / self._done * max(0, self._total - self._done)
+        percent = 100 * self._done // max(1, self._total)
+        text = (
+            f"{self._name}: {percent}% ({self._done}/{self._total}), "
+            f"elapsed {format_seconds(self.elapsed)}, ETA {format_seconds(remaining)} {note}"
+        )
+        self._console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """``7 s``, ``3:05`` or ``1:02:03``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

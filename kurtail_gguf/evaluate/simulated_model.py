@@ -1,0 +1,232 @@
+"""A transformers model that computes what the runtime computes from the same GGUF file.
+
+Weights are read from the file. Everything the runtime rounds or rotates while it runs is done by hooks
+on the linears and by an attention function registered through transformers' ``AttentionInterface``:
+nothing in transformers is replaced.
+
+Left out is only the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kurtail_gguf import ggml
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.rounding import ACTIVATION_BLOCK, CACHE_BLOCK, round_to
+from kurtail_gguf.formats import kt4
+from kurtail_gguf.formats.hadamard import walsh_hadamard_
+from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, write_header
+
+ATTENTION = "kurtail_simulation"
+
+#: The runtime rotates V by this size wherever R2 is not folded in (llama-kv-cache.cpp).
+_V_ROTATION = 64
+
+#: What the runtime rounds the input of the head to 8 bits in, by the head's type (q8_0 and q8_K).
+_HEAD_BLOCK = {ggml.Q8_0: 32, ggml.Q6_K: 256}
+
+#: Architectures whose q and k rows upstream's converter reorders from halves to pairs of RoPE.
+_PAIRED_ROPE = frozenset({"llama"})
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+
+
+class SimulationError(KurtailError):
+    """The file holds what the simulation does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """What attention does to queries, keys and values.
+
+    Args:
+        bits: of the cache, 4, 8 or 16.
+        rotation: size of R3 on q and k, 0 for none.
+        rotate_v: whether the runtime rotates V and the result back.
+        paired: whether the runtime's q and k are in RoPE pairs rather than halves.
+    """
+
+    bits: int
+    rotation: int
+    rotate_v: bool
+    paired: bool
+
+
+def load_model(info: GgufInfo, library: ggml.GgmlBase) -> PreTrainedModel:
+    """Build the model.
+
+    Args:
+        info: a kurtail file, or a stock file without quantized activations.
+        library: dequantizes upstream's types; kt4 is read by our own oracle.
+
+    Raises:
+        SimulationError: a tensor that has no counterpart in transformers' model.
+    """
+    config = _config(info)
+    config.tie_word_embeddings = not any(tensor.name == "output.weight" for tensor in info.tensors)
+    AttentionInterface.register(ATTENTION, simulated_attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    _load_weights(model, info, library)
+    _simulate_linears(model, info)
+    cache = _cache_settings(info)
+    for layer in model.model.layers:
+        layer.self_attn.kurtail_cache = cache
+    return model.eval()
+
+
+def simulated_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+    dropout: float = 0.0, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention over a rounded cache, as llama.cpp's CPU flash attention computes it.
+
+    Args:
+        module: the attention layer; carries its CacheSettings.
+        query: ``[batch, heads, tokens, head_dim]``, after RoPE; key and value with the KV heads.
+        attention_mask: unused: chunks are whole and start empty, so causality is all there is.
+        scaling: of the scores.
+
+    Returns:
+        ``[batch, tokens, heads, head_dim]``, and no attention weights.
+    """
+    cache: CacheSettings = module.kurtail_cache
+    if cache.bits < 16:
+        if cache.paired:
+            query, key = _halves_to_pairs(query), _halves_to_pairs(key)
+        if cache.rotation:
+            query, key = _rotated(query, cache.rotation), _rotated(key, cache.rotation)
+        if cache.rotate_v:
+            value = _rotated(value, _V_ROTATION)
+        # the kernel multiplies a quantized K by a query rounded to q8_0, whatever K's own bits are
+        query = round_to(query, 8, CACHE_BLOCK)
+    key, value = round_to(key, cache.bits, CACHE_BLOCK), round_to(value, cache.bits, CACHE_BLOCK)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    result = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    if cache.bits < 16 and cache.rotate_v:
+        result = _rotated(result, _V_ROTATION)
+    return result.transpose(1, 2).contiguous(), None
+
+
+def _cache_settings(info: GgufInfo) -> CacheSettings:
+    provenance = info.provenance
+    paired = info.architecture in _PAIRED_ROPE
+    if provenance is None:
+        return CacheSettings(bits=16, rotation=0, rotate_v=False, paired=paired)
+    head_dim = int(info.hyper("attention.value_length"))
+    return CacheSettings(
+        bits=provenance.kv_bits,
+        rotation=provenance.r3_size if provenance.r3_kind == "hadamard" else 0,
+        rotate_v=provenance.r2_kind == "none" and head_dim % _V_ROTATION == 0,
+        paired=paired,
+    )
+
+
+def _simulate_linears(model: PreTrainedModel, info: GgufInfo) -> None:
+    provenance = info.provenance
+    r4 = provenance.r4_size if provenance is not None and provenance.r4_kind == "hadamard" else 0
+    for tensor in info.tensors:
+        if tensor.type_id == ggml.KT4:
+            rotation = r4 if tensor.name.endswith(".ffn_down.weight") else 0
+            hook = _rounded_input(info.activation_bits_of(tensor.name), ACTIVATION_BLOCK, rotation)
+        elif tensor.name == "output.weight" and tensor.type_id in _HEAD_BLOCK:
+            hook = _rounded_input(8, _HEAD_BLOCK[tensor.type_id], 0)
+        else:
+            continue
+        model.get_submodule(_hf_name(tensor).removesuffix(".weight")).register_forward_pre_hook(hook)
+
+
+def _rounded_input(bits: int, block: int, rotation: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+    def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        x = _rotated(inputs[0], rotation) if rotation else inputs[0]
+        return (round_to(x, bits, block),)
+
+    return hook
+
+
+def _rotated(x: Tensor, size: int) -> Tensor:
+    return walsh_hadamard_(x.clone(memory_format=torch.contiguous_format), size)
+
+
+def _halves_to_pairs(x: Tensor) -> Tensor:
+    """Order of a head's values: first and second halves interleaved, ``[..., head_dim]``."""
+    *lead, width = x.shape
+    return x.reshape(*lead, 2, width // 2).transpose(-1, -2).reshape(x.shape)
+
+
+def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase) -> None:
+    missing = set(dict(model.named_parameters()))
+    data = np.memmap(info.path, dtype=np.uint8, mode="r")
+    for tensor in info.tensors:
+        name = _hf_name(tensor)
+        if name not in missing:
+            raise SimulationError(f"{tensor.name} of {info.path} has no place in {type(model).__name__}")
+        values = _read(tensor, data, library)
+        if info.architecture in _PAIRED_ROPE and re.search(r"\.(q|k)_proj\.", name):
+            heads = info.hyper("attention.head_count" if ".q_proj." in name else "attention.head_count_kv")
+            values = _pairs_to_halves(values, int(heads))
+        parameter = model.get_parameter(name)
+        if tuple(parameter.shape) != values.shape:
+            raise SimulationError(f"{tensor.name} of {info.path} is {values.shape}, not {tuple(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(values))
+        missing.discard(name)
+    if missing:
+        raise SimulationError(f"{info.path} lacks {', '.join(sorted(missing))}")
+
+
+def _read(tensor: TensorInfo, data: np.ndarray, library: ggml.GgmlBase) -> np.ndarray:
+    raw = np.asarray(data[tensor.offset : tensor.offset + tensor.bytes])
+    if tensor.type_id == ggml.F32:
+        return raw.view("<f4").reshape(tensor.shape).astype(np.float32)
+    packed = raw.reshape(tensor.shape[0], -1)
+    if tensor.type_id == ggml.KT4:
+        return kt4.dequantize(*kt4.unpack(packed))
+    return library.dequantize(packed, tensor.type_id, tensor.shape[-1])
+
+
+def _pairs_to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo upstream's ``LlamaModel.permute`` on the rows of q or k."""
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
+
+
+def _hf_name(tensor: TensorInfo) -> str:
+    match = _NAME.fullmatch(tensor.name)
+    table = {} if match is None else (_TOP if match["layer"] is None else _IN_BLOCK)
+    if match is None or match["part"] not in table:
+        raise SimulationError(f"the simulation does not know the tensor {tensor.name}")
+    prefix = "" if match["layer"] is None else f"model.layers.{match['layer']}."
+    return f"{prefix}{table[match['part']]}.{match['kind']}"
+
+
+def _config(info: GgufInfo) -> Any:
+    with tempfile.TemporaryDirectory(prefix="kurtail-simulate-") as directory:
+        header = Path(directory) / "header.gguf"
+        write_header(info.path, header)
+        return AutoConfig.from_pretrained(directory, gguf_file=header.name)

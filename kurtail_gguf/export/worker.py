@@ -1,0 +1,243 @@
+"""Worker that writes GGUF files with the pinned source's own converter.
+
+Hyper-parameters, vocabulary, special tokens and chat template are upstream's business: the model
+class that ``conversion`` has for the architecture runs unchanged on the source directory. Only the
+tensors come from elsewhere. A subclass replaces the list of tensors by the quantized ones; packed
+rows go to the writer as they are, the rest (norms, biases) takes upstream's way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import conversion
+import gguf
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from kurtail_gguf import ggml, vendored
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.gguf_info import PROVENANCE_KEYS
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+#: Bytes of float32 rows that are quantized at a time: bounds memory for vocabularies of any size.
+_CHUNK_BYTES = 64 << 20
+
+Send = Callable[[dict[str, Any]], None]
+
+
+class RowsToWrite:
+    """Packed rows that the writer asks for when their turn comes; what it expects of an ndarray.
+
+    Args:
+        shape: of the bytes, ``[rows, row_bytes]``.
+        chunks: yields consecutive uint8 row chunks.
+        done: called once everything is written.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, shape: tuple[int, int], chunks: Callable[[], Iterator[np.ndarray]], done: Callable[[], None]):
+        self.shape = shape
+        self.nbytes = shape[0] * shape[1]
+        self._chunks = chunks
+        self._done = done
+
+    def tofile(self, file: Any) -> None:
+        """Write all rows to a binary file. The writer checks the count afterwards."""
+        for chunk in self._chunks():
+            # file.write and not ndarray.tofile: only the former's OSError says why it failed
+            file.write(memoryview(np.ascontiguousarray(chunk)).cast("B"))
+        self._done()
+
+
+class QuantizedFiles:
+    """The directory of quantized tensors that the pipeline leaves for the export.
+
+    ``embed_tokens.npy`` and ``lm_head.npy`` are float32 ``[vocab, hidden]``; the safetensors files
+    hold HF names: uint8 ``[out, in/64*34]`` is a packed linear, anything else float32.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.embedding = np.load(directory / "embed_tokens.npy", mmap_mode="r")
+        self.head = np.load(directory / "lm_head.npy", mmap_mode="r")
+        self.packed: dict[str, Path] = {}
+        self.plain: dict[str, Path] = {}
+        for path in (*sorted(directory.glob("layer-*.safetensors")), directory / "final.safetensors"):
+            with safe_open(path, "np") as file:
+                for name in file.keys():
+                    kind = self.packed if file.get_slice(name).get_dtype() == "U8" else self.plain
+                    kind[name] = path
+
+    def load(self, name: str) -> np.ndarray:
+        """One tensor, read from its file."""
+        with safe_open(self.packed.get(name) or self.plain[name], "np") as file:
+            return file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+        with safe_open(self.packed.get(name) or self.plain[name], "np") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+
+def quantized_model_class(
+    base: type, files: QuantizedFiles, provenance: dict[str, Any], library: ggml.GgmlBase, send: Send
+) -> type:
+    """A subclass of upstream's model class that writes our tensors and keys.
+
+    Args:
+        base: what ``conversion.get_model_class`` gives for the architecture.
+        files: the quantized tensors.
+        provenance: fields of config.Provenance.
+        library: quantizes the embedding and the output.
+        send: reports each tensor as it is written or handed over.
+    """
+
+    class Quantized(base):  # type: ignore[misc, valid-type]
+        # upstream refuses a subclass that does not state it
+        model_arch = base.model_arch
+
+        def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], torch.Tensor]]:
+            return {name: self._plain(name) for name in files.plain}
+
+        def _plain(self, name: str) -> Callable[[], torch.Tensor]:
+            def load() -> torch.Tensor:
+                send({"tensor": name})
+                return torch.from_numpy(files.load(name))
+
+            return load
+
+        def tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
+            # whatever is not packed stays as it was computed
+            return gguf.GGMLQuantizationType.F32
+
+        def prepare_tensors(self) -> None:
+            self._add_rows(EMBEDDING, files.embedding, ggml.Q4_0)
+            # llama-quantize's choice for Q4_0; q6_K has blocks of 256
+            self._add_rows(HEAD, files.head, ggml.Q6_K if files.head.shape[1] % 256 == 0 else ggml.Q8_0)
+            for name in files.packed:
+                self._add_packed(name)
+            super().prepare_tensors()
+
+        def _add_rows(self, name: str, rows: np.ndarray, ggml_type: int) -> None:
+            count, width = rows.shape
+            step = max(1, _CHUNK_BYTES // (4 * width))
+
+            def chunks() -> Iterator[np.ndarray]:
+                for start in range(0, count, step):
+                    yield library.quantize(rows[start : start + step], ggml_type)
+
+            self._add(name, (count, library.row_bytes(ggml_type, width)), chunks, ggml_type)
+
+        def _add_packed(self, name: str) -> None:
+            def chunks() -> Iterator[np.ndarray]:
+                yield self._reorder(name, files.load(name))
+
+            self._add(name, files.shape(name), chunks, ggml.KT4)
+
+        def _reorder(self, name: str, packed: np.ndarray) -> np.ndarray:
+            # q and k of Llama: rows go from halves to pairs, as the runtime's RoPE wants them. A row's
+            # codes and scales move together, so upstream's own permutation serves for the bytes.
+            if getattr(self, "undo_permute", False) and name.endswith((".q_proj.weight", ".k_proj.weight")):
+                heads = self.find_hparam(["n_heads", "num_attention_heads"])
+                kv_heads = heads
+                if name.endswith(".k_proj.weight"):
+                    kv_heads = self.find_hparam(["n_kv_heads", "num_key_value_heads"], optional=True) or heads
+                return self.permute(packed, heads, kv_heads)
+            return packed
+
+        def _add(
+            self, name: str, shape: tuple[int, int], chunks: Callable[[], Iterator[np.ndarray]], ggml_type: int
+        ) -> None:
+            rows = RowsToWrite(shape, chunks, lambda: send({"tensor": name}))
+            gguf_type = gguf.GGMLQuantizationType(ggml_type)
+            self.gguf_writer.add_tensor(self.map_tensor_name(name), rows, raw_dtype=gguf_type)
+
+        def set_gguf_parameters(self) -> None:
+            super().set_gguf_parameters()
+            for field, key, kind in PROVENANCE_KEYS:
+                # not add_string and so on: those leave out empty strings
+                self.gguf_writer.add_key_value(key, provenance[field], gguf.GGUFValueType[kind.upper()])
+            if provenance["activation_bits"] == 8:
+                # upstream's own keys for what a backend may not round to 4 bits
+                names = sorted(self.map_tensor_name(name) for name in files.packed)
+                self.gguf_writer.add_tensor_extra_prec_a4(names, [False] * len(names))
+
+    return Quantized
+
+
+def write_quantized(request: dict[str, Any], send: Send) -> None:
+    """Write ``out`` from ``source`` (HF directory) and ``quantized`` (directory of tensors)."""
+    source, out = Path(request["source"]), Path(request["out"])
+    files = QuantizedFiles(Path(request["quantized"]))
+    base = _model_class(source)
+    model_class = quantized_model_class(base, files, request["provenance"], ggml.GgmlBase(), send)
+    _write(model_class(source, gguf.LlamaFileType.MOSTLY_KT4, out), out)
+
+
+def write_reference(request: dict[str, Any], send: Send) -> None:
+    """Write ``out`` from ``source`` by upstream's converter as it is, in the checkpoint's precision."""
+    source, out = Path(request["source"]), Path(request["out"])
+    model = _model_class(source)(source, gguf.LlamaFileType.ALL_F32, out)
+    widest = _widest_matrix_type(model)
+    if widest is not gguf.LlamaFileType.ALL_F32:
+        model = type(model)(source, widest, out)
+    _write(model, out)
+
+
+def check_vocabulary(request: dict[str, Any], send: Send) -> None:
+    """Convert nothing but the vocabulary of ``source``, to learn early whether upstream knows it."""
+    source = Path(request["source"])
+    _model_class(source)(source, gguf.LlamaFileType.ALL_F32, source / "unwritten.gguf").set_vocab()
+
+
+def _widest_matrix_type(model: Any) -> gguf.LlamaFileType:
+    # Upstream's own guess stops at the first 16-bit tensor and takes float32 to float16: not a reference.
+    dtypes = {tensor.dtype for _, tensor in model.get_tensors() if tensor.dim() >= 2}
+    if dtypes == {torch.bfloat16}:
+        return gguf.LlamaFileType.MOSTLY_BF16
+    if dtypes == {torch.float16}:
+        return gguf.LlamaFileType.MOSTLY_F16
+    return gguf.LlamaFileType.ALL_F32
+
+
+def _model_class(source: Path) -> type:
+    hparams = conversion.ModelBase.load_hparams(source, False)
+    architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+    return conversion.get_model_class(architecture)
+
+
+def _write(model: Any, out: Path) -> None:
+    with torch.inference_mode():
+        model.prepare_tensors()
+        model.prepare_metadata(vocab_only=False)
+    expected = sum(info.nbytes for shard in model.gguf_writer.tensors for info in shard.values())
+    try:
+        model.gguf_writer.write_header_to_file(path=out)
+        model.gguf_writer.write_kv_data_to_file()
+        model.gguf_writer.write_tensors_to_file()
+        model.gguf_writer.close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        size = math.ceil(expected / 1e6)
+        raise KurtailError(f"{reason}: about {size} MB are needed there") from None
+
+
+_TASKS = {"quantized": write_quantized, "reference": write_reference, "vocabulary": check_vocabulary}
+
+
+def handle(request: dict[str, Any], send: Send) -> None:
+    """Do the task that the request names."""
+    vendored.assert_vendored(gguf)
+    vendored.assert_vendored(conversion)
+    _TASKS[request["task"]](request, send)
+
+
+if __name__ == "__main__":
+    vendored.serve(handle)

@@ -1,0 +1,131 @@
+"""Writes GGUF files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from kurtail_gguf import vendored
+from kurtail_gguf.config import Provenance
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.progress import Progress
+
+_WORKER = "kurtail_gguf.export.worker"
+
+#: Only float types of the checkpoint are offered for a reference.
+REFERENCE_TYPES = ("auto",)
+
+
+class ExportError(KurtailError):
+    """A GGUF file could not be written."""
+
+
+def write_gguf(source: Path, quantized: Path, out: Path, provenance: Provenance, progress: Progress) -> None:
+    """Write the quantized model as a GGUF file.
+
+    The same arguments give the same bytes. ``out`` appears only when it is complete and on disk.
+
+    Args:
+        source: the HF directory: configuration, tokenizer and model card.
+        quantized: directory with ``embed_tokens.npy`` and ``lm_head.npy`` (float32 ``[vocab, hidden]``),
+            ``layer-*.safetensors`` and ``final.safetensors``; HF names, uint8 ``[out, in/64*34]`` for
+            packed linears in HF's row order, float32 for the rest.
+        out: the file to write; an existing one is replaced.
+        provenance: the ``kurtail.*`` keys.
+        progress: one stage, a unit a tensor.
+
+    Raises:
+        ExportError: a full disk, no permission, a tokenizer that upstream's converter does not know.
+    """
+    request = {
+        "task": "quantized",
+        "source": str(source.resolve()),
+        "quantized": str(quantized.resolve()),
+        "provenance": asdict(provenance),
+    }
+    with progress.stage("export", _count_tensors(quantized)) as stage, _whole_or_not_at_all(out) as beside:
+
+        def on_message(message: dict[str, Any]) -> None:
+            stage.advance(1, message["tensor"])
+
+        _run({**request, "out": str(beside)}, f"cannot write {out}", on_message)
+
+
+def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
+    """Write an unquantized GGUF file by upstream's converter as it is.
+
+    Args:
+        source: HF directory.
+        out: the file to write.
+        outtype: ``auto``: bf16 or f16 where every matrix of the checkpoint is, else f32.
+    """
+    if outtype not in REFERENCE_TYPES:
+        raise ExportError(f"a reference of type {outtype!r} is not offered: choose {', '.join(REFERENCE_TYPES)}")
+    with _whole_or_not_at_all(out) as beside:
+        request = {"task": "reference", "source": str(source.resolve()), "out": str(beside)}
+        _run(request, f"cannot write {out}", lambda message: None)
+
+
+def check_vocabulary(source: Path) -> None:
+    """Raise ExportError if upstream's converter cannot write the tokenizer of an HF directory.
+
+    Meant to be asked before the work of hours, since :func:`write_gguf` would only find out at its end.
+    """
+    request = {"task": "vocabulary", "source": str(source.resolve())}
+    _run(request, f"the vocabulary of {source} cannot be written", lambda message: None)
+
+
+def _run(request: dict[str, Any], what: str, on_message: Any) -> None:
+    try:
+        vendored.run(_WORKER, request, on_message)
+    except vendored.WorkerError as error:
+        raise ExportError(f"{what}: {error}") from None
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A path beside ``out`` that replaces it on success and is removed on any failure."""
+    # resolved: where OUT is a link, what it points at is replaced, not the link
+    target = out.resolve()
+    if target.is_dir():
+        raise ExportError(f"cannot write {out}: it is a directory")
+    beside = target.parent / f".kurtail-{os.getpid()}.partial"
+    try:
+        beside.touch()
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {error.strerror}: choose another OUT") from None
+    try:
+        yield beside
+        try:
+            _sync(beside)
+            os.replace(beside, target)
+            _sync(target.parent)
+        except OSError as error:
+            raise ExportError(f"cannot write {out}: {error.strerror}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _count_tensors(quantized: Path) -> int:
+    count = 2  # embedding and head
+    for path in quantized.glob("*.safetensors"):
+        try:
+            with safe_open(path, "np") as file:
+                count += len(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ExportError(f"{path} is damaged ({error}): remove the work directory and convert again") from None
+    return count

@@ -1,0 +1,229 @@
+"""Fixtures of the tests that need the installed runtime: tiny models with real tokenizers, the real model, data.
+
+The vocabulary of every file is written by upstream's converter, which identifies byte-level BPE
+tokenizers by a hash and refuses unknown ones. So the tiny BPE model borrows SmolLM2's tokenizer from
+the embedded model source; the tiny SentencePiece model has one trained on the format's specification.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kurtail_gguf import native
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.export import export_reference
+from kurtail_gguf.loading.source import resolve_source
+from kurtail_gguf.progress import NullProgress
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime() -> Path:
+    """The installed runtime's directory; without it these tests say so and are skipped."""
+    try:
+        return native.native_dir()
+    except native.NativeMissing as error:
+        pytest.skip(str(error))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished command."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one error line; fails where there is none, more than one, or a traceback."""
+        assert self.status == 1, (self.status, self.stderr)
+        lines = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.stderr, self.stderr
+        assert self.stderr.splitlines()[-1] == lines[0]
+        return lines[0]
+
+
+def run_cli(*arguments: object, **options: object) -> Finished:
+    """Run ``kurtail-gguf`` in a process of its own."""
+    command = [sys.executable, "-m", "kurtail_gguf.cli.main", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=1800, **options
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def run_program(name: str, *arguments: object) -> Finished:
+    """Run a program of the runtime."""
+    command = [str(native.executable(name)), *map(str, arguments)]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False, timeout=600
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Finished]:
+    return run_cli
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[..., Finished]:
+    return run_program
+
+
+@pytest.fixture(scope="session")
+def wiki() -> Path:
+    """WikiText-2's test split."""
+    path = DATA / "wiki.test.raw"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: it holds the evaluation text")
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A text of the project's own, some thousands of tokens of any vocabulary, without \\r and specials."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    sources = sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "kurtail_gguf").glob("*.py"))
+    path.write_text("\n".join(source.read_text(encoding="utf-8") for source in sources), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as an HF directory."""
+    try:
+        return resolve_source("smollm2-135m", tmp_path_factory.mktemp("smollm2"), NullProgress())
+    except KurtailError as error:
+        pytest.skip(f"the embedded model cannot be had: {error}")
+
+
+def save_tiny_llama(directory: Path, vocabulary: int, layers: int = 2, **tokens: int) -> Path:
+    """A random Llama (hidden 128, FFN 384 = 128·3, heads 4 of 64 over 2 KV heads) whose logits mean something.
+
+    Weights are larger than an initialisation's, so that attention and FFN move the logits visibly.
+    """
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
+        tie_word_embeddings=False, **tokens,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 0.3 if "norm" in name else 2.0 if "embed" in name or "lm_head" in name else 1.0
+            parameter.copy_(1 + scale * noise if "norm" in name else scale * noise / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(directory, max_shard_size="300KB")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_bpe(tmp_path_factory, smollm2) -> Path:
+    """The tiny Llama with SmolLM2's byte-level BPE, in several shards."""
+    directory = save_tiny_llama(
+        tmp_path_factory.mktemp("tiny-bpe"), 49152, bos_token_id=1, eos_token_id=2, pad_token_id=2
+    )
+    for name in _TOKENIZER_FILES:
+        if (smollm2 / name).is_file():
+            shutil.copy(smollm2 / name, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_spm(tmp_path_factory) -> Path:
+    """The tiny Llama with a SentencePiece model, in several shards."""
+    import sentencepiece
+
+    directory = save_tiny_llama(tmp_path_factory.mktemp("tiny-spm"), 400, bos_token_id=1, eos_token_id=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(ROOT / "docs" / "format.md"), model_prefix=str(directory / "tokenizer"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "chat_template": "{{ messages[0]['content'] }}",
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def one_layer(tmp_path_factory, smollm2) -> Path:
+    """SmolLM2's embedding, first layer and head: real activations, too shallow for rounding to turn chaotic.
+
+    The head is scaled by a quarter: what the first layer leaves in the residual stream was not made for
+    it, and extreme logits would drown a comparison in noise.
+    """
+    directory = tmp_path_factory.mktemp("one-layer")
+    for path in smollm2.iterdir():
+        if path.suffix in (".json", ".jinja") and not path.name.endswith(".index.json"):
+            shutil.copy(path, directory)
+    config = json.loads((smollm2 / "config.json").read_text(encoding="utf-8"))
+    changes = {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    tensors = {}
+    for shard in sorted(smollm2.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    kept = {name: value for name, value in tensors.items() if ".layers." not in name or ".layers.0." in name}
+    kept["lm_head.weight"] = kept["model.embed_tokens.weight"] / 4
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Callable[..., Path]:
+    """``converted(source, *options)``: the GGUF of a conversion, made once for each set of options."""
+    made: dict[tuple[str, ...], Path] = {}
+    directory = tmp_path_factory.mktemp("converted")
+
+    def make(source: Path | str, *options: str) -> Path:
+        key = (str(source), *options)
+        if key not in made:
+            out = directory / f"{len(made)}.gguf"
+            done = run_cli("convert", source, out, *options)
+            assert done.status == 0, done.stderr
+            assert f"llama-cli -m {out}" in done.stdout
+            made[key] = out
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    """An empty directory for OUT; after a failed command it must still be empty."""
+    directory = tmp_path / "outputs"
+    directory.mkdir()
+    return directory
+
+
+def assert_nothing_written(directory: Path) -> None:
+    """Nothing lies in the directory, hidden files included."""
+    assert os.listdir(directory) == []
+
+
+@pytest.fixture(scope="session")
+def tiny_reference(tmp_path_factory, tiny_spm) -> Path:
+    """The tiny SentencePiece model as upstream's converter writes it, in f32."""
+    path = tmp_path_factory.mktemp("reference") / "tiny.gguf"
+    export_reference(tiny_spm, path)
+    return path

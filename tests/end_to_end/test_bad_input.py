@@ -1,0 +1,185 @@
+"""Every bad input ends with one line, a status other than 0, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kurtail_gguf.gguf_info import read_gguf
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def damaged(tiny_spm, tmp_path):
+    """A copy of the tiny model, for a test to damage."""
+    return Path(shutil.copytree(tiny_spm, tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(cli, outputs):
+    """``refused(model, *options)``: the error line of a conversion that must fail and write nothing."""
+
+    def convert(model: object, *options: object) -> str:
+        line = cli("convert", model, outputs / "o.gguf", "--rotation", "hadamard", *options).error
+        assert list(outputs.iterdir()) == []
+        return line
+
+    return convert
+
+
+def _shards(directory):
+    return sorted(directory.glob("*.safetensors"))
+
+
+def test_no_such_model(refused, tmp_path):
+    assert "smollm2-135m" in refused(tmp_path / "nowhere")
+
+
+def test_a_directory_without_config(refused, damaged):
+    (damaged / "config.json").unlink()
+    assert "config.json" in refused(damaged)
+
+
+def test_a_missing_shard(refused, damaged):
+    shard = _shards(damaged)[1]
+    shard.unlink()
+    assert shard.name in refused(damaged)
+
+
+def test_a_truncated_shard(refused, damaged):
+    shard = _shards(damaged)[1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    assert shard.name in refused(damaged)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(refused, damaged, name, value):
+    index = json.loads((damaged / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    shard = damaged / index["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][3, 5] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert name in refused(damaged)
+
+
+def test_an_architecture_that_is_not_supported(refused, damaged):
+    config = json.loads((damaged / "config.json").read_text(encoding="utf-8"))
+    config |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    (damaged / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    line = refused(damaged)
+    assert "MambaForCausalLM" in line and "LlamaForCausalLM" in line
+
+
+def test_a_text_too_short_to_calibrate_on(cli, tiny_spm, outputs, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("A few words.", encoding="utf-8")
+    line = cli("convert", tiny_spm, outputs / "o.gguf", "--calibration", short).error
+    assert "token" in line
+    assert list(outputs.iterdir()) == []
+
+
+def test_a_calibration_text_that_is_not_there(cli, tiny_spm, outputs, tmp_path):
+    line = cli("convert", tiny_spm, outputs / "o.gguf", "--calibration", tmp_path / "none.txt").error
+    assert "none.txt" in line
+    assert list(outputs.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["missing/o.gguf", "file/o.gguf", "directory"])
+def test_an_out_that_cannot_be_written(cli, tiny_spm, tmp_path, out):
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert str(tmp_path / out) in cli("convert", tiny_spm, tmp_path / out, "--rotation", "none").error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_fills_up_while_writing(cli, tiny_bpe, tmp_path, outputs):
+    # a limit on the size of files stands in for the full disk: the same write fails
+    work = tmp_path / "work"
+    assert cli("convert", tiny_bpe, outputs / "o.gguf", "--rotation", "none", "--work-dir", work).status == 0
+    size = (outputs / "o.gguf").stat().st_size
+    (outputs / "o.gguf").unlink()
+    limit = size // 2
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    options = ("--rotation", "none", "--work-dir", work)
+    line = cli("convert", tiny_bpe, outputs / "o.gguf", *options, preexec_fn=limited).error
+    assert str(outputs / "o.gguf") in line and "MB" in line
+    assert list(outputs.iterdir()) == []
+
+
+def test_a_source_gguf_that_is_damaged(refused, converted, tiny_spm, tmp_path):
+    path = tmp_path / "half.gguf"
+    path.write_bytes(converted(tiny_spm, "--rotation", "none").read_bytes()[:5000])
+    assert "half.gguf" in refused(path)
+
+
+@pytest.mark.parametrize("keep", [2, 100, 3000, 0.5, 0.999])
+def test_a_truncated_gguf(cli, converted, tiny_spm, text, tmp_path, keep):
+    content = converted(tiny_spm, "--rotation", "none").read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    assert "cut.gguf" in cli("inspect", path).error
+    assert "cut.gguf" in cli("eval", path, "--text", text, "--context", "64", "--chunks", "2").error
+
+
+def test_a_gguf_with_a_scale_that_is_no_number(program, converted, tiny_spm, tmp_path):
+    intact = converted(tiny_spm, "--rotation", "none")
+    tensor = next(tensor for tensor in read_gguf(intact).tensors if tensor.type_name == "kt4")
+    content = bytearray(intact.read_bytes())
+    content[tensor.offset : tensor.offset + 2] = b"\xff\x7f"  # a half NaN
+    path = tmp_path / "flipped.gguf"
+    path.write_bytes(content)
+    options = ("-p", "x", "-n", "1", "-no-cnv", "--check-tensors")
+    assert program("llama-completion", "-m", intact, *options).status == 0
+    done = program("llama-completion", "-m", path, *options)
+    assert done.status not in (0, -11, -6), done.stderr
+    assert tensor.name in done.stderr
+
+
+def test_a_short_evaluation_text(cli, converted, tiny_spm, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("A few words.", encoding="utf-8")
+    line = cli("eval", converted(tiny_spm, "--rotation", "none"), "--text", short).error
+    assert "at least 1024 tokens" in line
+
+
+def test_a_reference_of_another_vocabulary(cli, converted, tiny_spm, tiny_bpe, text):
+    files = converted(tiny_spm, "--rotation", "none"), converted(tiny_bpe, "--rotation", "none")
+    line = cli("eval", files[0], "--text", text, "--context", "64", "--chunks", "8", "--reference", files[1]).error
+    assert "different vocabularies" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_conversion_says_how_to_go_on(tiny_bpe, outputs, number):
+    out = outputs / "o.gguf"
+    command = [sys.executable, "-m", "kurtail_gguf.cli.main", "convert", str(tiny_bpe), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline()  # its first stage has begun
+        time.sleep(0.5)
+        process.send_signal(number)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    assert f"go on from the last finished step, type: kurtail-gguf convert {tiny_bpe} {out}" in rest
+    assert "Traceback" not in rest
+    assert not out.exists() and not list(outputs.glob(".kurtail*"))
+
+
+def test_weights_of_the_damaged_copies_were_fine_before(damaged):
+    for shard in _shards(damaged):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(shard).values())

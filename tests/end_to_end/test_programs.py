@@ -1,0 +1,118 @@
+"""The tools people use: completion, bindings, server, RPC, bench, quantize."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kurtail_gguf import native
+
+PROMPT = "The capital of France is"
+HADAMARD = ("--rotation", "hadamard")
+
+
+@pytest.fixture(scope="module")
+def model(converted, smollm2) -> Path:
+    return converted(smollm2, *HADAMARD)
+
+
+@contextlib.contextmanager
+def serving(name: str, *arguments: object) -> Iterator[int]:
+    """A server of the runtime on a free loopback port, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(native.executable(name)), *map(str, arguments), "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(600):
+                assert process.poll() is None, f"{name} ended with {process.returncode}"
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.1)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def completion(program, model: Path, *options: object) -> str:
+    """Eight greedy tokens from llama-completion, without the prompt."""
+    done = program("llama-completion", "-m", model, "-no-cnv", "--no-display-prompt", "--temp", "0", "-n", "8", "-p", PROMPT, *options)
+    assert done.status == 0, done.stderr[-2000:]
+    return done.stdout.replace("[end of text]", "").strip()
+
+
+def test_bindings_answer_like_the_program(program, model) -> None:
+    code = (
+        "import json, sys; from llama_cpp import Llama;"
+        "print(json.dumps(Llama(sys.argv[1], verbose=False)(sys.argv[2], max_tokens=8, temperature=0)['choices'][0]['text']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model), PROMPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1]).strip()
+    assert answer and answer == completion(program, model)
+
+
+def test_bindings_load_our_library(runtime) -> None:
+    code = "import llama_cpp; print(llama_cpp.llama_cpp._lib._name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).parent == runtime / "lib"
+
+
+def test_server_chats(model) -> None:
+    with serving("llama-server", "-m", model, "-c", "512") as port:
+        body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "temperature": 0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        for _ in range(300):  # it listens before the model is loaded
+            try:
+                with urllib.request.urlopen(request, timeout=120) as response:
+                    answer = json.load(response)
+                break
+            except urllib.error.HTTPError as error:
+                assert error.code == 503
+                time.sleep(0.2)
+    assert answer["choices"][0]["message"]["content"].strip()
+    assert answer["usage"]["completion_tokens"] <= 8
+
+
+def test_rpc_serves_the_type(program, model) -> None:
+    with serving("rpc-server") as port:
+        remote = completion(program, model, "--rpc", f"127.0.0.1:{port}", "-ngl", "99")
+    assert remote == completion(program, model)
+
+
+def test_bench_names_the_type(program, model) -> None:
+    done = program("llama-bench", "-m", model, "-p", "16", "-n", "4", "-r", "1", "-o", "json")
+    assert done.status == 0, done.stderr
+    assert all(result["model_type"].count("KT4") for result in json.loads(done.stdout))
+
+
+def test_quantize_offers_the_type(program, tiny_reference, tmp_path) -> None:
+    out = tmp_path / "kt4.gguf"
+    done = program("llama-quantize", tiny_reference, out, "KT4")
+    assert done.status == 0, done.stderr[-2000:]
+    # no kurtail keys: 4-bit activations, no rotations, upstream's cache
+    log = program("llama-completion", "-m", out, "-no-cnv", "-p", "a", "-n", "2", "-c", "64", "-lv", "4")
+    assert log.status == 0
+    assert re.search(r"K \(f16\)", log.stdout + log.stderr)
+    assert "kurtail: " not in log.stderr
+
+
+def test_llama_cli_answers(program, model) -> None:
+    done = program("llama-cli", "-m", model, "--single-turn", "--temp", "0", "-n", "8", "-p", "What is the capital of France?")
+    assert done.status == 0, done.stderr[-2000:]
+    assert re.search(r"Generation: [\d.]+ t/s", done.stdout)
