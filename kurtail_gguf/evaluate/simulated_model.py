@@ -19,19 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_gguf import ggml
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.rounding import ACTIVATION_BLOCK, CACHE_BLOCK, round_to
 from kurtail_gguf.formats import kt4
-from kurtail_gguf.formats.hadamard import walsh_hadamard_
 from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, write_header
-
-ATTENTION = "kurtail_simulation"
-
-#: The runtime rotates V by this size wherever R2 is not folded in (llama-kv-cache.cpp).
-_V_ROTATION = 64
+from kurtail_gguf.simulation.attention import V_ROTATION, CacheSettings, rotated, use_simulated_attention
+from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK, round_to
 
 #: What the runtime rounds the input of the head to 8 bits in, by the head's type (q8_0 and q8_K).
 _HEAD_BLOCK = {ggml.Q8_0: 32, ggml.Q6_K: 256}
@@ -60,23 +55,6 @@ class SimulationError(KurtailError):
     """The file holds what the simulation does not know."""
 
 
-@dataclass(frozen=True, slots=True)
-class CacheSettings:
-    """What attention does to queries, keys and values.
-
-    Args:
-        bits: of the cache, 4, 8 or 16.
-        rotation: size of R3 on q and k, 0 for none.
-        rotate_v: whether the runtime rotates V and the result back.
-        paired: whether the runtime's q and k are in RoPE pairs rather than halves.
-    """
-
-    bits: int
-    rotation: int
-    rotate_v: bool
-    paired: bool
-
-
 def load_model(info: GgufInfo, library: ggml.GgmlBase) -> PreTrainedModel:
     """Build the model.
 
@@ -89,48 +67,13 @@ def load_model(info: GgufInfo, library: ggml.GgmlBase) -> PreTrainedModel:
     """
     config = _config(info)
     config.tie_word_embeddings = not any(tensor.name == "output.weight" for tensor in info.tensors)
-    AttentionInterface.register(ATTENTION, simulated_attention)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=use_simulated_attention())
     _load_weights(model, info, library)
     _simulate_linears(model, info)
     cache = _cache_settings(info)
     for layer in model.model.layers:
         layer.self_attn.kurtail_cache = cache
     return model.eval()
-
-
-def simulated_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    dropout: float = 0.0, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention over a rounded cache, as llama.cpp's CPU flash attention computes it.
-
-    Args:
-        module: the attention layer; carries its CacheSettings.
-        query: ``[batch, heads, tokens, head_dim]``, after RoPE; key and value with the KV heads.
-        attention_mask: unused: chunks are whole and start empty, so causality is all there is.
-        scaling: of the scores.
-
-    Returns:
-        ``[batch, tokens, heads, head_dim]``, and no attention weights.
-    """
-    cache: CacheSettings = module.kurtail_cache
-    if cache.bits < 16:
-        if cache.paired:
-            query, key = _halves_to_pairs(query), _halves_to_pairs(key)
-        if cache.rotation:
-            query, key = _rotated(query, cache.rotation), _rotated(key, cache.rotation)
-        if cache.rotate_v:
-            value = _rotated(value, _V_ROTATION)
-        # the kernel multiplies a quantized K by a query rounded to q8_0, whatever K's own bits are
-        query = round_to(query, 8, CACHE_BLOCK)
-    key, value = round_to(key, cache.bits, CACHE_BLOCK), round_to(value, cache.bits, CACHE_BLOCK)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    result = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    if cache.bits < 16 and cache.rotate_v:
-        result = _rotated(result, _V_ROTATION)
-    return result.transpose(1, 2).contiguous(), None
 
 
 def _cache_settings(info: GgufInfo) -> CacheSettings:
@@ -142,7 +85,7 @@ def _cache_settings(info: GgufInfo) -> CacheSettings:
     return CacheSettings(
         bits=provenance.kv_bits,
         rotation=provenance.r3_size if provenance.r3_kind == "hadamard" else 0,
-        rotate_v=provenance.r2_kind == "none" and head_dim % _V_ROTATION == 0,
+        rotate_v=provenance.r2_kind == "none" and head_dim % V_ROTATION == 0,
         paired=paired,
     )
 
@@ -163,20 +106,10 @@ def _simulate_linears(model: PreTrainedModel, info: GgufInfo) -> None:
 
 def _rounded_input(bits: int, block: int, rotation: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        x = _rotated(inputs[0], rotation) if rotation else inputs[0]
+        x = rotated(inputs[0], rotation) if rotation else inputs[0]
         return (round_to(x, bits, block),)
 
     return hook
-
-
-def _rotated(x: Tensor, size: int) -> Tensor:
-    return walsh_hadamard_(x.clone(memory_format=torch.contiguous_format), size)
-
-
-def _halves_to_pairs(x: Tensor) -> Tensor:
-    """Order of a head's values: first and second halves interleaved, ``[..., head_dim]``."""
-    *lead, width = x.shape
-    return x.reshape(*lead, 2, width // 2).transpose(-1, -2).reshape(x.shape)
 
 
 def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase) -> None:

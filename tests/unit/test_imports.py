@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "config", "progress", "formats", "workdir"),
     ("native", "vendored", "ggml", "gguf_info", "bindings"),  # where the runtime is, and its tables
     ("arch",),
-    ("loading",),
+    ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
     ("pipeline",),
     ("cli",),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kurtail_gguf.evaluate.rounding import round_4bit, round_8bit, round_to
+from kurtail_gguf.simulation.rounding import round_4bit, round_8bit, round_to
 from kurtail_gguf.formats import kt4
 
 
