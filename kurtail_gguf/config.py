@@ -13,7 +13,7 @@ WEIGHTS = ("rtn",)
 ACTIVATION_BITS = (4, 8)
 KV_BITS = (4, 8, 16)
 DEVICES = ("auto", "cpu", "cuda")
-#: ``kurtail``: kt4 linears and online rotations, for the shipped runtime; ``stock``: for any llama.cpp.
+#: ``kurtail``: kt4 linears and online rotations, for the shipped runtime; ``stock``: for unpatched llama.cpp.
 TARGETS = ("kurtail", "stock")
 
 #: What stock llama.cpp does by itself with q4_0 linears: their inputs are rounded to q8_0, the cache is f16.

@@ -57,7 +57,7 @@ class _Bits(click.Choice):
 )
 @click.option(
     "--target", type=click.Choice(TARGETS), default=_DEFAULTS["target"], show_default=True,
-    help="stock: a Q4_0 file that any llama.cpp runs, with folded rotations only; --activations and --kv "
+    help="stock: a Q4_0 file that stock llama.cpp runs, with folded rotations only; --activations and --kv "
     "have no place there.",
 )
 @click.option(
