@@ -13,6 +13,12 @@ WEIGHTS = ("rtn",)
 ACTIVATION_BITS = (4, 8)
 KV_BITS = (4, 8, 16)
 DEVICES = ("auto", "cpu", "cuda")
+#: ``kurtail``: kt4 linears and online rotations, for the shipped runtime; ``stock``: for unpatched llama.cpp.
+TARGETS = ("kurtail", "stock")
+
+#: What stock llama.cpp does by itself with q4_0 linears: their inputs are rounded to q8_0, the cache is f16.
+STOCK_ACTIVATION_BITS = 8
+STOCK_KV_BITS = 16
 
 #: Fewest tokens that R1 can be learned from: below it the samples of a step repeat themselves.
 MIN_CALIBRATION_TOKENS = 1024
@@ -31,6 +37,14 @@ def _one_of(option: str, value: object, offered: tuple[object, ...]) -> None:
         raise ConfigError(f"{option} {value!r} is not offered: choose one of {names}")
 
 
+def not_with_stock(option: str) -> ConfigError:
+    """The refusal of an option that a file for stock llama.cpp cannot honour."""
+    return ConfigError(
+        f"{option} cannot be chosen with --target stock: stock llama.cpp decides how it rounds activations, and "
+        f"its own -ctk and -ctv choose the cache; leave it out or give --target kurtail"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ConvertConfig:
     """Everything ``pipeline.convert`` needs to know.
@@ -46,6 +60,8 @@ class ConvertConfig:
         calibration_tokens: how many tokens to calibrate on.
         seed: seed of everything random.
         device: where tensors are computed.
+        target: ``kurtail``, or ``stock``: a q4_0 file that stock llama.cpp runs, with folded rotations
+            only. It rounds activations and cache by its own rules, so neither can be chosen then.
         work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
     """
 
@@ -59,6 +75,7 @@ class ConvertConfig:
     calibration_tokens: int = 8192
     seed: int = 0
     device: str = "auto"
+    target: str = "kurtail"
     work_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +84,9 @@ class ConvertConfig:
         _one_of("--activations", self.activations, ACTIVATION_BITS)
         _one_of("--kv", self.kv, KV_BITS)
         _one_of("--device", self.device, DEVICES)
+        _one_of("--target", self.target, TARGETS)
+        if self.target == "stock" and (self.activations, self.kv) != (4, 4):
+            raise not_with_stock("--activations and --kv")
         if not self.model:
             raise ConfigError("MODEL is empty: give an HF directory, a GGUF file or a recipe's name")
         if not self.calibration:
@@ -112,8 +132,14 @@ class Provenance:
     calibration_name: str
     calibration_tokens: int
     calibration_sha256: str
+    target: str = "kurtail"
     format_version: int = FORMAT_VERSION
     tool: str = TOOL
+
+    @property
+    def runs_as(self) -> str:
+        """Bits of weights, activations and cache; those of the weights where the rest is stock llama.cpp's affair."""
+        return "stock W4" if self.target == "stock" else f"W4A{self.activation_bits}KV{self.kv_bits}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,13 +28,20 @@ from kurtail_gguf.calibration.tokens import (
     load_tokenizer,
     tokenize,
 )
-from kurtail_gguf.config import TOOL, ConvertConfig, ConvertResult, Provenance
+from kurtail_gguf.config import (
+    STOCK_ACTIVATION_BITS,
+    STOCK_KV_BITS,
+    TOOL,
+    ConvertConfig,
+    ConvertResult,
+    Provenance,
+)
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.export import check_vocabulary, write_gguf
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.fold.tables import fold_embedding, fold_head
-from kurtail_gguf.formats import kt4
 from kurtail_gguf.formats.hadamard import r4_size
+from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
@@ -138,20 +145,23 @@ def pick_device(device: str) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The online rotations' sizes, 0 for none."""
+    """The online rotations' sizes, 0 for none, and what the block linears are stored as."""
 
     r3: int
     r4: int
+    format: BlockFormat
 
     @classmethod
     def of(cls, config: ConvertConfig, checkpoint: Checkpoint) -> _Plan:
-        if config.rotation == "none":
-            return cls(0, 0)
+        block_format = BLOCK_FORMATS[config.target]
+        # Stock llama.cpp has no R4, and rotates K by itself where its cache is quantized.
+        if config.rotation == "none" or config.target == "stock":
+            return cls(0, 0, block_format)
         head_dim = checkpoint.spec.head_dim
         # Upstream rotates only heads that are multiples of 64, and only for a quantized cache.
         r3 = head_dim if head_dim % 64 == 0 and head_dim & (head_dim - 1) == 0 and config.kv < 16 else 0
         r4 = r4_size(checkpoint.spec.intermediate_size)
-        return cls(r3, r4 if r4 > 1 else 0)
+        return cls(r3, r4 if r4 > 1 else 0, block_format)
 
 
 class _Clock:
@@ -180,6 +190,7 @@ def _settings(
     return {
         "tool": TOOL,
         "checkpoint": checkpoint.fingerprint(),
+        "target": config.target,
         "rotation": config.rotation,
         "weights": config.weights,
         "kv": config.kv,
@@ -292,7 +303,7 @@ def _quantize(
     """Fold and quantize into ``target``; the layout is the exporter's input.
 
     ``embed_tokens.npy``, ``lm_head.npy`` (float32 ``[vocab, hidden]``), ``layer-NNNNN.safetensors`` (HF
-    names; block linears as kt4 rows, uint8 ``[out, in/64*34]``; the rest float32) and
+    names; block linears as packed rows of ``plan.format``, uint8; the rest float32) and
     ``final.safetensors`` (the final norm's weight, ones).
     """
     target.mkdir(exist_ok=True)
@@ -309,7 +320,8 @@ def _quantize(
                 r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
                 folding = LayerRotations(r1, r2, plan.r4)
                 weights = checkpoint.layer(layer, device, check=True)
-                _save(_quantize_layer(checkpoint, layer, fold_layer(weights, spec, folding)), path)
+                folded = fold_layer(weights, spec, folding)
+                _save(_quantize_layer(checkpoint, layer, folded, plan.format), path)
             stage.advance(1, f"layer {layer}")
     norm = f"{spec.family.final_norm}.weight"
     _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
@@ -317,14 +329,14 @@ def _quantize(
 
 
 def _quantize_layer(
-    checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor]
+    checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor], block_format: BlockFormat
 ) -> dict[str, np.ndarray]:
     prefix = checkpoint.spec.layer_prefix(layer)
     linears = {f"{name}.weight" for name in checkpoint.spec.family.linears}
     out = {}
     for name, tensor in folded.items():
         if name in linears:
-            out[prefix + name] = kt4.pack(*quantize_rtn(tensor, prefix + name))
+            out[prefix + name] = block_format.pack(*quantize_rtn(tensor, prefix + name, block_format.block))
         else:
             out[prefix + name] = tensor.float().cpu().numpy()
     return out
@@ -344,7 +356,9 @@ def _provenance(
     tokens: CalibrationTokens | None,
 ) -> Provenance:
     spec = checkpoint.spec
+    stock = config.target == "stock"
     return Provenance(
+        target=config.target,
         rotation=config.rotation,
         objective=OBJECTIVE if config.rotation == "kurtail" else "none",
         weights=config.weights,
@@ -357,8 +371,8 @@ def _provenance(
         r3_size=plan.r3,
         r4_kind="hadamard" if plan.r4 else "none",
         r4_size=plan.r4,
-        activation_bits=config.activations,
-        kv_bits=config.kv,
+        activation_bits=STOCK_ACTIVATION_BITS if stock else config.activations,
+        kv_bits=STOCK_KV_BITS if stock else config.kv,
         calibration_name="" if tokens is None else tokens.name,
         calibration_tokens=0 if tokens is None else int(tokens.ids.size),
         calibration_sha256="" if tokens is None else tokens.sha256,

@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from kurtail_gguf.cli.progress import format_seconds, make_progress
-from kurtail_gguf.config import ACTIVATION_BITS, DEVICES, KV_BITS, ROTATIONS, WEIGHTS, ConvertConfig
+from kurtail_gguf.config import (
+    ACTIVATION_BITS,
+    DEVICES,
+    KV_BITS,
+    ROTATIONS,
+    TARGETS,
+    WEIGHTS,
+    ConvertConfig,
+    not_with_stock,
+)
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ConvertConfig)}
 
@@ -46,6 +56,11 @@ class _Bits(click.Choice):
     help="Bits of the KV cache.",
 )
 @click.option(
+    "--target", type=click.Choice(TARGETS), default=_DEFAULTS["target"], show_default=True,
+    help="stock: a Q4_0 file that stock llama.cpp runs, with folded rotations only; --activations and --kv "
+    "have no place there.",
+)
+@click.option(
     "--calibration", multiple=True, default=_DEFAULTS["calibration"], metavar="FILE", show_default=True,
     help="Text or jsonl files (give the option once for each), hf:NAME for a dataset, or self: text "
     "that the model generates.",
@@ -70,14 +85,22 @@ def convert_command(model: str, out: Path, calibration: tuple[str, ...], **optio
     from kurtail_gguf.export import read_gguf
     from kurtail_gguf.pipeline import convert
 
+    _refuse_with_stock(options["target"])
     config = ConvertConfig(model=model, out=out, calibration=calibration, **options)
     result = convert(config, make_progress(Console(stderr=True)))
     info = read_gguf(result.out)
     size = os.path.getsize(result.out) / 1e6
     spent = format_seconds(sum(result.seconds.values()))
-    provenance = result.provenance
     click.echo(
         f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight "
-        f"(W4A{provenance.activation_bits}KV{provenance.kv_bits}), in {spent}"
+        f"({result.provenance.runs_as}), in {spent}"
     )
     click.echo(f"run it with: llama-cli -m {click.format_filename(result.out)}")
+
+
+def _refuse_with_stock(target: str) -> None:
+    """Refuse what was typed, even where it is the default: the file would not be what was asked for."""
+    context = click.get_current_context()
+    for name in ("activations", "kv"):
+        if target == "stock" and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise not_with_stock(f"--{name}")

@@ -14,7 +14,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from kurtail_gguf import ggml
 from kurtail_gguf.cli.progress import make_progress
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.progress import Progress
@@ -37,6 +36,7 @@ class ModelResult:
     bits_per_weight: float
     activation_bits: int | None
     kv_bits: int
+    runs_as: str
 
 
 @click.command("eval")
@@ -150,15 +150,8 @@ def _vocabulary_size(info: GgufInfo) -> int:
 def _result(
     info: GgufInfo, value: float, stderr: float, kld_mean: float | None = None, top1_agreement: float | None = None
 ) -> ModelResult:
-    provenance = info.provenance
-    if provenance is not None:
-        activations, cache = provenance.activation_bits, provenance.kv_bits
-    else:
-        # a stock file runs with llama.cpp's default cache; of its activations nothing is said
-        activations = 4 if any(tensor.type_id == ggml.KT4 for tensor in info.tensors) else None
-        cache = 16
-    path = str(info.path)
-    return ModelResult(path, value, stderr, kld_mean, top1_agreement, info.bits_per_weight, activations, cache)
+    bits = info.bits_per_weight, *info.runtime_bits
+    return ModelResult(str(info.path), value, stderr, kld_mean, top1_agreement, *bits, info.runs_as)
 
 
 def _table(rows: list[ModelResult], divergence: bool) -> Table:
@@ -174,7 +167,7 @@ def _table(rows: list[ModelResult], divergence: bool) -> Table:
             cells.append("" if row.kld_mean is None else f"{row.kld_mean:.4f}")
             cells.append("" if row.top1_agreement is None else f"{100 * row.top1_agreement:.2f} %")
         cells.append(f"{row.bits_per_weight:.2f}")
-        cells.append("stock" if row.activation_bits is None else f"W4A{row.activation_bits}KV{row.kv_bits}")
+        cells.append(row.runs_as)
         table.add_row(*cells)
     return table
 

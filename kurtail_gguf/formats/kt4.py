@@ -15,6 +15,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kurtail_gguf.formats import nibbles
+
 #: Type id in the file, and ``general.file_type``.
 TYPE_ID: Final = 164
 #: Values in a block.
@@ -23,13 +25,6 @@ BLOCK: Final = 64
 TYPE_SIZE: Final = 34
 #: Largest finite half.
 HALF_MAX: Final = 65504.0
-
-_HALF = BLOCK // 2
-
-
-def _check_row(length: int) -> None:
-    if length % BLOCK:
-        raise ValueError(f"row of {length} values is not a multiple of {BLOCK}")
 
 
 def pack(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:
@@ -45,21 +40,7 @@ def pack(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.ND
     Raises:
         ValueError: shapes that do not fit, a code outside −8…7, a scale that is not finite.
     """
-    _check_row(codes.shape[-1])
-    lead, blocks = codes.shape[:-1], codes.shape[-1] // BLOCK
-    if scales.shape != (*lead, blocks):
-        raise ValueError(f"scales {scales.shape} do not fit codes {codes.shape}")
-    if codes.dtype != np.int8 or scales.dtype != np.float16:
-        raise ValueError(f"codes {codes.dtype} and scales {scales.dtype}: expected int8 and float16")
-    if codes.size and (codes.min() < -8 or codes.max() > 7):
-        raise ValueError(f"codes {codes.min()}…{codes.max()} are outside -8…7")
-    if not np.isfinite(scales).all():
-        raise ValueError("a scale is NaN or infinite")
-    nibbles = codes.reshape(*lead, blocks, BLOCK).view(np.uint8) & 0x0F
-    out = np.empty((*lead, blocks, TYPE_SIZE), np.uint8)
-    out[..., :2] = scales.astype("<f2").reshape(*lead, blocks, 1).view(np.uint8)
-    out[..., 2:] = nibbles[..., :_HALF] | (nibbles[..., _HALF:] << 4)
-    return out.reshape(*lead, blocks * TYPE_SIZE)
+    return nibbles.pack_rows(codes, scales, BLOCK, nibbles.TWOS_COMPLEMENT)
 
 
 def unpack(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
@@ -74,16 +55,7 @@ def unpack(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArr
     Raises:
         ValueError: a row that is not a whole number of blocks.
     """
-    if data.shape[-1] % TYPE_SIZE:
-        raise ValueError(f"row of {data.shape[-1]} bytes is not a multiple of {TYPE_SIZE}")
-    lead, blocks = data.shape[:-1], data.shape[-1] // TYPE_SIZE
-    cells = data.reshape(*lead, blocks, TYPE_SIZE)
-    scales = np.ascontiguousarray(cells[..., :2]).view("<f2").reshape(*lead, blocks).astype(np.float16)
-    codes = np.empty((*lead, blocks, BLOCK), np.int8)
-    # Shift left, then arithmetic shift right: sign extension of a nibble.
-    codes[..., :_HALF] = (cells[..., 2:] << 4).view(np.int8) >> 4
-    codes[..., _HALF:] = np.ascontiguousarray(cells[..., 2:]).view(np.int8) >> 4
-    return codes.reshape(*lead, blocks * BLOCK), scales
+    return nibbles.unpack_rows(data, BLOCK, nibbles.TWOS_COMPLEMENT)
 
 
 def quantize_reference(
@@ -97,7 +69,7 @@ def quantize_reference(
     Returns:
         codes int8 ``[..., K]`` and scales float16 ``[..., K/64]``.
     """
-    _check_row(x.shape[-1])
+    nibbles.check_row(x.shape[-1], BLOCK)
     lead, blocks = x.shape[:-1], x.shape[-1] // BLOCK
     values = np.asarray(x, np.float32).reshape(*lead, blocks, BLOCK)
     first = np.abs(values).argmax(-1)  # numpy's argmax is the first on ties
@@ -123,7 +95,4 @@ def dequantize(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> 
     Returns:
         float32 ``[..., K]``.
     """
-    _check_row(codes.shape[-1])
-    lead, blocks = codes.shape[:-1], codes.shape[-1] // BLOCK
-    values = codes.reshape(*lead, blocks, BLOCK).astype(np.float32)
-    return (values * scales.astype(np.float32)[..., None]).reshape(*lead, blocks * BLOCK)
+    return nibbles.scale_rows(codes, scales, BLOCK)

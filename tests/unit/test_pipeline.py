@@ -14,9 +14,11 @@ from safetensors.numpy import load_file
 from kurtail_gguf import pipeline
 from kurtail_gguf.config import ConvertConfig, Provenance
 from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
-from kurtail_gguf.formats import kt4
+from kurtail_gguf.fold.layer import LayerRotations, fold_layer
+from kurtail_gguf.formats import kt4, q4_0
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.rotation.store import load_rotations
 
 
 @pytest.fixture
@@ -103,6 +105,35 @@ def test_layers_hold_packed_linears_unit_norms_and_biases(tiny_checkpoint, tmp_p
     final = load_file(tmp_path / "w" / "quantized" / "final.safetensors")
     assert np.array_equal(final["model.norm.weight"], np.ones(128, np.float32))
     assert np.load(tmp_path / "w" / "quantized" / "lm_head.npy").shape == (320, 128)
+
+
+def test_for_stock_the_linears_are_q4_0_and_nothing_is_left_online(tiny_checkpoint, tmp_path, exported):
+    model = tiny_checkpoint("mistral")  # heads of 64: R3 would be possible
+    config = _config(model, tmp_path / "o.gguf", rotation="hadamard", target="stock", work_dir=tmp_path / "w")
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert exported[0][1] == provenance
+    assert (provenance.target, provenance.activation_bits, provenance.kv_bits) == ("stock", 8, 16)
+    kinds = (provenance.r1_kind, provenance.r2_kind, provenance.r3_kind, provenance.r4_kind)
+    assert kinds == ("hadamard", "hadamard", "none", "none")
+    checkpoint = open_checkpoint(model)
+    layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
+    rotations = load_rotations(tmp_path / "w" / "rotations.safetensors")
+    folding = LayerRotations(torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]), 0)
+    folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
+    for name in checkpoint.spec.family.linears:
+        packed = layer[f"model.layers.1.{name}.weight"]
+        out, columns = checkpoint.spec.linear_shape(name)
+        assert packed.dtype == np.uint8 and packed.shape == (out, columns // 32 * 18)
+        expected = folded[f"{name}.weight"].numpy()
+        error = np.square(q4_0.dequantize(*q4_0.unpack(packed)) - expected).mean()
+        assert error < 0.01 * np.square(expected).mean()
+
+
+def test_the_target_is_a_setting(tiny_checkpoint, tmp_path, exported):
+    config = _config(tiny_checkpoint(), tmp_path / "o.gguf", rotation="none", work_dir=tmp_path / "w")
+    pipeline.convert(config, NullProgress())
+    with pytest.raises(KurtailError, match="target was kurtail, is stock"):
+        pipeline.convert(dataclasses.replace(config, target="stock"), NullProgress())
 
 
 @pytest.mark.parametrize(
@@ -217,6 +248,9 @@ def test_cuda_without_a_device(tmp_path):
         ({"activations": 5}, "4, 8"),
         ({"kv": 2}, "4, 8, 16"),
         ({"device": "tpu"}, "auto, cpu, cuda"),
+        ({"target": "ollama"}, "kurtail, stock"),
+        ({"target": "stock", "kv": 16}, "--kv cannot be chosen with --target stock"),
+        ({"target": "stock", "activations": 8}, "--target stock: stock llama.cpp decides"),
         ({"calibration": ()}, "--calibration"),
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
         ({"seed": -1}, "--seed -1"),
