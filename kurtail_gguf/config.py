@@ -8,7 +8,9 @@ from pathlib import Path
 from kurtail_gguf import __version__
 from kurtail_gguf.errors import ConfigError
 
-ROTATIONS = ("kurtail", "hadamard", "none")
+ROTATIONS = ("kurtail", "spinquant", "hadamard", "none")
+#: Those that are learned, and so need calibration text.
+LEARNED_ROTATIONS = ("kurtail", "spinquant")
 WEIGHTS = ("rtn",)
 ACTIVATION_BITS = (4, 8)
 KV_BITS = (4, 8, 16)
@@ -52,7 +54,8 @@ class ConvertConfig:
     Args:
         model: an HF directory, a GGUF file that transformers can read, or the name of a recipe.
         out: the GGUF file to write.
-        rotation: ``kurtail`` (R1, R2 learned), ``hadamard`` (R1, R2 random) or ``none``.
+        rotation: ``kurtail`` (R1, R2 learned layer by layer), ``spinquant`` (learned end to end),
+            ``hadamard`` (R1, R2 random) or ``none``.
         weights: weight quantization; ``rtn`` is round-to-nearest with searched scales.
         activations: bits of the activations that enter the block linears.
         kv: bits of the KV cache (16 is f16).
@@ -104,7 +107,7 @@ class ConvertConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether rotations are learned, and so whether any text is read at all."""
-        return self.rotation == "kurtail"
+        return self.rotation in LEARNED_ROTATIONS
 
 
 @dataclass(frozen=True, slots=True)

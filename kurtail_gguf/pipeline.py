@@ -49,11 +49,13 @@ from kurtail_gguf.quantize.rtn import quantize_rtn
 from kurtail_gguf.rotation.hadamard import random_rotation
 from kurtail_gguf.rotation.learn import learn_r1, learn_r2
 from kurtail_gguf.rotation.objectives import OBJECTIVES
+from kurtail_gguf.rotation.spinquant import Rounding, learn_spinquant
 from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
+from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.workdir import filling, open_work_dir
 
-#: What the file says R1 and R2 were learned by.
-OBJECTIVE = "kurtosis"
+#: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
+OBJECTIVE = {"kurtail": "kurtosis", "spinquant": "cross-entropy"}
 #: Which side of it counts: R1 must leave flat tokens flat, values have none (rotation/objectives.py).
 R1_OBJECTIVE, R2_OBJECTIVE = "kurtosis", "absolute-kurtosis"
 
@@ -257,6 +259,8 @@ def _rotations(
         return load_rotations(path)
     if tokens is None:
         rotations = random_rotations(checkpoint, config.seed)
+    elif config.rotation == "spinquant":
+        rotations = _spinquant(config, checkpoint, tokens, device, progress)
     else:
         samples = _capture(checkpoint, tokens, work_dir / "capture", config.seed, device, progress)
         values = [samples.values(layer) for layer in range(samples.layers)]
@@ -265,6 +269,24 @@ def _rotations(
         rotations = Rotations("learned", "learned", r1, r2)
     save_rotations(rotations, path)
     return rotations
+
+
+def _spinquant(
+    config: ConvertConfig,
+    checkpoint: Checkpoint,
+    tokens: CalibrationTokens,
+    device: torch.device,
+    progress: Progress,
+) -> Rotations:
+    """From the rotations of ``--rotation hadamard``, so that the two differ by the learning alone."""
+    plan, start = _Plan.of(config, checkpoint), random_rotations(checkpoint, config.seed)
+    # In which order the runtime has RoPE's pairs only decides which values of a head share a block.
+    cache = CacheSettings(bits=config.kv, rotation=plan.r3, rotate_v=False, paired=False)
+    r1, r2 = learn_spinquant(
+        checkpoint, tokens.ids, (start.r1, start.r2), Rounding(config.activations, cache), plan.r4,
+        config.seed, device, progress,
+    )  # fmt: skip
+    return Rotations("learned", "learned", r1, r2)
 
 
 def random_rotations(checkpoint: Checkpoint, seed: int) -> Rotations:
@@ -360,7 +382,7 @@ def _provenance(
     return Provenance(
         target=config.target,
         rotation=config.rotation,
-        objective=OBJECTIVE if config.rotation == "kurtail" else "none",
+        objective=OBJECTIVE.get(config.rotation, "none"),
         weights=config.weights,
         seed=config.seed,
         r1_kind=rotations.r1_kind,

@@ -41,7 +41,8 @@ class _Bits(click.Choice):
 @click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option(
     "--rotation", type=click.Choice(ROTATIONS), default=_DEFAULTS["rotation"], show_default=True,
-    help="kurtail: R1 and R2 learned; hadamard: at random; none.",
+    help="kurtail: R1 and R2 learned layer by layer; spinquant: learned end to end, with the whole model in "
+    "memory; hadamard: at random; none.",
 )
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default=_DEFAULTS["weights"], show_default=True,

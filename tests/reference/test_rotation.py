@@ -76,6 +76,26 @@ def test_kurtosis_is_scipys():
     assert np.allclose(found, scipy.stats.kurtosis(x, axis=-1, fisher=False), rtol=1e-10)
 
 
+def test_absolute_loss_is_kurtails():
+    """KurTail (arXiv:2503.01483): the mean of |κ − κ_u| over tokens, κ_u = 1.8 a uniform distribution's."""
+    x = np.random.default_rng(1).standard_t(5, (40, 576)) * np.linspace(0.1, 1, 576) ** 0.2
+    x[:7] = np.sign(x[:7])  # flatter than uniform
+    uniform = scipy.stats.uniform.stats(moments="k") + 3
+    expected = np.abs(scipy.stats.kurtosis(x, axis=-1, fisher=False) - uniform).mean()
+    assert float(absolute_kurtosis_loss(torch.from_numpy(x))) == pytest.approx(expected, rel=1e-10)
+
+
+def test_random_hadamard_is_quarots():
+    """QuaRot (arXiv:2404.00456, section 3): Q = H D, signs D at random; Haar where no H is known."""
+    first, second = (random_rotation(576, np.random.default_rng(seed))[1] for seed in (0, 1))
+    signs = np.sign(first * second)
+    assert np.allclose(np.abs(first), 1 / 24, rtol=1e-12)
+    assert np.linalg.matrix_rank(signs) == 1  # the same H, whatever the signs on one side of it
+    flips = (signs[:, 0] != signs[0, 0]).mean()
+    assert 0.4 < flips < 0.6
+    assert np.array_equal(first * np.sign(first[:, :1]) * np.sign(hadamard_matrix(576)[:, :1]), hadamard_matrix(576) / 24)
+
+
 def test_loss_vanishes_on_a_uniform_distribution():
     x = torch.linspace(-3, 3, 100_001, dtype=torch.float64)[None]
     assert kurtosis_loss(x) < 1e-4

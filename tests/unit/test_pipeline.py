@@ -51,7 +51,7 @@ def text(tmp_path):
 @pytest.fixture
 def few_steps(monkeypatch):
     """Learning is tested elsewhere; two hundred steps on a tiny model prove nothing here."""
-    for learn in ("learn_r1", "learn_r2"):
+    for learn in ("learn_r1", "learn_r2", "learn_spinquant"):
         original = getattr(pipeline, learn)
         monkeypatch.setattr(pipeline, learn, lambda *a, original=original: original(*a, steps=3))
 
@@ -78,6 +78,29 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
     )  # fmt: skip
     assert len(provenance.calibration_sha256) == 64
     assert all(done == total for _, total, done in recorder.stages)
+
+
+def test_spinquant_starts_from_quarot_and_says_so(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
+    model, made = tiny_checkpoint("mistral"), {}
+    for rotation in ("hadamard", "spinquant"):
+        config = _config(
+            model, tmp_path / "o.gguf", rotation=rotation, calibration=(str(text),), work_dir=tmp_path / rotation
+        )
+        provenance = pipeline.convert(config, recorder).provenance
+        made[rotation] = load_rotations(tmp_path / rotation / "rotations.safetensors")
+    assert (provenance.rotation, provenance.objective) == ("spinquant", "cross-entropy")
+    assert (provenance.r1_kind, provenance.r2_kind, provenance.r3_kind) == ("learned", "learned", "hadamard")
+    assert (provenance.calibration_name, provenance.calibration_tokens) == ("text.txt", 1024)
+    assert not (tmp_path / "spinquant" / "capture").exists()
+    assert ["learn R1 and R2", 3, 3] in recorder.stages
+    for name in ("r1", "r2"):
+        start, learned = getattr(made["hadamard"], name), getattr(made["spinquant"], name)
+        size = start.shape[-1]
+        # QuaRot (arXiv:2404.00456): a Hadamard matrix with random signs
+        assert np.allclose(np.abs(start), 1 / np.sqrt(size), rtol=1e-12)
+        for rotation in (start, learned):
+            assert np.abs(rotation @ rotation.swapaxes(-1, -2) - np.eye(size)).max() < 1e-11
+        assert 1e-5 < np.abs(learned - start).max() < 0.5
 
 
 def test_layers_hold_packed_linears_unit_norms_and_biases(tiny_checkpoint, tmp_path, exported):
@@ -243,7 +266,7 @@ def test_cuda_without_a_device(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"rotation": "quarot"}, "kurtail, hadamard, none"),
+        ({"rotation": "quarot"}, "kurtail, spinquant, hadamard, none"),
         ({"weights": "gptq"}, "--weights 'gptq' is not offered"),
         ({"activations": 5}, "4, 8"),
         ({"kv": 2}, "4, 8, 16"),
