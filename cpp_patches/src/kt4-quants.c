@@ -35,7 +35,7 @@ static inline void kt4_pack(const int8_t * GGML_RESTRICT q, block_kt4 * GGML_RES
 static inline int kt4_unpack_lo(uint8_t b) { return (int8_t) (uint8_t) (b << 4) >> 4; }
 static inline int kt4_unpack_hi(uint8_t b) { return (int8_t) b >> 4; }
 
-// the first element with the largest magnitude, which is mapped to -8
+// the first element with the largest magnitude
 static inline float kt4_signed_max(const float * x) {
     float amax = 0.0f;
     float max  = 0.0f;
