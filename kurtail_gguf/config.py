@@ -8,10 +8,10 @@ from pathlib import Path
 from kurtail_gguf import __version__
 from kurtail_gguf.errors import ConfigError
 
-ROTATIONS = ("kurtail", "spinquant", "hadamard", "none")
+ROTATIONS = ("output", "kurtail", "spinquant", "hadamard", "none")
 #: Those that are learned, and so need calibration text.
-LEARNED_ROTATIONS = ("kurtail", "spinquant")
-WEIGHTS = ("rtn",)
+LEARNED_ROTATIONS = ("output", "kurtail", "spinquant")
+WEIGHTS = ("gptq", "rtn")
 ACTIVATION_BITS = (4, 8)
 KV_BITS = (4, 8, 16)
 DEVICES = ("auto", "cpu", "cuda")
@@ -56,7 +56,7 @@ class ConvertConfig:
         out: the GGUF file to write.
         rotation: ``kurtail`` (R1, R2 learned layer by layer), ``spinquant`` (learned end to end),
             ``hadamard`` (R1, R2 random) or ``none``.
-        weights: weight quantization; ``rtn`` is round-to-nearest with searched scales.
+        weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales.
         activations: bits of the activations that enter the block linears.
         kv: bits of the KV cache (16 is f16).
         calibration: ``("self",)``, text or jsonl files, or ``hf:NAME``.
@@ -70,12 +70,12 @@ class ConvertConfig:
 
     model: str
     out: Path
-    rotation: str = "kurtail"
-    weights: str = "rtn"
+    rotation: str = "output"
+    weights: str = "gptq"
     activations: int = 4
     kv: int = 4
     calibration: tuple[str, ...] = ("self",)
-    calibration_tokens: int = 8192
+    calibration_tokens: int = 16384
     seed: int = 0
     device: str = "auto"
     target: str = "kurtail"
@@ -106,8 +106,8 @@ class ConvertConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether rotations are learned, and so whether any text is read at all."""
-        return self.rotation in LEARNED_ROTATIONS
+        """Whether rotations are learned or weights quantized on text, and so whether any is read at all."""
+        return self.rotation in LEARNED_ROTATIONS or self.weights == "gptq"
 
 
 @dataclass(frozen=True, slots=True)

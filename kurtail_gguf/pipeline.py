@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from kurtail_gguf.calibration.capture import Capture, capture
 from kurtail_gguf.calibration.generate import generate
@@ -38,24 +37,24 @@ from kurtail_gguf.config import (
 )
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.export import check_vocabulary, write_gguf
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer
-from kurtail_gguf.fold.tables import fold_embedding, fold_head
-from kurtail_gguf.formats.hadamard import r4_size
+from kurtail_gguf.fold.layer import balance_channels
+from kurtail_gguf.formats.hadamard import MAX_R4, r4_size
+from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.quantize.rtn import quantize_rtn
 from kurtail_gguf.rotation.hadamard import random_rotation
-from kurtail_gguf.rotation.learn import learn_r1, learn_r2
+from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
 from kurtail_gguf.rotation.objectives import OBJECTIVES
 from kurtail_gguf.rotation.spinquant import Rounding, learn_spinquant
 from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
+from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.workdir import filling, open_work_dir
 
 #: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
-OBJECTIVE = {"kurtail": "kurtosis", "spinquant": "cross-entropy"}
+OBJECTIVE = {"output": "output-error", "kurtail": "kurtosis", "spinquant": "cross-entropy"}
 #: Which side of it counts: R1 must leave flat tokens flat, values have none (rotation/objectives.py).
 R1_OBJECTIVE, R2_OBJECTIVE = "kurtosis", "absolute-kurtosis"
 
@@ -111,7 +110,10 @@ def _convert(
         rotations = _rotations(config, checkpoint, tokens, work_dir, device, progress)
     plan = _Plan.of(config, checkpoint)
     with clock.measure("quantize"):
-        quantized = _quantize(checkpoint, rotations, plan, work_dir / "quantized", device, progress)
+        quantized = fold_and_quantize(
+            checkpoint, rotations, plan.r4, plan.format, _calibrated_on(config, plan, checkpoint, tokens),
+            work_dir / "quantized", device, progress,
+        )  # fmt: skip
     provenance = _provenance(config, checkpoint, rotations, plan, tokens)
     with clock.measure("export"):
         write_gguf(source, quantized, config.out, provenance, progress)
@@ -162,7 +164,11 @@ class _Plan:
         head_dim = checkpoint.spec.head_dim
         # Upstream rotates only heads that are multiples of 64, and only for a quantized cache.
         r3 = head_dim if head_dim % 64 == 0 and head_dim & (head_dim - 1) == 0 and config.kv < 16 else 0
-        r4 = r4_size(checkpoint.spec.intermediate_size)
+        # Spreading an outlier over more values than share a scale only carries it into more blocks: with one Hadamard a
+        # block the divergence that rounding this input causes was a third lower than with 512 (docs/quality.md). The
+        # other methods have R4 as their papers do.
+        limit = block_format.block if config.rotation == "output" else MAX_R4
+        r4 = r4_size(checkpoint.spec.intermediate_size, limit)
         return cls(r3, r4 if r4 > 1 else 0, block_format)
 
 
@@ -257,18 +263,37 @@ def _rotations(
     path = work_dir / "rotations.safetensors"
     if path.exists():
         return load_rotations(path)
-    if tokens is None:
+    if config.rotation == "hadamard":
         rotations = random_rotations(checkpoint, config.seed)
     elif config.rotation == "spinquant":
         rotations = _spinquant(config, checkpoint, tokens, device, progress)
     else:
         samples = _capture(checkpoint, tokens, work_dir / "capture", config.seed, device, progress)
-        values = [samples.values(layer) for layer in range(samples.layers)]
-        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
-        r2 = learn_r2(values, OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
-        rotations = Rotations("learned", "learned", r1, r2)
+        rotations = _learn(config, checkpoint, samples, device, progress)
     save_rotations(rotations, path)
     return rotations
+
+
+def _learn(
+    config: ConvertConfig, checkpoint: Checkpoint, samples: Capture, device: torch.device, progress: Progress
+) -> Rotations:
+    """R1 and R2 from captured activations, layer by layer."""
+    values = [samples.values(layer) for layer in range(samples.layers)]
+    scales = None
+    if config.rotation == "output":
+        r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), config.seed, device, progress)
+        down = f"{checkpoint.spec.family.ffn_writer}.weight"
+        scales = np.stack([
+            balance_channels(
+                torch.from_numpy(samples.channels(layer)),
+                checkpoint.tensor(checkpoint.spec.layer_prefix(layer) + down),
+            ).numpy()
+            for layer in range(samples.layers)
+        ])  # fmt: skip
+    else:
+        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
+    r2 = learn_r2(values, OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
+    return Rotations("learned", "learned", r1, r2, scales)
 
 
 def _spinquant(
@@ -280,10 +305,9 @@ def _spinquant(
 ) -> Rotations:
     """From the rotations of ``--rotation hadamard``, so that the two differ by the learning alone."""
     plan, start = _Plan.of(config, checkpoint), random_rotations(checkpoint, config.seed)
-    # In which order the runtime has RoPE's pairs only decides which values of a head share a block.
-    cache = CacheSettings(bits=config.kv, rotation=plan.r3, rotate_v=False, paired=False)
+    rounding = _rounding(config, plan, checkpoint)
     r1, r2 = learn_spinquant(
-        checkpoint, tokens.ids, (start.r1, start.r2), Rounding(config.activations, cache), plan.r4,
+        checkpoint, tokens.ids, (start.r1, start.r2), Rounding(rounding.activation_bits, rounding.cache), plan.r4,
         config.seed, device, progress,
     )  # fmt: skip
     return Rotations("learned", "learned", r1, r2)
@@ -314,60 +338,27 @@ def _capture(
     return Capture(target, checkpoint.spec.layers)
 
 
-def _quantize(
-    checkpoint: Checkpoint,
-    rotations: Rotations,
-    plan: _Plan,
-    target: Path,
-    device: torch.device,
-    progress: Progress,
-) -> Path:
-    """Fold and quantize into ``target``; the layout is the exporter's input.
-
-    ``embed_tokens.npy``, ``lm_head.npy`` (float32 ``[vocab, hidden]``), ``layer-NNNNN.safetensors`` (HF
-    names; block linears as packed rows of ``plan.format``, uint8; the rest float32) and
-    ``final.safetensors`` (the final norm's weight, ones).
-    """
-    target.mkdir(exist_ok=True)
-    spec = checkpoint.spec
-    r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
-    with progress.stage("fold and quantize", spec.layers + 2) as stage:
-        for name, fold in (("embed_tokens.npy", fold_embedding), ("lm_head.npy", fold_head)):
-            if not (target / name).exists():
-                fold(checkpoint, r1, target / name)
-            stage.advance(1, name.removesuffix(".npy"))
-        for layer in range(spec.layers):
-            path = target / f"layer-{layer:05d}.safetensors"
-            if not path.exists():
-                r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
-                folding = LayerRotations(r1, r2, plan.r4)
-                weights = checkpoint.layer(layer, device, check=True)
-                folded = fold_layer(weights, spec, folding)
-                _save(_quantize_layer(checkpoint, layer, folded, plan.format), path)
-            stage.advance(1, f"layer {layer}")
-    norm = f"{spec.family.final_norm}.weight"
-    _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
-    return target
+def _rounding(config: ConvertConfig, plan: _Plan, checkpoint: Checkpoint) -> RuntimeRounding:
+    """What the runtime will round while it runs the file."""
+    stock = config.target == "stock"
+    cache = CacheSettings(
+        bits=STOCK_KV_BITS if stock else config.kv,
+        rotation=plan.r3,
+        # where R2 is not folded, upstream rotates V by itself; in our files it does not
+        rotate_v=False,
+        paired=checkpoint.spec.family.rope_pairs,
+    )
+    bits = STOCK_ACTIVATION_BITS if stock else config.activations
+    return RuntimeRounding(bits, plan.format.block, plan.r4, cache)
 
 
-def _quantize_layer(
-    checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor], block_format: BlockFormat
-) -> dict[str, np.ndarray]:
-    prefix = checkpoint.spec.layer_prefix(layer)
-    linears = {f"{name}.weight" for name in checkpoint.spec.family.linears}
-    out = {}
-    for name, tensor in folded.items():
-        if name in linears:
-            out[prefix + name] = block_format.pack(*quantize_rtn(tensor, prefix + name, block_format.block))
-        else:
-            out[prefix + name] = tensor.float().cpu().numpy()
-    return out
-
-
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    scratch = path.with_suffix(".tmp")
-    save_file(tensors, scratch)
-    os.replace(scratch, path)
+def _calibrated_on(
+    config: ConvertConfig, plan: _Plan, checkpoint: Checkpoint, tokens: CalibrationTokens | None
+) -> CalibratedOn | None:
+    if config.weights != "gptq":
+        return None
+    assert tokens is not None
+    return CalibratedOn(tokens.ids, _rounding(config, plan, checkpoint))
 
 
 def _provenance(

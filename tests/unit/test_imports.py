@@ -18,6 +18,7 @@ LAYERS = (
     ("arch",),
     ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
+    ("layerwise",),
     ("pipeline",),
     ("cli",),
 )

@@ -18,6 +18,7 @@ from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.formats import kt4, q4_0
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.quantize.rtn import quantize_rtn
 from kurtail_gguf.rotation.store import load_rotations
 
 
@@ -38,7 +39,9 @@ def exported(monkeypatch):
 
 
 def _config(model: Path, out: Path, **changes) -> ConvertConfig:
-    return ConvertConfig(str(model), out, calibration_tokens=1024, device="cpu", **changes)
+    """Quick by default: the paper's rotation and rounding to nearest; GPTQ has tests of its own below."""
+    options = {"rotation": "kurtail", "weights": "rtn"} | changes
+    return ConvertConfig(str(model), out, calibration_tokens=1024, device="cpu", **options)
 
 
 @pytest.fixture
@@ -267,7 +270,7 @@ def test_cuda_without_a_device(tmp_path):
     ("changes", "word"),
     [
         ({"rotation": "quarot"}, "kurtail, spinquant, hadamard, none"),
-        ({"weights": "gptq"}, "--weights 'gptq' is not offered"),
+        ({"weights": "awq"}, "--weights 'awq' is not offered"),
         ({"activations": 5}, "4, 8"),
         ({"kv": 2}, "4, 8, 16"),
         ({"device": "tpu"}, "auto, cpu, cuda"),
@@ -283,3 +286,53 @@ def test_cuda_without_a_device(tmp_path):
 def test_options_outside_what_is_offered(changes, word):
     with pytest.raises(ConfigError, match=word):
         ConvertConfig(**({"model": "m", "out": Path("o")} | changes))
+
+
+def test_the_default_is_gptq_with_rotations_by_output_error(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
+    model = tiny_checkpoint("mistral")
+    config = ConvertConfig(
+        str(model), tmp_path / "o.gguf", calibration=(str(text),), calibration_tokens=1024, device="cpu",
+        work_dir=tmp_path / "w",
+    )  # fmt: skip
+    provenance = pipeline.convert(config, recorder).provenance
+    assert (provenance.rotation, provenance.objective, provenance.weights) == ("output", "output-error", "gptq")
+    assert (provenance.r4_kind, provenance.r4_size) == ("hadamard", 64)
+    assert all(done == total for _, total, done in recorder.stages)
+    assert not list((tmp_path / "w").glob("prefix-*"))
+    checkpoint = open_checkpoint(model)
+    rotations = load_rotations(tmp_path / "w" / "rotations.safetensors")
+    assert rotations.ffn_scales.shape == (2, 192)
+    folding = LayerRotations(
+        torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]), 64, torch.from_numpy(rotations.ffn_scales[1])
+    )
+    folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
+    layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
+    for name in checkpoint.spec.family.linears:
+        found = kt4.dequantize(*kt4.unpack(layer[f"model.layers.1.{name}.weight"]))
+        expected = folded[f"{name}.weight"].numpy()
+        error = np.square(found - expected).mean() / np.square(expected).mean()
+        nearest = kt4.dequantize(*quantize_rtn(folded[f"{name}.weight"], name))
+        # GPTQ gives up accuracy of the weights for that of the outputs
+        assert np.square(nearest - expected).mean() / np.square(expected).mean() < error < 0.1
+
+
+@pytest.mark.parametrize("lost", [(0, 1), (1,)])
+def test_gptq_goes_on_from_the_last_finished_layer(tiny_checkpoint, tmp_path, exported, text, recorder, lost):
+    config = _config(
+        tiny_checkpoint("qwen2"), tmp_path / "o.gguf", rotation="hadamard", weights="gptq", calibration=(str(text),),
+        work_dir=tmp_path / "w",
+    )  # fmt: skip
+    pipeline.convert(config, NullProgress())
+    for layer in lost:
+        (tmp_path / "w" / "quantized" / f"layer-{layer:05d}.safetensors").unlink()
+    pipeline.convert(config, recorder)
+    assert exported[0] == exported[1]
+
+
+def test_hadamard_with_gptq_reads_text_but_learns_nothing(tiny_checkpoint, tmp_path, exported, text):
+    config = _config(
+        tiny_checkpoint(), tmp_path / "o.gguf", rotation="hadamard", weights="gptq", calibration=(str(text),)
+    )
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert (provenance.r1_kind, provenance.objective) == ("hadamard", "none")
+    assert (provenance.calibration_name, provenance.calibration_tokens) == ("text.txt", 1024)
