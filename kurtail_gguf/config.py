@@ -26,6 +26,9 @@ STOCK_KV_BITS = 16
 MIN_CALIBRATION_TOKENS = 1024
 #: ``kurtail.calibration.tokens`` is a uint32, and captured activations stay bounded well before this.
 MAX_CALIBRATION_TOKENS = 1 << 24
+#: Steps of tuning where nothing is said: about 32,000 tokens.
+DEFAULT_TUNE = 64
+MAX_TUNE = 1 << 20
 #: ``kurtail.seed`` is a uint64; torch's generators take seeds below 2**63.
 MAX_SEED = (1 << 63) - 1
 
@@ -61,6 +64,7 @@ class ConvertConfig:
         kv: bits of the KV cache (16 is f16).
         calibration: ``("self",)``, text or jsonl files, or ``hf:NAME``.
         calibration_tokens: how many tokens to calibrate on.
+        tune: steps of tuning the block scales end to end; None lets the method decide (:attr:`tuning_steps`).
         seed: seed of everything random.
         device: where tensors are computed.
         target: ``kurtail``, or ``stock``: a q4_0 file that stock llama.cpp runs, with folded rotations
@@ -75,7 +79,8 @@ class ConvertConfig:
     activations: int = 4
     kv: int = 4
     calibration: tuple[str, ...] = ("self",)
-    calibration_tokens: int = 16384
+    calibration_tokens: int = 32768
+    tune: int | None = None
     seed: int = 0
     device: str = "auto"
     target: str = "kurtail"
@@ -101,13 +106,22 @@ class ConvertConfig:
                 f"--calibration-tokens {self.calibration_tokens} is outside "
                 f"{MIN_CALIBRATION_TOKENS}…{MAX_CALIBRATION_TOKENS}"
             )
+        if self.tune is not None and not 0 <= self.tune <= MAX_TUNE:
+            raise ConfigError(f"--tune {self.tune} is outside 0…{MAX_TUNE}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"--seed {self.seed} is outside 0…{MAX_SEED}")
 
     @property
     def needs_calibration(self) -> bool:
         """Whether rotations are learned or weights quantized on text, and so whether any is read at all."""
-        return self.rotation in LEARNED_ROTATIONS or self.weights == "gptq"
+        return self.rotation in LEARNED_ROTATIONS or self.weights == "gptq" or self.tuning_steps > 0
+
+    @property
+    def tuning_steps(self) -> int:
+        """``tune``, or by default :data:`DEFAULT_TUNE` for our own recipe; the papers' methods come without."""
+        if self.tune is not None:
+            return self.tune
+        return DEFAULT_TUNE if self.rotation == "output" and self.weights == "gptq" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +135,7 @@ class Provenance:
     rotation: str
     objective: str
     weights: str
+    tune_steps: int
     seed: int
     r1_kind: str
     r1_size: int

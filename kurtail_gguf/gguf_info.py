@@ -25,6 +25,7 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("rotation", "kurtail.rotation", "string"),
     ("objective", "kurtail.objective", "string"),
     ("weights", "kurtail.weights", "string"),
+    ("tune_steps", "kurtail.tune_steps", "uint32"),
     ("seed", "kurtail.seed", "uint64"),
     ("r1_kind", "kurtail.r1.kind", "string"),
     ("r1_size", "kurtail.r1.size", "uint32"),

@@ -15,10 +15,9 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kurtail_gguf import ggml
 from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
-from kurtail_gguf.fold.tables import fold_embedding, fold_head
+from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows, fold_embedding, fold_head
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
@@ -27,7 +26,6 @@ from kurtail_gguf.quantize.rtn import quantize_rtn
 from kurtail_gguf.rotation.store import Rotations
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
-EMBEDDING, HEAD = "embed_tokens.npy", "lm_head.npy"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,7 +77,7 @@ def fold_and_quantize(
             stage.advance(1, name.removesuffix(".npy"))
         if calibrated_on is not None:
             prefix = QuantizedPrefix(
-                checkpoint, calibrated_on.ids, _Embedding(target / EMBEDDING), calibrated_on.rounding, target.parent, device
+                checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING), calibrated_on.rounding, target.parent, device
             )
         for layer in range(spec.layers):
             path = target / f"layer-{layer:05d}.safetensors"
@@ -149,18 +147,6 @@ class _Layer:
 
     def _pack(self, name: str, quantized: tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]) -> None:
         self._packed[name] = self._format.pack(*quantized)
-
-
-class _Embedding:
-    """Rows of the embedding as the file has them: q4_0, by the runtime's own code."""
-
-    def __init__(self, path: Path) -> None:
-        self._rows = np.load(path, mmap_mode="r")
-        self._library = ggml.GgmlBase()
-
-    def __call__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        rows = np.ascontiguousarray(self._rows[ids])
-        return self._library.dequantize(self._library.quantize(rows, ggml.Q4_0), ggml.Q4_0, rows.shape[1])
 
 
 def _replay(

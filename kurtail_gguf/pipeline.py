@@ -51,6 +51,7 @@ from kurtail_gguf.rotation.spinquant import Rounding, learn_spinquant
 from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
+from kurtail_gguf.tuning import memory_available, memory_needed, tune
 from kurtail_gguf.workdir import filling, open_work_dir
 
 #: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
@@ -114,7 +115,15 @@ def _convert(
             checkpoint, rotations, plan.r4, plan.format, _calibrated_on(config, plan, checkpoint, tokens),
             work_dir / "quantized", device, progress,
         )  # fmt: skip
-    provenance = _provenance(config, checkpoint, rotations, plan, tokens)
+    steps = _tuning_steps(config, checkpoint, plan, device, progress)
+    if steps:
+        assert tokens is not None
+        with clock.measure("tune"):
+            rounding = _rounding(config, plan, checkpoint)
+            quantized = tune(
+                checkpoint, tokens.ids, quantized, plan.format, rounding, steps, work_dir / "tuned", device, progress
+            )
+    provenance = _provenance(config, checkpoint, rotations, plan, tokens, steps)
     with clock.measure("export"):
         write_gguf(source, quantized, config.out, provenance, progress)
     return ConvertResult(config.out, provenance, clock.seconds)
@@ -201,6 +210,7 @@ def _settings(
         "target": config.target,
         "rotation": config.rotation,
         "weights": config.weights,
+        "tune": config.tuning_steps,
         "kv": config.kv,
         "activations": config.activations,
         "calibration": list(config.calibration),
@@ -361,12 +371,29 @@ def _calibrated_on(
     return CalibratedOn(tokens.ids, _rounding(config, plan, checkpoint))
 
 
+def _tuning_steps(
+    config: ConvertConfig, checkpoint: Checkpoint, plan: _Plan, device: torch.device, progress: Progress
+) -> int:
+    """Steps of tuning; 0 where it was not asked for by name and the model is too large for it."""
+    steps = config.tuning_steps
+    needed, available = memory_needed(checkpoint, plan.format.block), memory_available(device)
+    if not steps or needed <= available:
+        return steps
+    sizes = f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}"
+    if config.tune is not None:
+        raise KurtailError(f"--tune {steps} {sizes}: give --tune 0 or use a larger machine")
+    with progress.stage(f"tuning of scales left out: it {sizes}", 1) as stage:
+        stage.advance()
+    return 0
+
+
 def _provenance(
     config: ConvertConfig,
     checkpoint: Checkpoint,
     rotations: Rotations,
     plan: _Plan,
     tokens: CalibrationTokens | None,
+    tune_steps: int,
 ) -> Provenance:
     spec = checkpoint.spec
     stock = config.target == "stock"
@@ -375,6 +402,7 @@ def _provenance(
         rotation=config.rotation,
         objective=OBJECTIVE.get(config.rotation, "none"),
         weights=config.weights,
+        tune_steps=tune_steps,
         seed=config.seed,
         r1_kind=rotations.r1_kind,
         r1_size=0 if rotations.r1 is None else spec.hidden_size,

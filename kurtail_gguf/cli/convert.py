@@ -41,12 +41,12 @@ class _Bits(click.Choice):
 @click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option(
     "--rotation", type=click.Choice(ROTATIONS), default=_DEFAULTS["rotation"], show_default=True,
-    help="kurtail: R1 and R2 learned layer by layer; spinquant: learned end to end, with the whole model in "
-    "memory; hadamard: at random; none.",
+    help="output: R1 learned by the rounding error at the outputs that read it; kurtail: R1 and R2 by kurtosis, as "
+    "the paper; spinquant: learned end to end, with the whole model in memory; hadamard: at random; none.",
 )
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default=_DEFAULTS["weights"], show_default=True,
-    help="How weights are quantized; rtn rounds to nearest with searched scales.",
+    help="How weights are quantized: GPTQ on the calibration text, or rounding to nearest with searched scales.",
 )
 @click.option(
     "--activations", type=_Bits(ACTIVATION_BITS), default=_DEFAULTS["activations"], show_default=True,
@@ -69,6 +69,11 @@ class _Bits(click.Choice):
 @click.option(
     "--calibration-tokens", type=int, default=_DEFAULTS["calibration_tokens"], show_default=True,
     help="How many tokens to calibrate on.",
+)
+@click.option(
+    "--tune", type=int, default=None, metavar="STEPS",
+    help="Tune the block scales end to end for so many steps of 512 tokens; 0 leaves them. The default is "
+    f"{DEFAULT_TUNE} with --rotation output --weights gptq where the model fits into memory, else 0.",
 )
 @click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of everything random.")
 @click.option("--device", type=click.Choice(DEVICES), default=_DEFAULTS["device"], show_default=True)

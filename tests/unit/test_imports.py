@@ -18,7 +18,8 @@ LAYERS = (
     ("arch",),
     ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
-    ("layerwise",),
+    ("distill",),
+    ("layerwise", "tuning"),
     ("pipeline",),
     ("cli",),
 )
