@@ -14,6 +14,7 @@ from rich.console import Console
 from kurtail_gguf.cli.progress import format_seconds, make_progress
 from kurtail_gguf.config import (
     ACTIVATION_BITS,
+    DEFAULT_TUNE,
     DEVICES,
     KV_BITS,
     ROTATIONS,
