@@ -54,6 +54,9 @@ from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.tuning import memory_available, memory_needed, tune
 from kurtail_gguf.workdir import filling, open_work_dir
 
+#: Tokens that rotations are learned from, at most: a few thousand of them are kept at each site.
+CAPTURED_TOKENS = 8192
+
 #: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
 OBJECTIVE = {"output": "output-error", "kurtail": "kurtosis", "spinquant": "cross-entropy"}
 #: Which side of it counts: R1 must leave flat tokens flat, values have none (rotation/objectives.py).
@@ -344,7 +347,8 @@ def _capture(
 ) -> Capture:
     if not target.exists():
         with filling(target) as directory:
-            capture(checkpoint, tokens.ids, directory, seed, device, progress)
+            sequences = -(-CAPTURED_TOKENS // tokens.ids.shape[1])
+            capture(checkpoint, tokens.ids[:sequences], directory, seed, device, progress)
     return Capture(target, checkpoint.spec.layers)
 
 

@@ -116,12 +116,13 @@ def _step(student, teacher, outside, ids, sequences, optimiser, device) -> float
     with torch.no_grad():
         right = teacher.log_probabilities(sequences)
     loss = torch.nn.functional.kl_div(found, right, reduction="batchmean", log_target=True)
-    if not torch.isfinite(loss):
-        raise KurtailError(f"tuning scales: the divergence is {float(loss)} on sequence {sequences[0]}; use --tune 0")
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise KurtailError(f"tuning scales: the divergence is {value} on sequence {sequences[0]}; use --tune 0")
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()
-    return float(loss.detach())
+    return value
 
 
 def _rate(step: int, steps: int) -> float:

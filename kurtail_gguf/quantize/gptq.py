@@ -15,6 +15,8 @@ For a weight row w and the inputs' Hessian H = Σ x xᵀ that output error is (w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -77,13 +79,26 @@ def quantize_gptq(
         raise QuantizeError(
             f"tensor {name}: the Hessian of its inputs is not positive definite: give more calibration tokens"
         ) from error
-    codes, scales = _first_pass(w, upper, block)
     h = h.float()
+    with _one_thread():
+        codes, scales = _first_pass(w, upper, block)
     for _ in range(sweeps):
         scales = _refit(w, h, codes, scales, block)
-        codes = _descend(w, h, codes, scales, block)
+        with _one_thread():
+            codes = _descend(w, h, codes, scales, block)
     scales = _refit(w, h, codes, scales, block)
     return _restore(codes, scales, order, block)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The loops over columns are thousands of short steps: what two threads gain there, waiting for each other loses."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:

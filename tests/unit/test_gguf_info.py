@@ -12,7 +12,7 @@ from kurtail_gguf.config import Provenance
 from kurtail_gguf.gguf_info import PROVENANCE_KEYS, GgufError, GgufInfo, TensorInfo
 
 PROVENANCE = Provenance(
-    rotation="kurtail", objective="kurtosis", weights="rtn", seed=3, r1_kind="learned", r1_size=128, r2_kind="learned",
+    rotation="kurtail", objective="kurtosis", weights="rtn", tune_steps=0, seed=3, r1_kind="learned", r1_size=128, r2_kind="learned",
     r2_size=64, r3_kind="hadamard", r3_size=64, r4_kind="hadamard", r4_size=128, activation_bits=4, kv_bits=4,
     calibration_name="self", calibration_tokens=1024, calibration_sha256="00",
 )  # fmt: skip

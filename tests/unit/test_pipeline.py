@@ -72,7 +72,7 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
     assert result.provenance == provenance
     assert not (tmp_path / "o.gguf.work").exists()
     assert provenance == Provenance(
-        rotation="kurtail", objective="kurtosis", weights="rtn", seed=7,
+        rotation="kurtail", objective="kurtosis", weights="rtn", tune_steps=0, seed=7,
         r1_kind="learned", r1_size=128, r2_kind="learned", r2_size=32,
         r3_kind="none", r3_size=0, r4_kind="hadamard", r4_size=64,
         activation_bits=4, kv_bits=4,
