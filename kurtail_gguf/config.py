@@ -26,8 +26,8 @@ STOCK_KV_BITS = 16
 MIN_CALIBRATION_TOKENS = 1024
 #: ``kurtail.calibration.tokens`` is a uint32, and captured activations stay bounded well before this.
 MAX_CALIBRATION_TOKENS = 1 << 24
-#: Steps of tuning where nothing is said: about 32,000 tokens.
-DEFAULT_TUNE = 64
+#: Steps of tuning where nothing is said: about 16,000 tokens.
+DEFAULT_TUNE = 32
 MAX_TUNE = 1 << 20
 #: ``kurtail.seed`` is a uint64; torch's generators take seeds below 2**63.
 MAX_SEED = (1 << 63) - 1
@@ -79,7 +79,7 @@ class ConvertConfig:
     activations: int = 4
     kv: int = 4
     calibration: tuple[str, ...] = ("self",)
-    calibration_tokens: int = 32768
+    calibration_tokens: int = 16384
     tune: int | None = None
     seed: int = 0
     device: str = "auto"

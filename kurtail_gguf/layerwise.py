@@ -75,12 +75,12 @@ def fold_and_quantize(
             if not (target / name).exists():
                 fold(checkpoint, r1, target / name)
             stage.advance(1, name.removesuffix(".npy"))
-        if calibrated_on is not None:
+        paths = [target / f"layer-{layer:05d}.safetensors" for layer in range(spec.layers)]
+        if calibrated_on is not None and not all(path.exists() for path in paths):
             prefix = QuantizedPrefix(
                 checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING), calibrated_on.rounding, target.parent, device
             )
-        for layer in range(spec.layers):
-            path = target / f"layer-{layer:05d}.safetensors"
+        for layer, path in enumerate(paths):
             r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
             if not path.exists():
                 weights = checkpoint.layer(layer, device, check=True)

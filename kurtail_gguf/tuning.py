@@ -24,13 +24,16 @@ from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.workdir import filling
 
 
-def memory_needed(checkpoint: Checkpoint, block: int) -> int:
-    """Bytes that tuning takes at its peak, all layers' codes being in memory at once."""
+def memory_needed(checkpoint: Checkpoint, block: int, recompute: bool = True) -> int:
+    """Bytes that tuning takes at its peak, all layers' codes being in memory at once (:class:`Student`)."""
     spec = checkpoint.spec
     layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
+    # weights in single precision, and about twelve activations of each kind of width
+    kept = 0 if recompute else spec.layers * (4 * layer + 48 * STEP_TOKENS * (spec.hidden_size + spec.intermediate_size))
     # int8 codes; scale, gradient and Adam's two averages; residual streams; head twice; logits of both, and gradients
     return (
-        spec.layers * layer
+        kept
+        + spec.layers * layer
         + 16 * spec.layers * layer // block
         + 4 * STEP_TOKENS * spec.hidden_size * spec.layers
         + 8 * spec.vocab_size * spec.hidden_size
@@ -90,6 +93,7 @@ def tune(
         [layer.scales(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
         [layer.rest(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
         rounding, device, ids.shape[1],
+        recompute=memory_needed(checkpoint, block_format.block, recompute=False) > memory_available(device) // 2,
     )  # fmt: skip
     teacher = Teacher(checkpoint, np.load(predictions, mmap_mode="r"), device)
     head = torch.from_numpy(np.load(quantized / HEAD)).to(device)

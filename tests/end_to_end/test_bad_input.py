@@ -31,7 +31,7 @@ def refused(cli, outputs):
     """``refused(model, *options)``: the error line of a conversion that must fail and write nothing."""
 
     def convert(model: object, *options: object) -> str:
-        line = cli("convert", model, outputs / "o.gguf", "--rotation", "hadamard", *options).error
+        line = cli("convert", model, outputs / "o.gguf", "--rotation", "hadamard", "--weights", "rtn", *options).error
         assert list(outputs.iterdir()) == []
         return line
 
@@ -101,14 +101,14 @@ def test_an_out_that_cannot_be_written(cli, tiny_spm, tmp_path, out):
     (tmp_path / "file").touch()
     (tmp_path / "directory").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    assert str(tmp_path / out) in cli("convert", tiny_spm, tmp_path / out, "--rotation", "none").error
+    assert str(tmp_path / out) in cli("convert", tiny_spm, tmp_path / out, "--rotation", "none", "--weights", "rtn").error
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_disk_that_fills_up_while_writing(cli, tiny_bpe, tmp_path, outputs):
     # a limit on the size of files stands in for the full disk: the same write fails
     work = tmp_path / "work"
-    assert cli("convert", tiny_bpe, outputs / "o.gguf", "--rotation", "none", "--work-dir", work).status == 0
+    assert cli("convert", tiny_bpe, outputs / "o.gguf", "--rotation", "none", "--weights", "rtn", "--work-dir", work).status == 0
     size = (outputs / "o.gguf").stat().st_size
     (outputs / "o.gguf").unlink()
     limit = size // 2
@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up_while_writing(cli, tiny_bpe, tmp_path, outputs):
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    options = ("--rotation", "none", "--work-dir", work)
+    options = ("--rotation", "none", "--weights", "rtn", "--work-dir", work)
     line = cli("convert", tiny_bpe, outputs / "o.gguf", *options, preexec_fn=limited).error
     assert str(outputs / "o.gguf") in line and "MB" in line
     assert list(outputs.iterdir()) == []
@@ -124,13 +124,13 @@ def test_a_disk_that_fills_up_while_writing(cli, tiny_bpe, tmp_path, outputs):
 
 def test_a_source_gguf_that_is_damaged(refused, converted, tiny_spm, tmp_path):
     path = tmp_path / "half.gguf"
-    path.write_bytes(converted(tiny_spm, "--rotation", "none").read_bytes()[:5000])
+    path.write_bytes(converted(tiny_spm, "--rotation", "none", "--weights", "rtn").read_bytes()[:5000])
     assert "half.gguf" in refused(path)
 
 
 @pytest.mark.parametrize("keep", [2, 100, 3000, 0.5, 0.999])
 def test_a_truncated_gguf(cli, converted, tiny_spm, text, tmp_path, keep):
-    content = converted(tiny_spm, "--rotation", "none").read_bytes()
+    content = converted(tiny_spm, "--rotation", "none", "--weights", "rtn").read_bytes()
     path = tmp_path / "cut.gguf"
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     assert "cut.gguf" in cli("inspect", path).error
@@ -138,7 +138,7 @@ def test_a_truncated_gguf(cli, converted, tiny_spm, text, tmp_path, keep):
 
 
 def test_a_gguf_with_a_scale_that_is_no_number(program, converted, tiny_spm, tmp_path):
-    intact = converted(tiny_spm, "--rotation", "none")
+    intact = converted(tiny_spm, "--rotation", "none", "--weights", "rtn")
     tensor = next(tensor for tensor in read_gguf(intact).tensors if tensor.type_name == "kt4")
     content = bytearray(intact.read_bytes())
     content[tensor.offset : tensor.offset + 2] = b"\xff\x7f"  # a half NaN
@@ -154,12 +154,12 @@ def test_a_gguf_with_a_scale_that_is_no_number(program, converted, tiny_spm, tmp
 def test_a_short_evaluation_text(cli, converted, tiny_spm, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("A few words.", encoding="utf-8")
-    line = cli("eval", converted(tiny_spm, "--rotation", "none"), "--text", short).error
+    line = cli("eval", converted(tiny_spm, "--rotation", "none", "--weights", "rtn"), "--text", short).error
     assert "at least 1024 tokens" in line
 
 
 def test_a_reference_of_another_vocabulary(cli, converted, tiny_spm, tiny_bpe, text):
-    files = converted(tiny_spm, "--rotation", "none"), converted(tiny_bpe, "--rotation", "none")
+    files = converted(tiny_spm, "--rotation", "none", "--weights", "rtn"), converted(tiny_bpe, "--rotation", "none", "--weights", "rtn")
     line = cli("eval", files[0], "--text", text, "--context", "64", "--chunks", "8", "--reference", files[1]).error
     assert "different vocabularies" in line
 

@@ -23,7 +23,7 @@ from kurtail_gguf.evaluate.simulate import CrossCheck, cross_check
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.progress import NullProgress
 
-HADAMARD = ("--rotation", "hadamard")
+HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")
 ONE_PERCENT = math.log(1.01)
 
 
@@ -46,7 +46,7 @@ def _assert_within_one_percent(checked: CrossCheck) -> None:
     ],
 )
 def test_one_real_layer_agrees(converted, one_layer, wiki, rotation, activations, kv):
-    path = converted(one_layer, "--rotation", rotation, "--kv", kv, "--activations", activations)
+    path = converted(one_layer, "--rotation", rotation, "--weights", "rtn", "--kv", kv, "--activations", activations)
     _assert_within_one_percent(cross_check(path, wiki, 256, 8))
 
 

@@ -12,7 +12,7 @@ from kurtail_gguf import ggml
 from kurtail_gguf.formats import kt4
 from kurtail_gguf.gguf_info import PROVENANCE_KEYS, read_gguf
 
-FAST = ("--rotation", "hadamard")
+FAST = ("--rotation", "hadamard", "--weights", "rtn")
 
 
 @pytest.fixture(params=["tiny_bpe", "tiny_spm"])

@@ -18,7 +18,7 @@ import pytest
 from kurtail_gguf import native
 
 PROMPT = "The capital of France is"
-HADAMARD = ("--rotation", "hadamard")
+HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")
 
 
 @pytest.fixture(scope="module")

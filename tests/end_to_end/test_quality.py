@@ -20,9 +20,9 @@ def test_learned_rotations_meet_the_bar_and_win(cli, converted, smollm2, wiki, t
     expected = tomllib.loads((ROOT / "models" / "smollm2-135m.toml").read_text(encoding="utf-8"))["expected"]
     calibration = DATA / "c4.calibration.txt"
     options = {
-        "kurtail": ("--rotation", "kurtail", "--calibration", str(calibration)),
-        "none": ("--rotation", "none"),
-        **{f"hadamard {seed}": ("--rotation", "hadamard", "--seed", str(seed)) for seed in range(3)},
+        "kurtail": ("--rotation", "kurtail", "--weights", "rtn", "--calibration", str(calibration)),
+        "none": ("--rotation", "none", "--weights", "rtn"),
+        **{f"hadamard {seed}": ("--rotation", "hadamard", "--weights", "rtn", "--seed", str(seed)) for seed in range(3)},
     }
     files = {name: converted(smollm2, *chosen) for name, chosen in options.items()}
     for name, path in files.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HADAMARD = ("--rotation", "hadamard")  # needs no calibration: quick
+HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")  # needs no calibration: quick
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_says_what_it_will_run(converted, tiny_spm, program, options, summary) -
 
 
 def test_no_rotation_asked_for_is_none_online(converted, tiny_spm, program) -> None:
-    log = load_log(program, converted(tiny_spm, "--rotation", "none"))
+    log = load_log(program, converted(tiny_spm, "--rotation", "none", "--weights", "rtn"))
     assert "W4A4KV4, no R3, no R4" in log
     assert "attn_rot_k = 0" in log and "attn_rot_v = 0" in log
 

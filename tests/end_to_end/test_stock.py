@@ -62,15 +62,15 @@ def test_stock_files_give_the_same_logits(stock, program, tiny_reference, tmp_pa
 @pytest.mark.parametrize("cache", [(), ("type_k=2", "type_v=2", "flash_attn=1")], ids=["default cache", "q4_0 cache"])
 @pytest.mark.parametrize("rotation", ["hadamard", "none"])
 def test_a_file_for_stock_runs_there_and_here_alike(stock, converted, tiny_spm, rotation, cache) -> None:
-    assert_same_logits(converted(tiny_spm, "--rotation", rotation, "--target", "stock"), stock, *cache)
+    assert_same_logits(converted(tiny_spm, "--rotation", rotation, "--weights", "rtn", "--target", "stock"), stock, *cache)
 
 
 def test_stock_refuses_our_file(stock, converted, tiny_spm) -> None:
-    done = logits(converted(tiny_spm, "--rotation", "hadamard"), stock)
+    done = logits(converted(tiny_spm, "--rotation", "hadamard", "--weights", "rtn"), stock)
     assert done.returncode != 0
     verbose = LOGITS.replace("verbose=False", "verbose=True")
     told = subprocess.run(
-        [sys.executable, "-c", verbose, str(converted(tiny_spm, "--rotation", "hadamard"))],
+        [sys.executable, "-c", verbose, str(converted(tiny_spm, "--rotation", "hadamard", "--weights", "rtn"))],
         capture_output=True, text=True, env={**os.environ, "LLAMA_CPP_LIB_PATH": str(stock)}, check=False,
     )  # fmt: skip
     assert "has invalid ggml type 164" in told.stderr

@@ -11,7 +11,7 @@ import math
 from kurtail_gguf.evaluate.simulate import cross_check
 from kurtail_gguf.gguf_info import PROVENANCE_KEYS, read_gguf
 
-STOCK = ("--rotation", "hadamard", "--target", "stock")
+STOCK = ("--rotation", "hadamard", "--weights", "rtn", "--target", "stock")
 
 
 def test_only_upstreams_types_and_the_file_type_of_q4_0(converted, tiny_spm):
@@ -30,7 +30,7 @@ def test_only_upstreams_types_and_the_file_type_of_q4_0(converted, tiny_spm):
 
 
 def test_a_kurtail_file_says_so(converted, tiny_spm):
-    assert read_gguf(converted(tiny_spm, "--rotation", "hadamard")).metadata["kurtail.target"] == "kurtail"
+    assert read_gguf(converted(tiny_spm, "--rotation", "hadamard", "--weights", "rtn")).metadata["kurtail.target"] == "kurtail"
 
 
 def test_rotated_weights_are_as_close_to_the_checkpoint_as_llama_quantizes(
@@ -41,7 +41,7 @@ def test_rotated_weights_are_as_close_to_the_checkpoint_as_llama_quantizes(
     done = program("llama-quantize", tiny_reference, plain, "Q4_0")
     assert done.status == 0, done.stderr[-2000:]
     report = tmp_path / "r.json"
-    files = converted(tiny_spm, *STOCK), converted(tiny_spm, "--rotation", "none", "--target", "stock"), plain
+    files = converted(tiny_spm, *STOCK), converted(tiny_spm, "--rotation", "none", "--weights", "rtn", "--target", "stock"), plain
     done = cli(
         "eval", *files, "--text", text, "--context", "128", "--chunks", "8", "--reference", tiny_spm, "--json", report
     )

@@ -59,14 +59,14 @@ def _quantized(checkpoint, directory: Path) -> Path:
     )
 
 
-def _student(checkpoint, quantized: Path) -> Student:
+def _student(checkpoint, quantized: Path, recompute: bool = True) -> Student:
     stored = [tuning._Stored(path, FORMAT) for path in sorted(quantized.glob("layer-*.safetensors"))]
     prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
     parts = [
         [getattr(layer, what)(prefix, CPU) for layer, prefix in zip(stored, prefixes, strict=True)]
         for what in ("codes", "scales", "rest")
     ]
-    return Student(checkpoint, *parts, ROUNDING, CPU, IDS.shape[1])
+    return Student(checkpoint, *parts, ROUNDING, CPU, IDS.shape[1], recompute)
 
 
 def _tune(checkpoint, quantized: Path, target: Path, steps: int, progress=None) -> Path:
@@ -94,6 +94,20 @@ def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_p
     found = _student(checkpoint, quantized).hidden(embedded).detach().numpy()
     # a value on the edge of two codes may fall to the other side: rare, and then visible
     assert np.median(np.abs(found - expected)) < 1e-5 * np.abs(expected).max()
+
+
+def test_recomputation_changes_no_gradient(tiny_checkpoint, tmp_path):
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    quantized = _quantized(checkpoint, tmp_path)
+    rows = torch.from_numpy(tuning.EmbeddingRows(quantized / tables.EMBEDDING)(IDS[:2].astype(np.int64)))
+    found = []
+    for recompute in (True, False):
+        student = _student(checkpoint, quantized, recompute)
+        for scale in student.scales[0].values():
+            scale.requires_grad_()
+        student.hidden(rows.clone()).square().mean().backward()
+        found.append([scale.grad for scale in student.scales[0].values()])
+    assert all(torch.equal(first, second) and first.abs().max() > 0 for first, second in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
