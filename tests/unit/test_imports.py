@@ -18,7 +18,7 @@ LAYERS = (
     ("arch",),
     ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
-    ("pipeline",),
+    ("pipeline", "measurement"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
