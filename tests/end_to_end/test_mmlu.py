@@ -33,7 +33,7 @@ def bindings() -> None:
 def questions(tmp_path_factory) -> Path:
     """Two subjects: a short one, and one whose examples do not all fit into the tiny model's 1024 tokens."""
     directory = tmp_path_factory.mktemp("mmlu")
-    long = "a block of sixty-four integers and one half-precision scale " * 12
+    long = "a block of sixty-four integers and one half-precision scale " * 15
     subjects = {
         "file_formats": (
             [f"What is stored at offset {i}?,the scale,the codes,a name,nothing,{i % 4}" for i in range(5)],
@@ -112,7 +112,7 @@ def test_the_command(cli, converted, tiny_spm, tiny_reference, questions, tmp_pa
     """Table and JSON of two files beside a reference; no text is needed."""
     report, path = tmp_path / "r.json", converted(tiny_spm, "--rotation", "hadamard")
     options = ("--mmlu", questions, "--mmlu-limit", "3", "--shots", "2", "--json", report)
-    done = cli("eval", path, tiny_reference, "--reference", tiny_spm, *options)
+    done = cli("eval", path, tiny_reference, "--reference", tiny_reference, *options)
     assert done.status == 0, done.stderr
     content = json.loads(report.read_text(encoding="utf-8"))
     ours, plain = content["models"]
