@@ -15,7 +15,8 @@ from typing import Any
 from kurtail_gguf import evaluate, ggml
 from kurtail_gguf.bindings import require_bindings
 from kurtail_gguf.errors import ConfigError, KurtailError
-from kurtail_gguf.evaluate import mmlu
+from kurtail_gguf.evaluate import harness, mmlu
+from kurtail_gguf.evaluate.harness import TasksRequest, TasksResult
 from kurtail_gguf.evaluate.mmlu import MmluResult
 from kurtail_gguf.evaluate.perplexity import check_scored
 from kurtail_gguf.export import export_reference
@@ -26,7 +27,7 @@ from kurtail_gguf.progress import Progress
 _VOCABULARY = "tokenizer.ggml.tokens"
 
 #: Keys of a result's JSON that are left out where they were not asked for.
-_ONLY_IF_ASKED = ("mmlu",)
+_ONLY_IF_ASKED = ("mmlu", "tasks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,11 @@ class Request:
 
     text: TextRequest | None = None
     mmlu: MmluRequest | None = None
+    tasks: TasksRequest | None = None
 
     def __post_init__(self) -> None:
-        if self.text is None and self.mmlu is None:
-            raise ConfigError("nothing to measure: give --text or --mmlu")
+        if self.text is None and self.mmlu is None and self.tasks is None:
+            raise ConfigError("nothing to measure: give --text, --mmlu or --tasks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class ModelResult:
     activation_bits: int | None
     kv_bits: int
     mmlu: MmluResult | None = None
+    tasks: TasksResult | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As written by ``--json``."""
@@ -112,7 +115,7 @@ def measure(
     Raises:
         KurtailError: a bad file, text, directory of questions or reference.
     """
-    subjects = _check(request, divergence=reference is not None)
+    subjects = check(request, divergence=reference is not None)
     infos = [read_gguf(path) for path in files]
     with ExitStack() as stack:
         all_infos = list(infos)
@@ -127,18 +130,33 @@ def measure(
                 replace(result, mmlu=mmlu.score(info.path, subjects, progress))
                 for info, result in zip(all_infos, results, strict=True)
             ]
+        if request.tasks is not None:
+            results = [
+                replace(result, tasks=harness.run_tasks(info.path, request.tasks, progress))
+                for info, result in zip(all_infos, results, strict=True)
+            ]
     if reference is None:
         return Report(None, tuple(results))
     # the exported file of a checkpoint is gone by now: the name that was given says more
     return Report(replace(results[0], path=reference), tuple(results[1:]))
 
 
-def _check(request: Request, divergence: bool) -> tuple[mmlu.Subject, ...]:
-    """Refuse what cannot be measured; returns MMLU's questions."""
+def check(request: Request, divergence: bool) -> tuple[mmlu.Subject, ...]:
+    """Refuse what cannot be measured; returns MMLU's questions.
+
+    Args:
+        request: what to measure.
+        divergence: whether there will be a reference.
+
+    Raises:
+        KurtailError: no such text, no such questions, too little to score, no bindings.
+    """
     if request.text is not None:
         _check_text(request.text.path)
         if divergence:
             check_scored(request.text.context, request.text.chunks)
+    if request.tasks is not None:
+        harness.check_tasks(request.tasks)
     if request.mmlu is None:
         return ()
     require_bindings()

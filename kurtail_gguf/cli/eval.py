@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from kurtail_gguf.cli.cards import check_cards, write_cards
 from kurtail_gguf.cli.output import check_writable, write_json
 from kurtail_gguf.cli.progress import make_progress
 
@@ -29,34 +30,52 @@ from kurtail_gguf.cli.progress import make_progress
     "--mmlu-limit", type=click.IntRange(min=1), default=None, help="Only the first so many questions of a subject.",
 )
 @click.option(
+    "--tasks", default=None, metavar="NAME,…",
+    help="Run tasks of lm-eval, which must be installed (extra eval) and have their data at hand.",
+)
+@click.option(
+    "--include-path", default=None, metavar="DIR", type=click.Path(path_type=Path),
+    help="Also look for tasks' YAML files here; those may name local data.",
+)
+@click.option("--task-shots", type=click.IntRange(min=0), default=None, help="Examples a task; its own choice if not given.")
+@click.option("--task-limit", type=click.IntRange(min=1), default=None, help="Only the first so many documents of a task.")
+@click.option(
     "--reference", default=None,
     help="Measure this as well, and the divergence from it: a Hugging Face directory, a GGUF file or a known model.",
 )
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the results here.",
-)  # fmt: skip
+)
+@click.option("--card", is_flag=True, help="Write FILE.gguf.md beside each file: what it is and what was measured.")
 def eval_command(
-    files: tuple[Path, ...], text: Path | None, mmlu: Path | None, reference: str | None, json_path: Path | None,
-    **options: Any,
+    files: tuple[Path, ...], text: Path | None, mmlu: Path | None, tasks: str | None, reference: str | None,
+    json_path: Path | None, card: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Measure GGUF files with the shipped runtime.
 
     Perplexity (--text) is what llama-perplexity gives, with the cache that the file asks for. With a
     reference, the mean KL divergence from it (KLD, in nats) and how often both agree on the likeliest token
     (top-1) are measured as well. MMLU (--mmlu) is the share of questions whose right answer is the likeliest.
+    Tasks (--tasks) are EleutherAI's, run by their own harness on the shipped runtime.
     """
-    if text is None and mmlu is None:
-        raise click.UsageError("nothing to measure: give --text FILE or --mmlu DIR")
+    if text is None and mmlu is None and tasks is None:
+        raise click.UsageError("nothing to measure: give --text FILE, --mmlu DIR or --tasks NAME")
     if json_path is not None:
         check_writable(json_path, "--json")
+    if card:
+        check_cards(files)
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.cli.tables import print_report
+    from kurtail_gguf.evaluate.harness import TasksRequest
     from kurtail_gguf.measurement import MmluRequest, Request, TextRequest, measure
 
     request = Request(
         text=None if text is None else TextRequest(text, options["context"], options["chunks"]),
         mmlu=None if mmlu is None else MmluRequest(mmlu, options["shots"], options["mmlu_limit"]),
-    )
+        tasks=None if tasks is None else TasksRequest(
+            tuple(tasks.split(",")), options["include_path"], options["task_shots"], options["task_limit"]
+        ),
+    )  # fmt: skip
     console = Console(stderr=True)
 
     def tell(line: str) -> None:
@@ -66,3 +85,5 @@ def eval_command(
     print_report(report, Console())
     if json_path is not None:
         write_json(json_path, report.to_json())
+    if card:
+        write_cards(((file, row, ()) for file, row in zip(files, report.models, strict=True)), report.reference, request)

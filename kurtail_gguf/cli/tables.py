@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kurtail_gguf.comparison import Comparison
 from kurtail_gguf.evaluate.mmlu import Accuracy
 from kurtail_gguf.measurement import ModelResult, Report
 
@@ -17,6 +18,25 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_overview(rows))
     if any(row.mmlu for _, row in rows):
         console.print(_subjects(rows))
+    if any(row.tasks for _, row in rows):
+        console.print(_tasks(rows))
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print a row a method, the reference first."""
+    rows = [("reference", comparison.reference, None)]
+    rows += [(row.method.name, row.measured, row.cost) for row in comparison.methods]
+    columns = {
+        "perplexity": [perplexity(row) for _, row, _ in rows],
+        "KLD": [kld(row) for _, row, _ in rows],
+        "top-1": [top1(row) for _, row, _ in rows],
+        "seconds": ["" if cost is None else f"{cost.seconds:.1f}" for *_, cost in rows],
+        "peak MB": ["" if cost is None else f"{cost.peak_bytes / 1e6:.0f}" for *_, cost in rows],
+    }
+    table = _table("method", [name for name, *_ in rows], columns)
+    bits = ", ".join(dict.fromkeys(runs_as(row) for _, row, cost in rows if cost is not None))
+    table.caption = f"{comparison.reference.path} as {bits}; seconds and memory of the conversion"
+    console.print(table)
 
 
 def _rows(report: Report) -> list[tuple[str, ModelResult]]:
@@ -48,6 +68,18 @@ def _subjects(rows: list[tuple[str, ModelResult]]) -> Table:
     table.caption = f"{first.shots} examples a question; accuracy ± standard error"
     if shortened := max(result.shortened for _, result in asked):
         table.caption += f"; {shortened} questions with fewer, for want of context"
+    return table
+
+
+def _tasks(rows: list[tuple[str, ModelResult]]) -> Table:
+    """lm-eval's metrics, a row each; every file ran the same tasks."""
+    ran = [(name, row.tasks) for name, row in rows if row.tasks is not None]
+    metrics = ran[0][1].metrics()
+    columns = {"metric": [f"{metric.name}, {metric.filter}" for metric in metrics]}
+    for name, result in ran:
+        columns[Path(name).name] = [metric.text for metric in result.metrics()]
+    table = _table("task", [metric.task for metric in metrics], columns)
+    table.caption = f"lm-eval {ran[0][1].version}; value ± standard error"
     return table
 
 

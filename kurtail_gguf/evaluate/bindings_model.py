@@ -74,11 +74,21 @@ class BindingsModel:
 
     @property
     def end_of_text(self) -> int:
-        """The token that ends a text, and begins one where nothing else does."""
-        for token in (llama_cpp.llama_vocab_eos(self._vocabulary), llama_cpp.llama_vocab_bos(self._vocabulary)):
-            if token >= 0:
-                return int(token)
-        raise KurtailError(f"{self._path} names neither an end nor a beginning of text")
+        """The token that ends a text.
+
+        Raises:
+            KurtailError: the vocabulary names none.
+        """
+        token = int(llama_cpp.llama_vocab_eos(self._vocabulary))
+        if token < 0:
+            raise KurtailError(f"the vocabulary of {self._path} names no token that ends a text")
+        return token
+
+    @property
+    def start_of_text(self) -> int:
+        """The token that stands before a text: BOS, or what ends one where the vocabulary has no BOS."""
+        token = int(llama_cpp.llama_vocab_bos(self._vocabulary))
+        return token if token >= 0 else self.end_of_text
 
     def tokenize(self, text: str, special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -126,9 +136,10 @@ class BindingsModel:
 
         Args:
             context: token ids, at least one.
-            continuations: token ids, at least one each.
+            continuations: token ids, at least one each. The last of them is only looked up, so context and
+                continuation may be one token longer than :attr:`limit`.
         """
-        self.reserve(len(context) + max(map(len, continuations)))
+        self.reserve(len(context) + max(map(len, continuations)) - 1)
         after_context: npt.NDArray[np.float64] | None = None
         scored = []
         for continuation in continuations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_log_likelihoods_are_transformers_own(tiny_bpe, questions, tmp_path):
 def test_the_command(cli, converted, tiny_spm, tiny_reference, questions, tmp_path):
     """Table and JSON of two files beside a reference; no text is needed."""
     report, path = tmp_path / "r.json", converted(tiny_spm, "--rotation", "hadamard")
-    options = ("--mmlu", questions, "--mmlu-limit", "3", "--shots", "2", "--json", report)
+    options = ("--mmlu", questions, "--mmlu-limit", "3", "--shots", "2", "--json", report, "--card")
     done = cli("eval", path, tiny_reference, "--reference", tiny_reference, *options)
     assert done.status == 0, done.stderr
     content = json.loads(report.read_text(encoding="utf-8"))
@@ -129,6 +130,13 @@ def test_the_command(cli, converted, tiny_spm, tiny_reference, questions, tmp_pa
         assert 0 <= found["micro"]["accuracy"] <= 1
     assert "perplexity" not in done.stdout and "KLD" not in done.stdout
     assert all(name in done.stdout for name in ("reference", "file_formats", "rotations", "macro average", "micro average"))
+    for file, model in ((path, ours), (tiny_reference, plain)):
+        card = Path(f"{file}.md").read_text(encoding="utf-8")
+        share = f"{100 * model['mmlu']['micro']['accuracy']:.1f} ± "
+        assert f"| MMLU, micro average | {share}" in card
+        command = shlex.split(card.split("```")[1])
+        assert command[:3] == ["kurtail-gguf", "eval", str(path)] and command[-1] == "--card"
+    assert "| runs as | W4A4KV4" in Path(f"{path}.md").read_text(encoding="utf-8")
 
 
 def test_errors_are_one_line(cli, tiny_reference, questions, tmp_path):
