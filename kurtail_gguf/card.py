@@ -82,7 +82,7 @@ def render(
     """
     parts = [
         f"# {file.name}",
-        _table(("", ""), _identity(file, summary, made_by)),
+        _table(("", ""), _identity(file, summary, model.runs_as, made_by)),
         "## Measured",
         _figures(model, reference),
         *_conditions(circumstances.request, model.tasks.version if model.tasks else ""),
@@ -115,7 +115,9 @@ def mmlu_sha256(directory: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _identity(file: Path, summary: Mapping[str, Any], made_by: Sequence[str]) -> list[tuple[str, str]]:
+def _identity(
+    file: Path, summary: Mapping[str, Any], runs_as: str, made_by: Sequence[str]
+) -> list[tuple[str, str]]:
     block = summary["block_bits_per_weight"]
     types = (f"{name} ({total['tensors']} tensors, {total['bytes']:,} bytes)" for name, total in summary["types"].items())
     rows = [
@@ -130,19 +132,20 @@ def _identity(file: Path, summary: Mapping[str, Any], made_by: Sequence[str]) ->
     if (kurtail := summary["kurtail"]) is None:
         rows.append(("kurtail", "no keys: a stock file"))
     else:
-        rows += _provenance(kurtail)
+        rows += _provenance(kurtail, runs_as)
     rows += [(f"activations of {name}", f"{bits} bits") for name, bits in summary["tensor_activation_bits"].items()]
     if made_by:
         rows.append(("made by", f"`{shlex.join(made_by)}`"))
     return rows
 
 
-def _provenance(kurtail: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _provenance(kurtail: Mapping[str, Any], runs_as: str) -> list[tuple[str, str]]:
     folded = {"r1": "residual stream, folded", "r2": "values, folded", "r3": "queries and keys, online", "r4": "FFN, online"}
     rotations = [
         f"{name.upper()} ({what}) {kurtail[f'{name}_kind']}" + (f" {kurtail[f'{name}_size']}" if kurtail[f"{name}_size"] else "")
         for name, what in folded.items()
     ]
+    tuned = f", scales tuned for {kurtail['tune_steps']} steps" if kurtail["tune_steps"] else ""
     calibration = "none"
     if kurtail["calibration_tokens"]:
         calibration = (
@@ -150,7 +153,7 @@ def _provenance(kurtail: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"`{kurtail['calibration_sha256']}`"
         )
     return [
-        ("runs as", f"W4A{kurtail['activation_bits']}KV{kurtail['kv_bits']}, weights {kurtail['weights']}"),
+        ("runs as", f"{runs_as}, weights {kurtail['weights']}{tuned}"),
         ("method", f"rotation {kurtail['rotation']}, objective {kurtail['objective']}, seed {kurtail['seed']}"),
         ("rotations", "; ".join(rotations)),
         ("calibration", calibration),

@@ -8,16 +8,27 @@ from pathlib import Path
 from kurtail_gguf import __version__
 from kurtail_gguf.errors import ConfigError
 
-ROTATIONS = ("kurtail", "hadamard", "none")
-WEIGHTS = ("rtn",)
+ROTATIONS = ("output", "kurtail", "spinquant", "hadamard", "none")
+#: Those that are learned, and so need calibration text.
+LEARNED_ROTATIONS = ("output", "kurtail", "spinquant")
+WEIGHTS = ("gptq", "rtn")
 ACTIVATION_BITS = (4, 8)
 KV_BITS = (4, 8, 16)
 DEVICES = ("auto", "cpu", "cuda")
+#: ``kurtail``: kt4 linears and online rotations, for the shipped runtime; ``stock``: for unpatched llama.cpp.
+TARGETS = ("kurtail", "stock")
+
+#: What stock llama.cpp does by itself with q4_0 linears: their inputs are rounded to q8_0, the cache is f16.
+STOCK_ACTIVATION_BITS = 8
+STOCK_KV_BITS = 16
 
 #: Fewest tokens that R1 can be learned from: below it the samples of a step repeat themselves.
 MIN_CALIBRATION_TOKENS = 1024
 #: ``kurtail.calibration.tokens`` is a uint32, and captured activations stay bounded well before this.
 MAX_CALIBRATION_TOKENS = 1 << 24
+#: Steps of tuning where nothing is said: about 32,000 tokens.
+DEFAULT_TUNE = 64
+MAX_TUNE = 1 << 20
 #: ``kurtail.seed`` is a uint64; torch's generators take seeds below 2**63.
 MAX_SEED = (1 << 63) - 1
 
@@ -31,6 +42,14 @@ def _one_of(option: str, value: object, offered: tuple[object, ...]) -> None:
         raise ConfigError(f"{option} {value!r} is not offered: choose one of {names}")
 
 
+def not_with_stock(option: str) -> ConfigError:
+    """The refusal of an option that a file for stock llama.cpp cannot honour."""
+    return ConfigError(
+        f"{option} cannot be chosen with --target stock: stock llama.cpp decides how it rounds activations, and "
+        f"its own -ctk and -ctv choose the cache; leave it out or give --target kurtail"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ConvertConfig:
     """Everything ``pipeline.convert`` needs to know.
@@ -38,27 +57,33 @@ class ConvertConfig:
     Args:
         model: an HF directory, a GGUF file that transformers can read, or the name of a recipe.
         out: the GGUF file to write.
-        rotation: ``kurtail`` (R1, R2 learned), ``hadamard`` (R1, R2 random) or ``none``.
-        weights: weight quantization; ``rtn`` is round-to-nearest with searched scales.
+        rotation: ``kurtail`` (R1, R2 learned layer by layer), ``spinquant`` (learned end to end),
+            ``hadamard`` (R1, R2 random) or ``none``.
+        weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales.
         activations: bits of the activations that enter the block linears.
         kv: bits of the KV cache (16 is f16).
         calibration: ``("self",)``, text or jsonl files, or ``hf:NAME``.
         calibration_tokens: how many tokens to calibrate on.
+        tune: steps of tuning the block scales end to end; None lets the method decide (:attr:`tuning_steps`).
         seed: seed of everything random.
         device: where tensors are computed.
+        target: ``kurtail``, or ``stock``: a q4_0 file that stock llama.cpp runs, with folded rotations
+            only. It rounds activations and cache by its own rules, so neither can be chosen then.
         work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
     """
 
     model: str
     out: Path
-    rotation: str = "kurtail"
-    weights: str = "rtn"
+    rotation: str = "output"
+    weights: str = "gptq"
     activations: int = 4
     kv: int = 4
     calibration: tuple[str, ...] = ("self",)
-    calibration_tokens: int = 8192
+    calibration_tokens: int = 32768
+    tune: int | None = None
     seed: int = 0
     device: str = "auto"
+    target: str = "kurtail"
     work_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +92,9 @@ class ConvertConfig:
         _one_of("--activations", self.activations, ACTIVATION_BITS)
         _one_of("--kv", self.kv, KV_BITS)
         _one_of("--device", self.device, DEVICES)
+        _one_of("--target", self.target, TARGETS)
+        if self.target == "stock" and (self.activations, self.kv) != (4, 4):
+            raise not_with_stock("--activations and --kv")
         if not self.model:
             raise ConfigError("MODEL is empty: give an HF directory, a GGUF file or a recipe's name")
         if not self.calibration:
@@ -78,13 +106,22 @@ class ConvertConfig:
                 f"--calibration-tokens {self.calibration_tokens} is outside "
                 f"{MIN_CALIBRATION_TOKENS}…{MAX_CALIBRATION_TOKENS}"
             )
+        if self.tune is not None and not 0 <= self.tune <= MAX_TUNE:
+            raise ConfigError(f"--tune {self.tune} is outside 0…{MAX_TUNE}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"--seed {self.seed} is outside 0…{MAX_SEED}")
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether rotations are learned, and so whether any text is read at all."""
-        return self.rotation == "kurtail"
+        """Whether rotations are learned or weights quantized on text, and so whether any is read at all."""
+        return self.rotation in LEARNED_ROTATIONS or self.weights == "gptq" or self.tuning_steps > 0
+
+    @property
+    def tuning_steps(self) -> int:
+        """``tune``, or by default :data:`DEFAULT_TUNE` for our own recipe; the papers' methods come without."""
+        if self.tune is not None:
+            return self.tune
+        return DEFAULT_TUNE if self.rotation == "output" and self.weights == "gptq" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +135,7 @@ class Provenance:
     rotation: str
     objective: str
     weights: str
+    tune_steps: int
     seed: int
     r1_kind: str
     r1_size: int
@@ -112,8 +150,14 @@ class Provenance:
     calibration_name: str
     calibration_tokens: int
     calibration_sha256: str
+    target: str = "kurtail"
     format_version: int = FORMAT_VERSION
     tool: str = TOOL
+
+    @property
+    def runs_as(self) -> str:
+        """Bits of weights, activations and cache; those of the weights where the rest is stock llama.cpp's affair."""
+        return "stock W4" if self.target == "stock" else f"W4A{self.activation_bits}KV{self.kv_bits}"
 
 
 @dataclass(frozen=True, slots=True)

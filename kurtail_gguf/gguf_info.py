@@ -10,19 +10,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from kurtail_gguf import vendored
-from kurtail_gguf.config import Provenance
+from kurtail_gguf import ggml, vendored
+from kurtail_gguf.config import STOCK_KV_BITS, Provenance
 from kurtail_gguf.errors import KurtailError
 
 #: field of Provenance, key in the file, GGUF type; the order is the order in the file
 PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("format_version", "kurtail.format_version", "uint32"),
     ("tool", "kurtail.tool", "string"),
+    ("target", "kurtail.target", "string"),
     ("rotation", "kurtail.rotation", "string"),
     ("objective", "kurtail.objective", "string"),
     ("weights", "kurtail.weights", "string"),
+    ("tune_steps", "kurtail.tune_steps", "uint32"),
     ("seed", "kurtail.seed", "uint64"),
     ("r1_kind", "kurtail.r1.kind", "string"),
     ("r1_size", "kurtail.r1.size", "uint32"),
@@ -39,11 +42,14 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("calibration_sha256", "kurtail.calibration.sha256", "string"),
 )
 
+#: what it means that a file lacks a key: it was written before there was one
+_BEFORE_THE_KEY: Mapping[str, str] = MappingProxyType({"target": "kurtail"})
+
 #: upstream's keys for activation bits of single tensors: names, and whether 4 bits are allowed
 TENSOR_EXTRA_NAME = "general.tensor_extra.name"
 TENSOR_EXTRA_PREC_A4 = "general.tensor_extra.prec_a4"
 
-#: The linears of a block, the only tensors of type kt4 that the converter writes.
+#: The linears of a block, kt4, or q4_0 with ``--target stock``.
 _BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
 
 
@@ -130,10 +136,28 @@ class GgufInfo:
         present = {field for field, key, _ in PROVENANCE_KEYS if key in self.metadata}
         if not present:
             return None
-        missing = [key for field, key, _ in PROVENANCE_KEYS if field not in present]
+        missing = [key for field, key, _ in PROVENANCE_KEYS if field not in present | _BEFORE_THE_KEY.keys()]
         if missing:
             raise GgufError(f"{self.path} has kurtail keys but lacks {', '.join(missing)}: convert the model again")
-        return Provenance(**{field: self.metadata[key] for field, key, _ in PROVENANCE_KEYS})
+        values = {field: self.metadata[key] for field, key, _ in PROVENANCE_KEYS if field in present}
+        return Provenance(**{**_BEFORE_THE_KEY, **values})
+
+    @property
+    def runtime_bits(self) -> tuple[int | None, int]:
+        """Bits of activations and of the default cache; None where llama.cpp's own kernels decide."""
+        provenance = self.provenance
+        if provenance is not None and provenance.target != "stock":
+            return provenance.activation_bits, provenance.kv_bits
+        from_llama_quantize = any(tensor.type_id == ggml.KT4 for tensor in self.tensors)
+        return 4 if from_llama_quantize else None, STOCK_KV_BITS
+
+    @property
+    def runs_as(self) -> str:
+        """The same in a word: ``W4A4KV4``, ``stock W4`` (ours, for stock llama.cpp), ``stock`` (not ours)."""
+        if self.provenance is not None:
+            return self.provenance.runs_as
+        activations, cache = self.runtime_bits
+        return "stock" if activations is None else f"W4A{activations}KV{cache}"
 
     def activation_bits_of(self, tensor: str) -> int:
         """Bits of the activations that enter a block linear, as the runtime reads them."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kurtail_gguf import evaluate, ggml
+from kurtail_gguf import evaluate
 from kurtail_gguf.bindings import require_bindings
 from kurtail_gguf.errors import ConfigError, KurtailError
 from kurtail_gguf.evaluate import harness, mmlu
@@ -73,6 +73,7 @@ class ModelResult:
     bits_per_weight: float
     activation_bits: int | None
     kv_bits: int
+    runs_as: str
     mmlu: MmluResult | None = None
     tasks: TasksResult | None = None
 
@@ -238,11 +239,4 @@ def _vocabulary_size(info: GgufInfo) -> int:
 
 def _row(info: GgufInfo) -> ModelResult:
     """What a file says about itself; nothing measured yet."""
-    provenance = info.provenance
-    if provenance is not None:
-        activations, cache = provenance.activation_bits, provenance.kv_bits
-    else:
-        # a stock file runs with llama.cpp's default cache; of its activations nothing is said
-        activations = 4 if any(tensor.type_id == ggml.KT4 for tensor in info.tensors) else None
-        cache = 16
-    return ModelResult(str(info.path), None, None, None, None, info.bits_per_weight, activations, cache)
+    return ModelResult(str(info.path), None, None, None, None, info.bits_per_weight, *info.runtime_bits, info.runs_as)

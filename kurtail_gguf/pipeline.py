@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from kurtail_gguf.calibration.capture import Capture, capture
 from kurtail_gguf.calibration.generate import generate
@@ -28,25 +27,38 @@ from kurtail_gguf.calibration.tokens import (
     load_tokenizer,
     tokenize,
 )
-from kurtail_gguf.config import TOOL, ConvertConfig, ConvertResult, Provenance
+from kurtail_gguf.config import (
+    STOCK_ACTIVATION_BITS,
+    STOCK_KV_BITS,
+    TOOL,
+    ConvertConfig,
+    ConvertResult,
+    Provenance,
+)
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.export import check_vocabulary, write_gguf
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer
-from kurtail_gguf.fold.tables import fold_embedding, fold_head
-from kurtail_gguf.formats import kt4
-from kurtail_gguf.formats.hadamard import r4_size
+from kurtail_gguf.fold.layer import balance_channels
+from kurtail_gguf.formats.hadamard import MAX_R4, r4_size
+from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
+from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.quantize.rtn import quantize_rtn
 from kurtail_gguf.rotation.hadamard import random_rotation
-from kurtail_gguf.rotation.learn import learn_r1, learn_r2
+from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
 from kurtail_gguf.rotation.objectives import OBJECTIVES
+from kurtail_gguf.rotation.spinquant import Rounding, learn_spinquant
 from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
+from kurtail_gguf.simulation.attention import CacheSettings
+from kurtail_gguf.simulation.runtime import RuntimeRounding
+from kurtail_gguf.tuning import memory_available, memory_needed, tune
 from kurtail_gguf.workdir import filling, open_work_dir
 
-#: What the file says R1 and R2 were learned by.
-OBJECTIVE = "kurtosis"
+#: Tokens that rotations are learned from, at most: a few thousand of them are kept at each site.
+CAPTURED_TOKENS = 8192
+
+#: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
+OBJECTIVE = {"output": "output-error", "kurtail": "kurtosis", "spinquant": "cross-entropy"}
 #: Which side of it counts: R1 must leave flat tokens flat, values have none (rotation/objectives.py).
 R1_OBJECTIVE, R2_OBJECTIVE = "kurtosis", "absolute-kurtosis"
 
@@ -102,8 +114,19 @@ def _convert(
         rotations = _rotations(config, checkpoint, tokens, work_dir, device, progress)
     plan = _Plan.of(config, checkpoint)
     with clock.measure("quantize"):
-        quantized = _quantize(checkpoint, rotations, plan, work_dir / "quantized", device, progress)
-    provenance = _provenance(config, checkpoint, rotations, plan, tokens)
+        quantized = fold_and_quantize(
+            checkpoint, rotations, plan.r4, plan.format, _calibrated_on(config, plan, checkpoint, tokens),
+            work_dir / "quantized", device, progress,
+        )  # fmt: skip
+    steps = _tuning_steps(config, checkpoint, plan, device, progress)
+    if steps:
+        assert tokens is not None
+        with clock.measure("tune"):
+            rounding = _rounding(config, plan, checkpoint)
+            quantized = tune(
+                checkpoint, tokens.ids, quantized, plan.format, rounding, steps, work_dir / "tuned", device, progress
+            )
+    provenance = _provenance(config, checkpoint, rotations, plan, tokens, steps)
     with clock.measure("export"):
         write_gguf(source, quantized, config.out, provenance, progress)
     return ConvertResult(config.out, provenance, clock.seconds)
@@ -138,20 +161,27 @@ def pick_device(device: str) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The online rotations' sizes, 0 for none."""
+    """The online rotations' sizes, 0 for none, and what the block linears are stored as."""
 
     r3: int
     r4: int
+    format: BlockFormat
 
     @classmethod
     def of(cls, config: ConvertConfig, checkpoint: Checkpoint) -> _Plan:
-        if config.rotation == "none":
-            return cls(0, 0)
+        block_format = BLOCK_FORMATS[config.target]
+        # Stock llama.cpp has no R4, and rotates K by itself where its cache is quantized.
+        if config.rotation == "none" or config.target == "stock":
+            return cls(0, 0, block_format)
         head_dim = checkpoint.spec.head_dim
         # Upstream rotates only heads that are multiples of 64, and only for a quantized cache.
         r3 = head_dim if head_dim % 64 == 0 and head_dim & (head_dim - 1) == 0 and config.kv < 16 else 0
-        r4 = r4_size(checkpoint.spec.intermediate_size)
-        return cls(r3, r4 if r4 > 1 else 0)
+        # Spreading an outlier over more values than share a scale only carries it into more blocks: with one Hadamard a
+        # block the divergence that rounding this input causes was a third lower than with 512 (docs/quality.md). The
+        # other methods have R4 as their papers do.
+        limit = block_format.block if config.rotation == "output" else MAX_R4
+        r4 = r4_size(checkpoint.spec.intermediate_size, limit)
+        return cls(r3, r4 if r4 > 1 else 0, block_format)
 
 
 class _Clock:
@@ -180,8 +210,10 @@ def _settings(
     return {
         "tool": TOOL,
         "checkpoint": checkpoint.fingerprint(),
+        "target": config.target,
         "rotation": config.rotation,
         "weights": config.weights,
+        "tune": config.tuning_steps,
         "kv": config.kv,
         "activations": config.activations,
         "calibration": list(config.calibration),
@@ -244,16 +276,54 @@ def _rotations(
     path = work_dir / "rotations.safetensors"
     if path.exists():
         return load_rotations(path)
-    if tokens is None:
+    if config.rotation == "hadamard":
         rotations = random_rotations(checkpoint, config.seed)
+    elif config.rotation == "spinquant":
+        rotations = _spinquant(config, checkpoint, tokens, device, progress)
     else:
         samples = _capture(checkpoint, tokens, work_dir / "capture", config.seed, device, progress)
-        values = [samples.values(layer) for layer in range(samples.layers)]
-        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
-        r2 = learn_r2(values, OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
-        rotations = Rotations("learned", "learned", r1, r2)
+        rotations = _learn(config, checkpoint, samples, device, progress)
     save_rotations(rotations, path)
     return rotations
+
+
+def _learn(
+    config: ConvertConfig, checkpoint: Checkpoint, samples: Capture, device: torch.device, progress: Progress
+) -> Rotations:
+    """R1 and R2 from captured activations, layer by layer."""
+    values = [samples.values(layer) for layer in range(samples.layers)]
+    scales = None
+    if config.rotation == "output":
+        r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), config.seed, device, progress)
+        down = f"{checkpoint.spec.family.ffn_writer}.weight"
+        scales = np.stack([
+            balance_channels(
+                torch.from_numpy(samples.channels(layer)),
+                checkpoint.tensor(checkpoint.spec.layer_prefix(layer) + down),
+            ).numpy()
+            for layer in range(samples.layers)
+        ])  # fmt: skip
+    else:
+        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
+    r2 = learn_r2(values, OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
+    return Rotations("learned", "learned", r1, r2, scales)
+
+
+def _spinquant(
+    config: ConvertConfig,
+    checkpoint: Checkpoint,
+    tokens: CalibrationTokens,
+    device: torch.device,
+    progress: Progress,
+) -> Rotations:
+    """From the rotations of ``--rotation hadamard``, so that the two differ by the learning alone."""
+    plan, start = _Plan.of(config, checkpoint), random_rotations(checkpoint, config.seed)
+    rounding = _rounding(config, plan, checkpoint)
+    r1, r2 = learn_spinquant(
+        checkpoint, tokens.ids, (start.r1, start.r2), Rounding(rounding.activation_bits, rounding.cache), plan.r4,
+        config.seed, device, progress,
+    )  # fmt: skip
+    return Rotations("learned", "learned", r1, r2)
 
 
 def random_rotations(checkpoint: Checkpoint, seed: int) -> Rotations:
@@ -277,63 +347,48 @@ def _capture(
 ) -> Capture:
     if not target.exists():
         with filling(target) as directory:
-            capture(checkpoint, tokens.ids, directory, seed, device, progress)
+            sequences = -(-CAPTURED_TOKENS // tokens.ids.shape[1])
+            capture(checkpoint, tokens.ids[:sequences], directory, seed, device, progress)
     return Capture(target, checkpoint.spec.layers)
 
 
-def _quantize(
-    checkpoint: Checkpoint,
-    rotations: Rotations,
-    plan: _Plan,
-    target: Path,
-    device: torch.device,
-    progress: Progress,
-) -> Path:
-    """Fold and quantize into ``target``; the layout is the exporter's input.
-
-    ``embed_tokens.npy``, ``lm_head.npy`` (float32 ``[vocab, hidden]``), ``layer-NNNNN.safetensors`` (HF
-    names; block linears as kt4 rows, uint8 ``[out, in/64*34]``; the rest float32) and
-    ``final.safetensors`` (the final norm's weight, ones).
-    """
-    target.mkdir(exist_ok=True)
-    spec = checkpoint.spec
-    r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
-    with progress.stage("fold and quantize", spec.layers + 2) as stage:
-        for name, fold in (("embed_tokens.npy", fold_embedding), ("lm_head.npy", fold_head)):
-            if not (target / name).exists():
-                fold(checkpoint, r1, target / name)
-            stage.advance(1, name.removesuffix(".npy"))
-        for layer in range(spec.layers):
-            path = target / f"layer-{layer:05d}.safetensors"
-            if not path.exists():
-                r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
-                folding = LayerRotations(r1, r2, plan.r4)
-                weights = checkpoint.layer(layer, device, check=True)
-                _save(_quantize_layer(checkpoint, layer, fold_layer(weights, spec, folding)), path)
-            stage.advance(1, f"layer {layer}")
-    norm = f"{spec.family.final_norm}.weight"
-    _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
-    return target
+def _rounding(config: ConvertConfig, plan: _Plan, checkpoint: Checkpoint) -> RuntimeRounding:
+    """What the runtime will round while it runs the file."""
+    stock = config.target == "stock"
+    cache = CacheSettings(
+        bits=STOCK_KV_BITS if stock else config.kv,
+        rotation=plan.r3,
+        # where R2 is not folded, upstream rotates V by itself; in our files it does not
+        rotate_v=False,
+        paired=checkpoint.spec.family.rope_pairs,
+    )
+    bits = STOCK_ACTIVATION_BITS if stock else config.activations
+    return RuntimeRounding(bits, plan.format.block, plan.r4, cache)
 
 
-def _quantize_layer(
-    checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor]
-) -> dict[str, np.ndarray]:
-    prefix = checkpoint.spec.layer_prefix(layer)
-    linears = {f"{name}.weight" for name in checkpoint.spec.family.linears}
-    out = {}
-    for name, tensor in folded.items():
-        if name in linears:
-            out[prefix + name] = kt4.pack(*quantize_rtn(tensor, prefix + name))
-        else:
-            out[prefix + name] = tensor.float().cpu().numpy()
-    return out
+def _calibrated_on(
+    config: ConvertConfig, plan: _Plan, checkpoint: Checkpoint, tokens: CalibrationTokens | None
+) -> CalibratedOn | None:
+    if config.weights != "gptq":
+        return None
+    assert tokens is not None
+    return CalibratedOn(tokens.ids, _rounding(config, plan, checkpoint))
 
 
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    scratch = path.with_suffix(".tmp")
-    save_file(tensors, scratch)
-    os.replace(scratch, path)
+def _tuning_steps(
+    config: ConvertConfig, checkpoint: Checkpoint, plan: _Plan, device: torch.device, progress: Progress
+) -> int:
+    """Steps of tuning; 0 where it was not asked for by name and the model is too large for it."""
+    steps = config.tuning_steps
+    needed, available = memory_needed(checkpoint, plan.format.block), memory_available(device)
+    if not steps or needed <= available:
+        return steps
+    sizes = f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}"
+    if config.tune is not None:
+        raise KurtailError(f"--tune {steps} {sizes}: give --tune 0 or use a larger machine")
+    with progress.stage(f"tuning of scales left out: it {sizes}", 1) as stage:
+        stage.advance()
+    return 0
 
 
 def _provenance(
@@ -342,12 +397,16 @@ def _provenance(
     rotations: Rotations,
     plan: _Plan,
     tokens: CalibrationTokens | None,
+    tune_steps: int,
 ) -> Provenance:
     spec = checkpoint.spec
+    stock = config.target == "stock"
     return Provenance(
+        target=config.target,
         rotation=config.rotation,
-        objective=OBJECTIVE if config.rotation == "kurtail" else "none",
+        objective=OBJECTIVE.get(config.rotation, "none"),
         weights=config.weights,
+        tune_steps=tune_steps,
         seed=config.seed,
         r1_kind=rotations.r1_kind,
         r1_size=0 if rotations.r1 is None else spec.hidden_size,
@@ -357,8 +416,8 @@ def _provenance(
         r3_size=plan.r3,
         r4_kind="hadamard" if plan.r4 else "none",
         r4_size=plan.r4,
-        activation_bits=config.activations,
-        kv_bits=config.kv,
+        activation_bits=STOCK_ACTIVATION_BITS if stock else config.activations,
+        kv_bits=STOCK_KV_BITS if stock else config.kv,
         calibration_name="" if tokens is None else tokens.name,
         calibration_tokens=0 if tokens is None else int(tokens.ids.size),
         calibration_sha256="" if tokens is None else tokens.sha256,

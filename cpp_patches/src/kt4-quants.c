@@ -4,6 +4,7 @@
 #include "ggml-quants.h"
 
 #include <assert.h>
+#include <limits.h>
 #include <math.h>
 
 // largest finite half: a scale beyond it would become infinite
@@ -34,7 +35,7 @@ static inline void kt4_pack(const int8_t * GGML_RESTRICT q, block_kt4 * GGML_RES
 static inline int kt4_unpack_lo(uint8_t b) { return (int8_t) (uint8_t) (b << 4) >> 4; }
 static inline int kt4_unpack_hi(uint8_t b) { return (int8_t) b >> 4; }
 
-// the first element with the largest magnitude, which is mapped to -8
+// the first element with the largest magnitude
 static inline float kt4_signed_max(const float * x) {
     float amax = 0.0f;
     float max  = 0.0f;
@@ -47,18 +48,53 @@ static inline float kt4_signed_max(const float * x) {
     return max;
 }
 
+// (y*R + half) >> 15 is round(y/KT4_UNIT * R/32): one pmulhrsw
+static inline int kt4_level_code(int y, int level) {
+    const int c = (y*level + (1 << 14)) >> 15;
+    return c > 7 ? 7 : c < -8 ? -8 : c;
+}
+
+// The search is over whole numbers: their sums do not depend on the order of addition, so every width of SIMD, numpy
+// and torch choose the same level, and 16 bits a value are twice as fast as floats.
+static int kt4_best_level(const int16_t * y) {
+    static const int levels[] = KT4_LEVELS;
+    int best   = levels[0];
+    int best_e = INT_MAX;
+    for (size_t l = 0; l < sizeof(levels)/sizeof(levels[0]); ++l) {
+        const int step = KT4_STEP(levels[l]);
+        int e = 0;
+        for (int j = 0; j < QK_KT4; ++j) {
+            const int diff = y[j] - step*kt4_level_code(y[j], levels[l]);
+            e += diff*diff;
+        }
+        if (e < best_e) {
+            best_e = e;
+            best   = levels[l];
+        }
+    }
+    return best;
+}
+
 void quantize_row_kt4_ref(const float * GGML_RESTRICT x, block_kt4 * GGML_RESTRICT y, int64_t k) {
     assert(k % QK_KT4 == 0);
 
     for (int64_t i = 0; i < k/QK_KT4; ++i, x += QK_KT4) {
-        const float d  = kt4_signed_max(x) / -8.0f;
-        const float id = kt4_inverse(d);
+        const float max = kt4_signed_max(x);
+        const float id  = kt4_inverse(max / -8.0f);
+
+        int16_t v[QK_KT4];
+        for (int j = 0; j < QK_KT4; ++j) {
+            // |x*id| <= 8 up to rounding; the comparisons give NaN a value instead of undefined behaviour
+            const float r = rintf(x[j]*id*KT4_UNIT);
+            v[j] = (int16_t) (r >= 8*KT4_UNIT ? 8*KT4_UNIT : r >= -8*KT4_UNIT ? r : -8*KT4_UNIT);
+        }
+        const int level = kt4_best_level(v);
 
         int8_t q[QK_KT4];
         for (int j = 0; j < QK_KT4; ++j) {
-            q[j] = (int8_t) kt4_code(x[j], id);
+            q[j] = (int8_t) kt4_level_code(v[j], level);
         }
-        y[i].d = GGML_FP32_TO_FP16(kt4_clamp_scale(d));
+        y[i].d = GGML_FP32_TO_FP16(kt4_clamp_scale(max/(-0.25f*level)));
         kt4_pack(q, &y[i]);
     }
 }
@@ -76,7 +112,7 @@ void dequantize_row_kt4(const block_kt4 * GGML_RESTRICT x, float * GGML_RESTRICT
 }
 
 // Scale search with an importance matrix: the maximum goes to a level between -5.6 and -9 or 5.6 and 9, whichever
-// loses least. The same search (with unit weights) is done for activations nowhere: it would cost too much there.
+// loses least. Finer than KT4_LEVELS: nobody waits for it.
 static void quantize_row_kt4_weighted(const float * GGML_RESTRICT x, block_kt4 * GGML_RESTRICT y, int64_t k, const float * GGML_RESTRICT w) {
     for (int64_t i = 0; i < k/QK_KT4; ++i, x += QK_KT4, w += QK_KT4) {
         const float max    = kt4_signed_max(x);

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from kurtail_gguf.arch.spec import Family
 
-FAMILY = Family(architecture="MistralForCausalLM")
+FAMILY = Family(architecture="MistralForCausalLM", rope_pairs=True)

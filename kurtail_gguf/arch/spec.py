@@ -21,6 +21,8 @@ class Family:
         attention_norm, ffn_norm: RMSNorms; their gain is folded into the linears that read them.
         attention_readers, ffn_readers: linears whose input is that norm's output.
         query, key, value: which of the readers are which.
+        up: the FFN reader whose output is multiplied, not put through the activation function.
+        rope_pairs: whether upstream's converter reorders q and k from halves of RoPE to pairs.
         attention_writer, ffn_writer: linears whose output is added to the residual stream.
         always_biased: linears that have a bias whatever the config says.
         biased_by: config switch -> linears that get a bias by it.
@@ -35,6 +37,8 @@ class Family:
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
+    up: str = "mlp.up_proj"
+    rope_pairs: bool = False
     attention_writer: str = "self_attn.o_proj"
     ffn_writer: str = "mlp.down_proj"
     always_biased: tuple[str, ...] = ()

@@ -1,11 +1,14 @@
 """Normalised activations at the inputs of attention and FFN, and values, sampled and spilled to disk.
 
-The hidden states of all sequences lie in one memory-mapped file that is updated in place, layer by
-layer, so that neither the model nor its activations have to fit into memory.
+Beside the samples lies what rounding errors there will do: a sketch of the linears that read a site, and how
+large the channels of down_proj's input are. The hidden states of all sequences lie in one memory-mapped
+file that is updated in place, layer by layer, so that neither the model nor its activations have to fit
+into memory.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +26,8 @@ MAX_SAMPLE = 2048
 BATCH = 4
 #: Sites of a layer: what reads the residual stream there.
 SITES = ("attention", "ffn")
+#: Rows of the sketch of one linear: energies of directions are known to about √(2 / 128) each.
+SKETCH_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,22 @@ class Capture:
     def values(self, layer: int) -> npt.NDArray[np.float32]:
         """Outputs of v_proj, float32 ``[tokens, kv_heads, head_dim]``."""
         return np.load(self.directory / _name(layer, "value"), mmap_mode="r")
+
+    def readers(self, layer: int, site: str) -> npt.NDArray[np.float32]:
+        """Sketch A of the linears that read a site, norm gains folded in, float32 ``[rows, hidden]``.
+
+        An error e of x̂ changes their outputs by Σ ‖W e‖² / E‖W x̂‖² ≈ ‖A e‖²: a random projection of each
+        weight matrix, divided by the root of its output's mean energy.
+        """
+        return np.load(self.directory / _name(layer, f"{site}-readers"), mmap_mode="r")
+
+    def channels(self, layer: int) -> npt.NDArray[np.float32]:
+        """Root mean square of down_proj's inputs, float32 ``[intermediate]``, tokens weighed by 1 / ‖residual‖²."""
+        return np.load(self.directory / _name(layer, "channels"))
+
+    def all_readers(self) -> list[npt.NDArray[np.float32]]:
+        """The sketches in the order of :meth:`sites`."""
+        return [self.readers(layer, site) for layer in range(self.layers) for site in SITES]
 
     def sites(self) -> list[npt.NDArray[np.float16]]:
         """All sites in the order of the forward pass."""
@@ -92,21 +113,56 @@ def capture(
                 _Sample(choose_tokens(sequences, length, max_sample, (seed, layer, site)), length)
                 for site in range(3)
             ]
+            channels = torch.zeros(spec.intermediate_size, device=device)
             with _Hooks(runner.module(layer), spec, checkpoint.config.rms_norm_eps) as hooks:
                 for start in range(0, sequences, BATCH):
                     batch = torch.from_numpy(hidden[start : start + BATCH]).to(device)
                     output = runner.run(layer, weights, batch, rotary)
                     hidden[start : start + BATCH] = output.cpu().numpy()
+                    channels += hooks.take_channels()
                     for sample, seen in zip(samples, hooks.take(), strict=True):
                         sample.add(start, seen)
-            for sample, site in zip(samples, SITES, strict=False):
-                np.save(directory / _name(layer, site), sample.rows().astype(np.float16))
+            np.save(directory / _name(layer, "channels"), (channels / ids.size).sqrt().cpu().numpy())
+            readers = (spec.family.attention_readers, spec.family.ffn_readers)
+            norms = (spec.family.attention_norm, spec.family.ffn_norm)
+            for number, (sample, site) in enumerate(zip(samples, SITES, strict=False)):
+                rows = sample.rows()
+                np.save(directory / _name(layer, site), rows.astype(np.float16))
+                gain = weights[f"{norms[number]}.weight"]
+                folded = [weights[f"{name}.weight"] * gain for name in readers[number]]
+                generator = torch.Generator().manual_seed(seed * 2 * spec.layers + 2 * layer + number)
+                sketch = sketch_readers(folded, torch.from_numpy(rows).to(device), generator)
+                np.save(directory / _name(layer, f"{site}-readers"), sketch.cpu().numpy())
             values = samples[2].rows().reshape(-1, spec.kv_heads, spec.head_dim)
             np.save(directory / _name(layer, "value"), values)
             stage.advance(1, f"layer {layer}")
     del hidden
     path.unlink()
     return Capture(directory, spec.layers)
+
+
+def sketch_readers(
+    weights: list[torch.Tensor], x: torch.Tensor, generator: torch.Generator, rows: int = SKETCH_ROWS
+) -> torch.Tensor:
+    """A short matrix A with ‖A e‖² ≈ mean over the weights of ‖W e‖² / E‖W x‖² (see :meth:`Capture.readers`).
+
+    Args:
+        weights: each float32 ``[out, in]``.
+        x: inputs, float32 ``[tokens, in]``.
+        generator: of the random signs (on the CPU).
+        rows: of each weight's share; a matrix with fewer rows stays as it is.
+
+    Returns:
+        float32 ``[Σ rows, in]``.
+    """
+    parts = []
+    for weight in weights:
+        energy = (x @ weight.T).square().sum(1).mean()
+        if len(weight) > rows:
+            signs = torch.randint(0, 2, (rows, len(weight)), generator=generator, dtype=torch.float32) * 2 - 1
+            weight = signs.to(weight.device) @ weight / math.sqrt(rows)
+        parts.append(weight / (energy * len(weights)).sqrt().clamp_min(1e-30))
+    return torch.cat(parts)
 
 
 def choose_tokens(
@@ -144,7 +200,7 @@ class _Sample:
 
 
 class _Hooks:
-    """Sees the inputs of both norms and the output of v_proj while a layer runs."""
+    """Sees the inputs of both norms and of down_proj, and the output of v_proj, while a layer runs."""
 
     def __init__(self, module: torch.nn.Module, spec, eps: float) -> None:
         self._eps = eps
@@ -157,6 +213,8 @@ class _Hooks:
         ]
         value = module.get_submodule(family.value)
         self._handles.append(value.register_forward_hook(self._value_hook))
+        down = module.get_submodule(family.ffn_writer)
+        self._handles.append(down.register_forward_pre_hook(self._down_hook))
 
     def __enter__(self) -> _Hooks:
         return self
@@ -169,12 +227,21 @@ class _Hooks:
         """What the last run showed: x̂ before attention, x̂ before the FFN, values."""
         return self._seen.pop(0), self._seen.pop(1), self._seen.pop(2)
 
+    def take_channels(self) -> torch.Tensor:
+        """Sum over the last run's tokens of down_proj's squared inputs / mean square of the residual, ``[intermediate]``."""
+        return self._channels
+
     def _norm_hook(self, slot: int):
         def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0]
-            self._seen[slot] = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+            self._scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+            self._seen[slot] = x * self._scale
 
         return hook
+
+    def _down_hook(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        # the last norm seen is the FFN's
+        self._channels = (inputs[0] * self._scale).square().flatten(0, -2).sum(0)
 
     def _value_hook(self, _module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
         self._seen[2] = output

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.simulation.attention import CacheSettings, use_simulated_attention
 
 
 class LayerRunner:
@@ -22,12 +23,15 @@ class LayerRunner:
         checkpoint: the model.
         device: where the layers are computed, in float32.
         max_length: the longest sequence that will be run.
+        cache: rounds queries, keys and values as the runtime does; None leaves them alone.
 
     Raises:
         SourceError: a sliding window shorter than that, where the default mask would be wrong.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, max_length: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, max_length: int, cache: CacheSettings | None = None
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         window = checkpoint.spec.window
@@ -36,13 +40,17 @@ class LayerRunner:
                 f"{checkpoint.directory}: sliding_window {window} is below the calibration length "
                 f"{max_length}"
             )
+        attention = "sdpa" if cache is None else use_simulated_attention()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                checkpoint.config, attn_implementation="sdpa", dtype=torch.float32
+                checkpoint.config, attn_implementation=attention, dtype=torch.float32
             )
         self._checkpoint = checkpoint
         self._device = device
         self._layers = model.model.layers.eval()
+        if cache is not None:
+            for layer in self._layers:
+                layer.self_attn.kurtail_cache = cache
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
 

@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from kurtail_gguf.cli.progress import format_seconds, make_progress
-from kurtail_gguf.config import ACTIVATION_BITS, DEVICES, KV_BITS, ROTATIONS, WEIGHTS, ConvertConfig
+from kurtail_gguf.config import (
+    ACTIVATION_BITS,
+    DEFAULT_TUNE,
+    DEVICES,
+    KV_BITS,
+    ROTATIONS,
+    TARGETS,
+    WEIGHTS,
+    ConvertConfig,
+    not_with_stock,
+)
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ConvertConfig)}
 
@@ -31,11 +42,12 @@ class _Bits(click.Choice):
 @click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option(
     "--rotation", type=click.Choice(ROTATIONS), default=_DEFAULTS["rotation"], show_default=True,
-    help="kurtail: R1 and R2 learned; hadamard: at random; none.",
+    help="output: R1 learned by the rounding error at the outputs that read it; kurtail: R1 and R2 by kurtosis, as "
+    "the paper; spinquant: learned end to end, with the whole model in memory; hadamard: at random; none.",
 )
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default=_DEFAULTS["weights"], show_default=True,
-    help="How weights are quantized; rtn rounds to nearest with searched scales.",
+    help="How weights are quantized: GPTQ on the calibration text, or rounding to nearest with searched scales.",
 )
 @click.option(
     "--activations", type=_Bits(ACTIVATION_BITS), default=_DEFAULTS["activations"], show_default=True,
@@ -46,6 +58,11 @@ class _Bits(click.Choice):
     help="Bits of the KV cache.",
 )
 @click.option(
+    "--target", type=click.Choice(TARGETS), default=_DEFAULTS["target"], show_default=True,
+    help="stock: a Q4_0 file that stock llama.cpp runs, with folded rotations only; --activations and --kv "
+    "have no place there.",
+)
+@click.option(
     "--calibration", multiple=True, default=_DEFAULTS["calibration"], metavar="FILE", show_default=True,
     help="Text or jsonl files (give the option once for each), hf:NAME for a dataset, or self: text "
     "that the model generates.",
@@ -53,6 +70,11 @@ class _Bits(click.Choice):
 @click.option(
     "--calibration-tokens", type=int, default=_DEFAULTS["calibration_tokens"], show_default=True,
     help="How many tokens to calibrate on.",
+)
+@click.option(
+    "--tune", type=int, default=None, metavar="STEPS",
+    help="Tune the block scales end to end for so many steps of 512 tokens; 0 leaves them. The default is "
+    f"{DEFAULT_TUNE} with --rotation output --weights gptq where the model fits into memory, else 0.",
 )
 @click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of everything random.")
 @click.option("--device", type=click.Choice(DEVICES), default=_DEFAULTS["device"], show_default=True)
@@ -70,14 +92,22 @@ def convert_command(model: str, out: Path, calibration: tuple[str, ...], **optio
     from kurtail_gguf.export import read_gguf
     from kurtail_gguf.pipeline import convert
 
+    _refuse_with_stock(options["target"])
     config = ConvertConfig(model=model, out=out, calibration=calibration, **options)
     result = convert(config, make_progress(Console(stderr=True)))
     info = read_gguf(result.out)
     size = os.path.getsize(result.out) / 1e6
     spent = format_seconds(sum(result.seconds.values()))
-    provenance = result.provenance
     click.echo(
         f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight "
-        f"(W4A{provenance.activation_bits}KV{provenance.kv_bits}), in {spent}"
+        f"({result.provenance.runs_as}), in {spent}"
     )
     click.echo(f"run it with: llama-cli -m {click.format_filename(result.out)}")
+
+
+def _refuse_with_stock(target: str) -> None:
+    """Refuse what was typed, even where it is the default: the file would not be what was asked for."""
+    context = click.get_current_context()
+    for name in ("activations", "kv"):
+        if target == "stock" and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise not_with_stock(f"--{name}")

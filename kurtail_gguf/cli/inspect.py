@@ -92,7 +92,8 @@ def _print(info: GgufInfo, console: Console) -> None:
 
 
 def _print_provenance(provenance: Provenance, console: Console) -> None:
-    _line(console, f"runs as W4A{provenance.activation_bits}KV{provenance.kv_bits}, weights {provenance.weights}")
+    tuned = f", scales tuned for {provenance.tune_steps} steps" if provenance.tune_steps else ""
+    _line(console, f"runs as {provenance.runs_as}, weights {provenance.weights}{tuned}")
     _line(console, f"rotation {provenance.rotation}, objective {provenance.objective}, seed {provenance.seed}")
     rotations = (
         ("R1, residual stream, folded", provenance.r1_kind, provenance.r1_size),

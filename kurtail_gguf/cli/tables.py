@@ -34,7 +34,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         "peak MB": ["" if cost is None else f"{cost.peak_bytes / 1e6:.0f}" for *_, cost in rows],
     }
     table = _table("method", [name for name, *_ in rows], columns)
-    bits = ", ".join(dict.fromkeys(runs_as(row) for _, row, cost in rows if cost is not None))
+    bits = ", ".join(dict.fromkeys(row.runs_as for _, row, cost in rows if cost is not None))
     table.caption = f"{comparison.reference.path} as {bits}; seconds and memory of the conversion"
     console.print(table)
 
@@ -51,7 +51,7 @@ def _overview(rows: list[tuple[str, ModelResult]]) -> Table:
         "top-1": [top1(row) for _, row in rows],
         "MMLU": ["" if row.mmlu is None else percent(row.mmlu.micro) for _, row in rows],
         "bits/w": [f"{row.bits_per_weight:.2f}" for _, row in rows],
-        "runs as": [runs_as(row) for _, row in rows],
+        "runs as": [row.runs_as for _, row in rows],
     }
     return _table("file", [name for name, _ in rows], columns)
 
@@ -108,11 +108,6 @@ def kld(row: ModelResult) -> str:
 def top1(row: ModelResult) -> str:
     """Agreement on the likeliest token."""
     return "" if row.top1_agreement is None else f"{100 * row.top1_agreement:.2f} %"
-
-
-def runs_as(row: ModelResult) -> str:
-    """Bits of weights, activations and cache of our files."""
-    return "stock" if row.activation_bits is None else f"W4A{row.activation_bits}KV{row.kv_bits}"
 
 
 def percent(part: Accuracy) -> str:

@@ -26,7 +26,7 @@ from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.formats import kt4
 from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, write_header
 from kurtail_gguf.simulation.attention import V_ROTATION, CacheSettings, rotated, use_simulated_attention
-from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK, round_to
+from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK, CACHE_BLOCK, round_to
 
 #: What the runtime rounds the input of the head to 8 bits in, by the head's type (q8_0 and q8_K).
 _HEAD_BLOCK = {ggml.Q8_0: 32, ggml.Q6_K: 256}
@@ -59,7 +59,7 @@ def load_model(info: GgufInfo, library: ggml.GgmlBase) -> PreTrainedModel:
     """Build the model.
 
     Args:
-        info: a kurtail file, or a stock file without quantized activations.
+        info: a kurtail file, or a stock file of float or q4_0 block linears.
         library: dequantizes upstream's types; kt4 is read by our own oracle.
 
     Raises:
@@ -97,6 +97,9 @@ def _simulate_linears(model: PreTrainedModel, info: GgufInfo) -> None:
         if tensor.type_id == ggml.KT4:
             rotation = r4 if tensor.name.endswith(".ffn_down.weight") else 0
             hook = _rounded_input(info.activation_bits_of(tensor.name), ACTIVATION_BLOCK, rotation)
+        elif tensor.type_id == ggml.Q4_0 and tensor.is_block_linear:
+            # upstream rounds the inputs of its q4_0 to q8_0
+            hook = _rounded_input(8, CACHE_BLOCK, 0)
         elif tensor.name == "output.weight" and tensor.type_id in _HEAD_BLOCK:
             hook = _rounded_input(8, _HEAD_BLOCK[tensor.type_id], 0)
         else:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from kurtail_gguf import ggml, vendored
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.gguf_info import PROVENANCE_KEYS
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -61,7 +62,7 @@ class QuantizedFiles:
     """The directory of quantized tensors that the pipeline leaves for the export.
 
     ``embed_tokens.npy`` and ``lm_head.npy`` are float32 ``[vocab, hidden]``; the safetensors files
-    hold HF names: uint8 ``[out, in/64*34]`` is a packed linear, anything else float32.
+    hold HF names: uint8 ``[out, row_bytes]`` is a packed linear, anything else float32.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -139,7 +140,7 @@ def quantized_model_class(
             def chunks() -> Iterator[np.ndarray]:
                 yield self._reorder(name, files.load(name))
 
-            self._add(name, files.shape(name), chunks, ggml.KT4)
+            self._add(name, files.shape(name), chunks, BLOCK_FORMATS[provenance["target"]].type_id)
 
         def _reorder(self, name: str, packed: np.ndarray) -> np.ndarray:
             # q and k of Llama: rows go from halves to pairs, as the runtime's RoPE wants them. A row's
@@ -164,7 +165,7 @@ def quantized_model_class(
             for field, key, kind in PROVENANCE_KEYS:
                 # not add_string and so on: those leave out empty strings
                 self.gguf_writer.add_key_value(key, provenance[field], gguf.GGUFValueType[kind.upper()])
-            if provenance["activation_bits"] == 8:
+            if provenance["target"] == "kurtail" and provenance["activation_bits"] == 8:
                 # upstream's own keys for what a backend may not round to 4 bits
                 names = sorted(self.map_tensor_name(name) for name in files.packed)
                 self.gguf_writer.add_tensor_extra_prec_a4(names, [False] * len(names))
@@ -177,8 +178,10 @@ def write_quantized(request: dict[str, Any], send: Send) -> None:
     source, out = Path(request["source"]), Path(request["out"])
     files = QuantizedFiles(Path(request["quantized"]))
     base = _model_class(source)
-    model_class = quantized_model_class(base, files, request["provenance"], ggml.GgmlBase(), send)
-    _write(model_class(source, gguf.LlamaFileType.MOSTLY_KT4, out), out)
+    provenance = request["provenance"]
+    model_class = quantized_model_class(base, files, provenance, ggml.GgmlBase(), send)
+    # upstream numbers a file's type as its tensors' for both of ours
+    _write(model_class(source, gguf.LlamaFileType(BLOCK_FORMATS[provenance["target"]].type_id), out), out)
 
 
 def write_reference(request: dict[str, Any], send: Send) -> None:

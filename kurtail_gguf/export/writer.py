@@ -34,8 +34,8 @@ def write_gguf(source: Path, quantized: Path, out: Path, provenance: Provenance,
     Args:
         source: the HF directory: configuration, tokenizer and model card.
         quantized: directory with ``embed_tokens.npy`` and ``lm_head.npy`` (float32 ``[vocab, hidden]``),
-            ``layer-*.safetensors`` and ``final.safetensors``; HF names, uint8 ``[out, in/64*34]`` for
-            packed linears in HF's row order, float32 for the rest.
+            ``layer-*.safetensors`` and ``final.safetensors``; HF names, uint8 rows of the target's
+            format for packed linears in HF's row order, float32 for the rest.
         out: the file to write; an existing one is replaced.
         provenance: the ``kurtail.*`` keys.
         progress: one stage, a unit a tensor.

@@ -7,7 +7,8 @@ Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = 
 * a writer gives y' = y R1, hence W' = R1ᵀ W and b' = b R1;
 * values become v R2 (a KV head each): W_v' = R2ᵀ W_v, b_v' = b_v R2, and every query head of the group
   undoes it at o_proj's input: W_o' = W_o R2 on that head's columns;
-* the runtime multiplies down_proj's input by the block-diagonal H (R4): W_down' = W_down H.
+* the runtime multiplies down_proj's input by the block-diagonal H (R4): W_down' = W_down H;
+* before that, up_proj's outputs may be multiplied by any s, which down_proj's columns are divided by.
 
 R3 acts on queries and keys alike inside attention and needs no folding.
 """
@@ -22,6 +23,10 @@ from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.formats.hadamard import walsh_hadamard_
 
 
+#: A channel is scaled by at most e^±3, 20 times.
+_MAX_LOG_SCALE = 3.0
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class LayerRotations:
     """What is folded into one layer.
@@ -30,11 +35,13 @@ class LayerRotations:
         r1: float64 ``[hidden, hidden]`` or None.
         r2: float64 ``[kv_heads, head_dim, head_dim]`` or None.
         r4: size of R4's Hadamard blocks, a power of two dividing intermediate_size; 0 for none.
+        ffn_scale: float64 ``[intermediate]``, positive, or None.
     """
 
     r1: torch.Tensor | None
     r2: torch.Tensor | None
     r4: int
+    ffn_scale: torch.Tensor | None = None
 
 
 def fold_layer(
@@ -63,6 +70,8 @@ def fold_layer(
         folded[norm] = torch.ones_like(folded[norm])
     if rotations.r2 is not None:
         _fold_r2(folded, spec, rotations.r2)
+    if rotations.ffn_scale is not None:
+        _fold_ffn_scale(folded, spec, rotations.ffn_scale)
     if rotations.r4 > 1:
         down = f"{family.ffn_writer}.weight"
         folded[down] = walsh_hadamard_(folded[down].clone(), rotations.r4)
@@ -78,6 +87,36 @@ def fold_reader(weight: torch.Tensor, gain: torch.Tensor, r1: torch.Tensor | Non
     """``W diag(g) R1`` in float64 for ``W`` ``[out, hidden]`` and the gain ``[hidden]`` of its norm."""
     scaled = weight.double() * gain.double()
     return scaled if r1 is None else scaled @ r1
+
+
+def _fold_ffn_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, scale: torch.Tensor) -> None:
+    up = spec.family.up
+    folded[f"{up}.weight"] = folded[f"{up}.weight"] * scale[:, None]
+    if f"{up}.bias" in folded:
+        folded[f"{up}.bias"] = folded[f"{up}.bias"] * scale
+    folded[f"{spec.family.ffn_writer}.weight"] = folded[f"{spec.family.ffn_writer}.weight"] / scale
+
+
+def balance_channels(channels: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Scales that share a channel's size between down_proj's input and its column.
+
+    A block's rounding error at the output is about (Σ m_j² s_j²)(Σ w_j² / s_j²) with the root mean squares m of its
+    channels and the norms w of their columns, whether activations or weights are rounded; s_j² = w_j / m_j makes it
+    least (Cauchy-Schwarz), (Σ m_j w_j)².
+
+    Args:
+        channels: m, ``[intermediate]``.
+        down: down_proj's weight ``[hidden, intermediate]``.
+
+    Returns:
+        s, float64 ``[intermediate]``, with geometric mean 1; channels that are always zero keep their size.
+    """
+    m, w = channels.double(), down.double().norm(dim=0)
+    usable = (m > 0) & (w > 0)
+    logarithm = torch.where(usable, 0.5 * (w / m).log(), 0.0)
+    # a channel that is almost never on must not be blown up beyond what its own peaks allow
+    spread = logarithm - logarithm[usable].mean() if usable.any() else logarithm
+    return torch.where(usable, spread.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE).exp(), 1.0)
 
 
 def _fold_r2(folded: dict[str, torch.Tensor], spec: ModelSpec, r2: torch.Tensor) -> None:

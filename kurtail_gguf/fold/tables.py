@@ -6,10 +6,33 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kurtail_gguf import ggml
 from kurtail_gguf.fold.layer import fold_reader
 from kurtail_gguf.loading.checkpoint import Checkpoint
+
+
+#: Names of the folded tables in the directory that the exporter reads.
+EMBEDDING, HEAD = "embed_tokens.npy", "lm_head.npy"
+
+
+class EmbeddingRows:
+    """Rows of a folded embedding as the file will have them: q4_0, by the runtime's own code.
+
+    Args:
+        path: what :func:`fold_embedding` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._rows = np.load(path, mmap_mode="r")
+        self._library = ggml.GgmlBase()
+
+    def __call__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """float32 ``[n, hidden]`` for token ids int64 ``[n]``."""
+        rows = np.ascontiguousarray(self._rows[ids])
+        return self._library.dequantize(self._library.quantize(rows, ggml.Q4_0), ggml.Q4_0, rows.shape[1])
 
 
 def fold_embedding(checkpoint: Checkpoint, r1: torch.Tensor | None, path: Path) -> None:

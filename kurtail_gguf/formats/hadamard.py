@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-#: Largest block of R4 that is chosen. The runtime does up to 8192, but keeps the matrix for backends without
+#: Largest block of R4 that is chosen where the method wants it as large as can be. The runtime does up to 8192, but keeps the matrix for backends without
 #: the fast transform: 16 MB at 2048, 256 MB at 8192; outliers are spread 45-fold or 90-fold.
 MAX_R4: Final = 2048
 
@@ -20,16 +20,17 @@ MAX_R4: Final = 2048
 Array = TypeVar("Array")
 
 
-def r4_size(intermediate_size: int) -> int:
-    """Size of one Hadamard block of R4: the largest power of two that divides, at most 2048.
+def r4_size(intermediate_size: int, limit: int = MAX_R4) -> int:
+    """Size of one Hadamard block of R4: the largest power of two that divides, up to a limit.
 
     Args:
-        intermediate_size: length of down_proj's input (1536 gives 512, 14336 gives 2048).
+        intermediate_size: length of down_proj's input (with the default limit 1536 gives 512, 14336 gives 2048).
+        limit: a power of two.
 
     Returns:
         A power of two; 1 where the length is odd (no R4 then).
     """
-    return min(intermediate_size & -intermediate_size, MAX_R4)
+    return min(intermediate_size & -intermediate_size, limit)
 
 
 def sylvester(n: int) -> npt.NDArray[np.float64]:

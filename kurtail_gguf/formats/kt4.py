@@ -3,9 +3,12 @@
 A block is 64 values along the row: one signed half scale ``d`` and 64 two's-complement nibbles,
 34 bytes. Rounding traps, all of which must match the C reference bit for bit:
 
-* every operation is single precision with one rounding, and ties of ``x·id`` go to the even code;
-* ``id = 1 / d`` uses the unrounded ``d``, while the stored scale is ``half(d)``;
-* the largest value is the *first* with the largest magnitude, so the sign of ``d`` is fixed on ties.
+* every floating operation is single precision with one rounding;
+* the largest value is the *first* with the largest magnitude, so the sign of ``d`` is fixed on ties;
+* a block becomes whole numbers before its scale is searched (ties to the even one), and from there
+  all is integer: a code's ties go up, and sums do not depend on the order of addition;
+* of levels with equal error the first in the table wins;
+* the stored scale is ``half`` of a division by the level, not of a product with the plain scale.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kurtail_gguf.formats import nibbles
+
 #: Type id in the file, and ``general.file_type``.
 TYPE_ID: Final = 164
 #: Values in a block.
@@ -23,13 +28,10 @@ BLOCK: Final = 64
 TYPE_SIZE: Final = 34
 #: Largest finite half.
 HALF_MAX: Final = 65504.0
-
-_HALF = BLOCK // 2
-
-
-def _check_row(length: int) -> None:
-    if length % BLOCK:
-        raise ValueError(f"row of {length} values is not a multiple of {BLOCK}")
+#: Whole numbers to a step of the plain scale while a block's scale is searched.
+UNIT: Final = 1024
+#: What the search tries, in the header's order: R maps the largest value to the level −R/4.
+LEVELS: Final = (32, 35, 33, 36, 34, 31, 29, 37)
 
 
 def pack(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:
@@ -45,21 +47,7 @@ def pack(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.ND
     Raises:
         ValueError: shapes that do not fit, a code outside −8…7, a scale that is not finite.
     """
-    _check_row(codes.shape[-1])
-    lead, blocks = codes.shape[:-1], codes.shape[-1] // BLOCK
-    if scales.shape != (*lead, blocks):
-        raise ValueError(f"scales {scales.shape} do not fit codes {codes.shape}")
-    if codes.dtype != np.int8 or scales.dtype != np.float16:
-        raise ValueError(f"codes {codes.dtype} and scales {scales.dtype}: expected int8 and float16")
-    if codes.size and (codes.min() < -8 or codes.max() > 7):
-        raise ValueError(f"codes {codes.min()}…{codes.max()} are outside -8…7")
-    if not np.isfinite(scales).all():
-        raise ValueError("a scale is NaN or infinite")
-    nibbles = codes.reshape(*lead, blocks, BLOCK).view(np.uint8) & 0x0F
-    out = np.empty((*lead, blocks, TYPE_SIZE), np.uint8)
-    out[..., :2] = scales.astype("<f2").reshape(*lead, blocks, 1).view(np.uint8)
-    out[..., 2:] = nibbles[..., :_HALF] | (nibbles[..., _HALF:] << 4)
-    return out.reshape(*lead, blocks * TYPE_SIZE)
+    return nibbles.pack_rows(codes, scales, BLOCK, nibbles.TWOS_COMPLEMENT)
 
 
 def unpack(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
@@ -74,22 +62,19 @@ def unpack(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int8], npt.NDArr
     Raises:
         ValueError: a row that is not a whole number of blocks.
     """
-    if data.shape[-1] % TYPE_SIZE:
-        raise ValueError(f"row of {data.shape[-1]} bytes is not a multiple of {TYPE_SIZE}")
-    lead, blocks = data.shape[:-1], data.shape[-1] // TYPE_SIZE
-    cells = data.reshape(*lead, blocks, TYPE_SIZE)
-    scales = np.ascontiguousarray(cells[..., :2]).view("<f2").reshape(*lead, blocks).astype(np.float16)
-    codes = np.empty((*lead, blocks, BLOCK), np.int8)
-    # Shift left, then arithmetic shift right: sign extension of a nibble.
-    codes[..., :_HALF] = (cells[..., 2:] << 4).view(np.int8) >> 4
-    codes[..., _HALF:] = np.ascontiguousarray(cells[..., 2:]).view(np.int8) >> 4
-    return codes.reshape(*lead, blocks * BLOCK), scales
+    return nibbles.unpack_rows(data, BLOCK, nibbles.TWOS_COMPLEMENT)
+
+
+def level_step(level: int) -> int:
+    """A step of ``level``'s scale in whole numbers: ``32·UNIT / level``, rounded to the nearest."""
+    size = (32 * UNIT + abs(level) // 2) // abs(level)
+    return size if level > 0 else -size
 
 
 def quantize_reference(
     x: npt.NDArray[np.floating],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
-    """Plain round-to-nearest as the runtime quantizes activations: steps 1–3 of docs/format.md.
+    """Round-to-nearest with the best of a few scales, as for activations: steps 1–4 of docs/format.md.
 
     Args:
         x: finite ``[..., K]``, K a multiple of 64; computed in float32.
@@ -97,20 +82,30 @@ def quantize_reference(
     Returns:
         codes int8 ``[..., K]`` and scales float16 ``[..., K/64]``.
     """
-    _check_row(x.shape[-1])
+    nibbles.check_row(x.shape[-1], BLOCK)
     lead, blocks = x.shape[:-1], x.shape[-1] // BLOCK
     values = np.asarray(x, np.float32).reshape(*lead, blocks, BLOCK)
     first = np.abs(values).argmax(-1)  # numpy's argmax is the first on ties
     # Adding +0 turns a block of -0 into one of +0, which is where the C reference's comparison starts.
     signed_max = np.take_along_axis(values, first[..., None], -1) + np.float32(0)
-    d = signed_max / np.float32(-8)
     with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / d
+        inverse = np.float32(1) / (signed_max / np.float32(-8))
     # Infinite for a block of zeros or the tiniest denormals, whose half scale is 0: codes 0 as well.
     inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
-    codes = np.minimum(np.rint(values * inverse), np.float32(7))
-    scales = np.clip(d, -HALF_MAX, HALF_MAX).astype(np.float16)[..., 0]
+    whole = np.rint(values * inverse * np.float32(UNIT)).astype(np.int32).clip(-8 * UNIT, 8 * UNIT)
+
+    candidates = np.stack([_level_codes(whole, level) for level in LEVELS])
+    steps = np.array([level_step(level) for level in LEVELS]).reshape(-1, *[1] * whole.ndim)
+    errors = np.square(whole - steps * candidates, dtype=np.int64).sum(-1)
+    best = errors.argmin(0)
+    codes = np.take_along_axis(candidates, best[None, ..., None], 0)[0]
+    scales = signed_max[..., 0] / (np.array(LEVELS, np.float32) * np.float32(-0.25))[best]
+    scales = np.clip(scales, -HALF_MAX, HALF_MAX).astype(np.float16)
     return codes.astype(np.int8).reshape(*lead, blocks * BLOCK), scales
+
+
+def _level_codes(whole: npt.NDArray[np.int32], level: int) -> npt.NDArray[np.int32]:
+    return np.clip((whole * level + (1 << 14)) >> 15, -8, 7)
 
 
 def dequantize(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
@@ -123,7 +118,4 @@ def dequantize(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> 
     Returns:
         float32 ``[..., K]``.
     """
-    _check_row(codes.shape[-1])
-    lead, blocks = codes.shape[:-1], codes.shape[-1] // BLOCK
-    values = codes.reshape(*lead, blocks, BLOCK).astype(np.float32)
-    return (values * scales.astype(np.float32)[..., None]).reshape(*lead, blocks * BLOCK)
+    return nibbles.scale_rows(codes, scales, BLOCK)

@@ -1,4 +1,4 @@
-"""Round to nearest, with the scale of every block of 64 searched for the least squared error.
+"""Round to nearest, with the scale of every block searched for the least squared error.
 
 The scale that maps the signed maximum to −8 is the plain one; shrinking it clips the maximum but
 rounds everything else more finely, and the opposite sign spends the sixteenth level on the other
@@ -24,28 +24,31 @@ FACTORS: Final = (
 )  # fmt: skip
 #: Refits of the scale to its codes, each followed by choosing the codes anew.
 REFITS: Final = 2
-#: Blocks searched at once: 4096 x 64 float32 are 1 MiB, which stays in a core's cache.
+#: Blocks searched at once: of 64 float32 they are 1 MiB, which stays in a core's cache.
 _CHUNK: Final = 4096
 
 
 def quantize_rtn(
-    weight: torch.Tensor, name: str
+    weight: torch.Tensor, name: str, block: int = BLOCK
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
     """Codes and scales of a weight matrix.
 
     Args:
-        weight: finite, floating ``[out_features, in_features]``, in_features a multiple of 64; searched
-            in float32 on its device.
+        weight: finite, floating ``[out_features, in_features]``, in_features a multiple of ``block``;
+            searched in float32 on its device.
         name: the tensor's name, for the error.
+        block: values along a row that share a scale.
 
     Returns:
-        codes int8 ``[out, in]`` in −8…7 and scales float16 ``[out, in/64]``.
+        codes int8 ``[out, in]`` in −8…7 and scales float16 ``[out, in/block]``.
 
     Raises:
         QuantizeError: a weight so large that its block's scale does not fit a half.
     """
     rows, columns = weight.shape
-    blocks = weight.float().reshape(-1, BLOCK)
+    if columns % block:
+        raise ValueError(f"{name}: rows of {columns} values are no multiple of the block of {block}")
+    blocks = weight.float().reshape(-1, block)
     codes = torch.empty(blocks.shape, dtype=torch.int8, device=blocks.device)
     scales = torch.empty(len(blocks), dtype=torch.float16, device=blocks.device)
     largest = float(blocks.abs().max())
@@ -62,7 +65,7 @@ def quantize_rtn(
 
 
 def _search(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best codes int8 ``[n, 64]`` and scales float16 ``[n]`` of blocks float32 ``[n, 64]``."""
+    """Best codes int8 ``[n, block]`` and scales float16 ``[n]`` of blocks float32 ``[n, block]``."""
     signed_max = x.gather(1, x.abs().argmax(1, keepdim=True))
     best_scale = _half(signed_max / -8)
     best_error = _error(x, best_scale)

@@ -17,12 +17,14 @@ import torch
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.cayley import optimise
 from kurtail_gguf.rotation.hadamard import random_rotation
-from kurtail_gguf.rotation.objectives import Objective
+from kurtail_gguf.rotation.objectives import Objective, output_error_loss
 
 #: Steps, first learning rate and tokens a step (over all sites) of R1: 25 s for hidden 576 on two cores.
 R1_STEPS, R1_LR, R1_TOKENS = 150, 5e-3, 2400
 #: The same of R2; its tokens are per layer.
 R2_STEPS, R2_LR, R2_TOKENS = 80, 1e-2, 256
+#: Steps and first learning rate of R1 by output error; sites drawn for a step, and tokens of each.
+OUTPUT_STEPS, OUTPUT_LR, OUTPUT_SITES, OUTPUT_TOKENS = 200, 8e-3, 12, 256
 
 
 def learn_r1(
@@ -59,6 +61,39 @@ def learn_r1(
     with progress.stage("learn R1", steps) as stage:
         report = _reporter(stage)
         return optimise(start, loss, steps, R1_LR, report).cpu().numpy()
+
+
+def learn_r1_by_output_error(
+    sites: Sequence[npt.NDArray[np.floating]],
+    readers: Sequence[npt.NDArray[np.float32]],
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    steps: int = OUTPUT_STEPS,
+) -> npt.NDArray[np.float64]:
+    """One rotation of the residual stream by :func:`~kurtail_gguf.rotation.objectives.output_error_loss`.
+
+    Args:
+        sites, seed, device, progress, steps: as in :func:`learn_r1`.
+        readers: for each site the sketch of what reads it, float32 ``[rows, hidden]``.
+
+    Returns:
+        R1, float64 ``[hidden, hidden]``.
+    """
+    rng = np.random.default_rng((seed, 1))
+    start = torch.from_numpy(random_rotation(sites[0].shape[-1], rng)[1]).to(device)
+    chosen = min(OUTPUT_SITES, len(sites))
+
+    def loss(rotation: torch.Tensor, _step: int) -> torch.Tensor:
+        total = torch.zeros((), device=device)
+        for site in rng.choice(len(sites), chosen, replace=False):
+            x = torch.from_numpy(_pick(sites[site], OUTPUT_TOKENS, rng)).to(device)
+            sketch = torch.from_numpy(np.array(readers[site], np.float32)).to(device)
+            total = total + output_error_loss(x @ rotation, sketch @ rotation)
+        return total / chosen
+
+    with progress.stage("learn R1", steps) as stage:
+        return optimise(start, loss, steps, OUTPUT_LR, _reporter(stage)).cpu().numpy()
 
 
 def learn_r2(

@@ -50,6 +50,23 @@ def absolute_kurtosis_loss(x: torch.Tensor) -> torch.Tensor:
     return (token_kurtosis(x) - UNIFORM_KURTOSIS).abs().mean()
 
 
+def output_error_loss(x: torch.Tensor, readers: torch.Tensor, block: int = 64) -> torch.Tensor:
+    """Rounding error expected at the outputs of the linears that read ``x``, a scalar.
+
+    A block's rounding errors are as large as its scale, hence as its largest magnitude, and alike in all its
+    channels: they change the outputs by max²_b · Σ_{j in b} ‖A_j‖² with the readers' columns A_j. Unlike kurtosis
+    this knows that a block of its own scale may hold the outliers, and that channels differ in what reads them.
+
+    Args:
+        x: rotated activations, floating ``[tokens, n]``.
+        readers: sketch of the linears in the same basis, ``[rows, n]`` (``Capture.readers``).
+        block: values that share a scale.
+    """
+    largest = x.reshape(len(x), -1, block).abs().amax(-1).square().mean(0)
+    energy = readers.square().sum(0).reshape(-1, block).sum(-1)
+    return (largest * energy).sum()
+
+
 OBJECTIVES: dict[str, Objective] = {
     "kurtosis": kurtosis_loss,
     "absolute-kurtosis": absolute_kurtosis_loss,

@@ -23,17 +23,20 @@ class Rotations:
         r1_kind, r2_kind: ``none``, ``hadamard``, ``random`` or ``learned``.
         r1: float64 ``[hidden, hidden]``, None with kind ``none``.
         r2: float64 ``[layers, kv_heads, head_dim, head_dim]``, None with kind ``none``.
+        ffn_scales: float64 ``[layers, intermediate]``, what up_proj's outputs are multiplied and down_proj's columns
+            divided by; None leaves them.
     """
 
     r1_kind: str = "none"
     r2_kind: str = "none"
     r1: npt.NDArray[np.float64] | None = None
     r2: npt.NDArray[np.float64] | None = None
+    ffn_scales: npt.NDArray[np.float64] | None = None
 
 
 def save_rotations(rotations: Rotations, path: Path) -> None:
     """Write ``path`` (safetensors, kinds in its metadata) atomically."""
-    tensors = {name: getattr(rotations, name) for name in ("r1", "r2")}
+    tensors = {name: getattr(rotations, name) for name in ("r1", "r2", "ffn_scales")}
     kinds = {"r1": rotations.r1_kind, "r2": rotations.r2_kind}
     scratch = path.with_suffix(".tmp")
     save_file(
@@ -54,6 +57,8 @@ def load_rotations(path: Path) -> Rotations:
         with safe_open(path, framework="np") as file:
             kinds = json.loads(file.metadata()["kinds"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return Rotations(kinds["r1"], kinds["r2"], tensors.get("r1"), tensors.get("r2"))
+        return Rotations(
+            kinds["r1"], kinds["r2"], tensors.get("r1"), tensors.get("r2"), tensors.get("ffn_scales")
+        )
     except Exception as error:  # safetensors' own errors, JSON's, a missing key: all the same to a user
         raise KurtailError(f"{path} is damaged ({error}): remove the work directory") from error

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kurtail_gguf.formats.hadamard import walsh_hadamard_
-from kurtail_gguf.simulation.rounding import CACHE_BLOCK, round_to
+from kurtail_gguf.simulation.rounding import CACHE_BLOCK
+from kurtail_gguf.simulation.straight_through import round_through
 
 _NAME = "kurtail_simulation"
 
@@ -65,8 +67,8 @@ def simulated_attention(
         if cache.rotate_v:
             value = rotated(value, V_ROTATION)
         # the kernel multiplies a quantized K by a query rounded to q8_0, whatever K's own bits are
-        query = round_to(query, 8, CACHE_BLOCK)
-    key, value = round_to(key, cache.bits, CACHE_BLOCK), round_to(value, cache.bits, CACHE_BLOCK)
+        query = round_through(query, 8, CACHE_BLOCK)
+    key, value = round_through(key, cache.bits, CACHE_BLOCK), round_through(value, cache.bits, CACHE_BLOCK)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     result = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
@@ -75,9 +77,22 @@ def simulated_attention(
     return result.transpose(1, 2).contiguous(), None
 
 
+class _Rotated(torch.autograd.Function):
+    """Its own derivative, as the matrix is symmetric: autograd through the steps in place takes ten times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return walsh_hadamard_(x.clone(memory_format=torch.contiguous_format), size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return rotated(gradient, ctx.size), None
+
+
 def rotated(x: Tensor, size: int) -> Tensor:
     """``x`` with each of its pieces of ``size`` multiplied by the normalised Sylvester matrix."""
-    return walsh_hadamard_(x.clone(memory_format=torch.contiguous_format), size)
+    return _Rotated.apply(x, size)
 
 
 def _halves_to_pairs(x: Tensor) -> Tensor:

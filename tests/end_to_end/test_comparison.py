@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.evaluate import perplexity
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.progress import NullProgress
 
-WEIGHTS = ConvertConfig("m", "o").weights
-METHODS = [f"{rotation}+{WEIGHTS}" for rotation in ("none", "hadamard", "kurtail")]
+METHODS = [f"{rotation}+rtn" for rotation in ("none", "hadamard", "kurtail")]
 MEASURED = ("--context", "128", "--chunks", "4")
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
@@ -25,7 +23,7 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 def compared(cli, tiny_spm, text, tmp_path_factory):
     """One comparison for all of these tests: standard output, JSON, directory of the files."""
     directory = tmp_path_factory.mktemp("compared")
-    options = ["--methods", "none,hadamard,kurtail", "--calibration", text, "--calibration-tokens", "1024"]
+    options = ["--methods", ",".join(METHODS), "--calibration", text, "--calibration-tokens", "1024"]
     options += ["--activations", "8", "--out-dir", directory / "kept", "--json", directory / "r.json", "--card"]
     if HAS_MATPLOTLIB:
         options += ["--plot", directory / "outliers.svg"]
@@ -92,7 +90,7 @@ def test_the_picture(compared):
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="matplotlib is not installed (extra eval)")
 def test_the_picture_without_a_calibration(cli, tiny_spm, text, tmp_path):
     """Where no conversion captured activations, the measured text's are."""
-    options = ("--methods", "hadamard", "--plot", tmp_path / "o.png", "--json", tmp_path / "r.json")
+    options = ("--methods", METHODS[1], "--plot", tmp_path / "o.png", "--json", tmp_path / "r.json")
     done = cli("compare", tiny_spm, "--text", text, *MEASURED, *options)
     assert done.status == 0, done.stderr
     found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["outliers"]
@@ -106,7 +104,7 @@ def test_errors_are_one_line(cli, tiny_spm, text, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short", encoding="utf-8")
     assert "--card needs --out-dir" in cli("compare", tiny_spm, "--text", text, "--card").error
-    failed = cli("compare", tiny_spm, "--text", text, "--methods", "kurtail", "--calibration", short).error
+    failed = cli("compare", tiny_spm, "--text", text, "--methods", METHODS[2], "--calibration", short).error
     assert f"the conversion with {METHODS[2]} failed" in failed and "tokens" in failed
     if not HAS_MATPLOTLIB:
         assert "kurtail-gguf[eval]" in cli("compare", tiny_spm, "--text", text, "--plot", tmp_path / "x.png").error

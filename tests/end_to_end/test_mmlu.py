@@ -111,7 +111,7 @@ def test_log_likelihoods_are_transformers_own(tiny_bpe, questions, tmp_path):
 
 def test_the_command(cli, converted, tiny_spm, tiny_reference, questions, tmp_path):
     """Table and JSON of two files beside a reference; no text is needed."""
-    report, path = tmp_path / "r.json", converted(tiny_spm, "--rotation", "hadamard")
+    report, path = tmp_path / "r.json", converted(tiny_spm, "--rotation", "hadamard", "--weights", "rtn")
     options = ("--mmlu", questions, "--mmlu-limit", "3", "--shots", "2", "--json", report, "--card")
     done = cli("eval", path, tiny_reference, "--reference", tiny_reference, *options)
     assert done.status == 0, done.stderr

@@ -65,6 +65,16 @@ def test_bindings_answer_like_the_program(program, model) -> None:
     assert answer and answer == completion(program, model)
 
 
+def test_bindings_cache_in_four_bits_without_any_argument(tiny_spm, converted) -> None:
+    """llama_cpp says 'no flash attention' unless it is patched not to, and V then falls back to f16."""
+    path = converted(tiny_spm, *HADAMARD)
+    code = "import sys; from llama_cpp import Llama; Llama(sys.argv[1], n_ctx=64, **eval(sys.argv[2]))"
+    for arguments, types in (("{}", "q4_0 q4_0"), ("{'flash_attn': False}", "q4_0 f16"), ("{'type_k': 8}", "q8_0 q4_0")):
+        done = subprocess.run([sys.executable, "-c", code, str(path), arguments], capture_output=True, text=True, check=True)
+        found = re.search(r"K \((\S+)\): .* V \((\S+)\):", done.stderr)
+        assert found and " ".join(found.groups()) == types, done.stderr[-3000:]
+
+
 def test_bindings_load_our_library(runtime) -> None:
     code = "import llama_cpp; print(llama_cpp.llama_cpp._lib._name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

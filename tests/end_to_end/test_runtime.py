@@ -92,6 +92,7 @@ def test_flash_attention_switched_off_wins(tiny, program) -> None:
         ("kurtail.r4.size", 256, "kurtail.r4.size is 256, which does not divide the 384 inputs of blk.0.ffn_down.weight"),
         ("kurtail.r3.size", 128, "kurtail.r3.size is 128, head_dim is 64"),
         ("kurtail.r4.kind", "slanting", "kurtail.r4.kind is 'slanting', this runtime knows none, hadamard"),
+        ("kurtail.target", "slanted", "kurtail.target is 'slanted', this runtime knows kurtail, stock"),
         ("kurtail.r1.kind", "slanting", "kurtail.r1.kind is 'slanting', this runtime knows none, hadamard, random, learned"),
     ],
 )

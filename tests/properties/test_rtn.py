@@ -56,6 +56,31 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     assert np.array_equal(whole[1], parts[1])
 
 
+@pytest.mark.parametrize("block", [32, 64, 96])
+def test_every_block_is_searched_by_itself(block):
+    weight = torch.from_numpy(np.random.default_rng(5).standard_t(4, (6, 192)).astype(np.float32))
+    codes, scales = quantize_rtn(weight, "w", block)
+    assert codes.shape == (6, 192) and scales.shape == (6, 192 // block)
+    for row in range(6):
+        for number in range(192 // block):
+            part = slice(number * block, (number + 1) * block)
+            alone = quantize_rtn(weight[row : row + 1, part], "w", block)
+            assert np.array_equal(codes[row : row + 1, part], alone[0])
+            assert scales[row, number] == alone[1][0, 0]
+
+
+def test_the_block_is_kt4s_unless_told_otherwise():
+    weight = torch.from_numpy(np.random.default_rng(6).standard_normal((4, 128)).astype(np.float32))
+    for default, given_64 in zip(quantize_rtn(weight, "w"), quantize_rtn(weight, "w", 64), strict=True):
+        assert np.array_equal(default, given_64)
+
+
+def test_rows_that_blocks_do_not_divide_are_refused():
+    # [2, 48] has three blocks of 32, one of them of two rows
+    with pytest.raises(ValueError, match="48"):
+        quantize_rtn(torch.zeros(2, 48), "w", 32)
+
+
 def test_representable_weights_are_kept_exactly():
     rng = np.random.default_rng(2)
     codes = rng.integers(-8, 8, (4, 128)).astype(np.int8)

@@ -65,8 +65,10 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
     r4 = r4_size(spec.intermediate_size)
     assert r4 == 64
 
+    scale = torch.from_numpy(np.exp(rng.standard_normal(spec.intermediate_size)))
+
     def rotations(layer: int) -> LayerRotations:
-        return LayerRotations(r1, r2[layer], r4)
+        return LayerRotations(r1, r2[layer], r4, scale)
 
     folded = _folded_model(kind, tiny_model, spec, rotations, r4)
     with torch.no_grad():

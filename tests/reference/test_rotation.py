@@ -8,12 +8,20 @@ import scipy.linalg
 import scipy.stats
 import torch
 
+from kurtail_gguf.calibration.capture import sketch_readers
+from kurtail_gguf.fold.layer import balance_channels
 from kurtail_gguf.formats.hadamard import r4_size, sylvester, walsh_hadamard_
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.rotation.cayley import cayley, optimise
 from kurtail_gguf.rotation.hadamard import hadamard_matrix, random_orthogonal, random_rotation
-from kurtail_gguf.rotation.learn import learn_r1, learn_r2
-from kurtail_gguf.rotation.objectives import absolute_kurtosis_loss, kurtosis_loss, token_kurtosis
+from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
+from kurtail_gguf.rotation.objectives import (
+    absolute_kurtosis_loss,
+    kurtosis_loss,
+    output_error_loss,
+    token_kurtosis,
+)
+from kurtail_gguf.simulation.rounding import round_to
 
 CPU = torch.device("cpu")
 
@@ -74,6 +82,26 @@ def test_kurtosis_is_scipys():
     x = np.random.default_rng(0).standard_t(4, (7, 576))
     found = token_kurtosis(torch.from_numpy(x)).numpy()
     assert np.allclose(found, scipy.stats.kurtosis(x, axis=-1, fisher=False), rtol=1e-10)
+
+
+def test_absolute_loss_is_kurtails():
+    """KurTail (arXiv:2503.01483): the mean of |κ − κ_u| over tokens, κ_u = 1.8 a uniform distribution's."""
+    x = np.random.default_rng(1).standard_t(5, (40, 576)) * np.linspace(0.1, 1, 576) ** 0.2
+    x[:7] = np.sign(x[:7])  # flatter than uniform
+    uniform = scipy.stats.uniform.stats(moments="k") + 3
+    expected = np.abs(scipy.stats.kurtosis(x, axis=-1, fisher=False) - uniform).mean()
+    assert float(absolute_kurtosis_loss(torch.from_numpy(x))) == pytest.approx(expected, rel=1e-10)
+
+
+def test_random_hadamard_is_quarots():
+    """QuaRot (arXiv:2404.00456, section 3): Q = H D, signs D at random; Haar where no H is known."""
+    first, second = (random_rotation(576, np.random.default_rng(seed))[1] for seed in (0, 1))
+    signs = np.sign(first * second)
+    assert np.allclose(np.abs(first), 1 / 24, rtol=1e-12)
+    assert np.linalg.matrix_rank(signs) == 1  # the same H, whatever the signs on one side of it
+    flips = (signs[:, 0] != signs[0, 0]).mean()
+    assert 0.4 < flips < 0.6
+    assert np.array_equal(first * np.sign(first[:, :1]) * np.sign(hadamard_matrix(576)[:, :1]), hadamard_matrix(576) / 24)
 
 
 def test_loss_vanishes_on_a_uniform_distribution():
@@ -151,3 +179,72 @@ def test_same_seed_same_bytes():
         learn_r1(sites, kurtosis_loss, seed, CPU, NullProgress(), steps=10).tobytes() for seed in (4, 4, 5)
     )
     assert first == second != other
+
+
+def test_output_error_is_that_of_rounded_inputs():
+    """The loss tells rotations apart as the true error at the outputs does, rounding to 4 bits."""
+    rng = np.random.default_rng(4)
+    x = torch.from_numpy(_heavy_tailed(800, 128, 5).astype(np.float32))
+    weight = torch.from_numpy(rng.standard_normal((300, 128)) * rng.uniform(0.1, 3, 128)).float()
+    losses, errors = [], []
+    for seed in range(6):
+        r = torch.from_numpy(random_orthogonal(128, np.random.default_rng(seed))).float()
+        r = r if seed else torch.eye(128)
+        losses.append(float(output_error_loss(x @ r, weight @ r)))
+        errors.append(float(((round_to(x @ r, 4, 64) - x @ r) @ (weight @ r).T).square().sum(1).mean()))
+    ratios = np.array(errors) / np.array(losses)
+    assert ratios.max() < 1.3 * ratios.min()
+    assert losses[0] == max(losses) and errors[0] == max(errors)  # outliers unrotated are the worst
+
+
+def test_readers_are_sketched_without_bias():
+    rng = np.random.default_rng(6)
+    weights = [torch.from_numpy(rng.standard_normal((rows, 96)) * rng.uniform(0.1, 2, 96)).float() for rows in (400, 50)]
+    x = torch.from_numpy(rng.standard_normal((500, 96))).float()
+    sketch = sketch_readers(weights, x, torch.Generator().manual_seed(0))
+    assert sketch.shape == (128 + 50, 96)
+    expected = sum(w.square().sum(0) / (x @ w.T).square().sum(1).mean() for w in weights) / 2
+    found = sketch.square().sum(0)
+    assert float((found.sum() / expected.sum()).log().abs()) < 0.05
+    assert np.corrcoef(found.numpy(), expected.numpy())[0, 1] > 0.97
+
+
+def test_r1_by_output_error_lowers_it_on_unseen_tokens(recorder):
+    rng = np.random.default_rng(7)
+    sites = [_heavy_tailed(300, 192, seed) for seed in range(4)]
+    readers = [(rng.standard_normal((40, 192)) * rng.uniform(0.1, 3, 192)).astype(np.float32) for _ in range(4)]
+    r1 = learn_r1_by_output_error(sites, readers, 0, CPU, recorder, steps=60)
+    assert np.abs(r1 @ r1.T - np.eye(192)).max() < 1e-10
+    start = torch.from_numpy(random_rotation(192, np.random.default_rng((0, 1)))[1])
+    unseen = torch.from_numpy(_heavy_tailed(300, 192, 99).astype(np.float64))
+
+    def loss(rotation):
+        return float(sum(output_error_loss(unseen @ rotation, torch.from_numpy(a).double() @ rotation) for a in readers))
+
+    assert loss(torch.from_numpy(r1)) < 0.9 * loss(start)
+    assert recorder.stages == [["learn R1", 60, 60]]
+
+
+def test_balanced_channels_are_the_least_product():
+    """s minimises (Σ m² s²)(Σ w² / s²): no other scales do better, and the bound is Cauchy and Schwarz's."""
+    rng = np.random.default_rng(8)
+    m, w = rng.uniform(0.1, 2, 64), rng.standard_normal((32, 64)) * rng.uniform(0.1, 2, 64)
+    scale = balance_channels(torch.from_numpy(m), torch.from_numpy(w)).numpy()
+    norms = np.linalg.norm(w, axis=0)
+
+    def product(s):
+        return (m**2 * s**2).sum() * (norms**2 / s**2).sum()
+
+    assert product(scale) == pytest.approx((m * norms).sum() ** 2, rel=1e-9)
+    assert all(product(scale * np.exp(0.1 * rng.standard_normal(64))) > product(scale) for _ in range(20))
+    assert np.exp(np.log(scale).mean()) == pytest.approx(1)
+
+
+def test_dead_channels_keep_their_size():
+    w = torch.ones(4, 3, dtype=torch.float64)
+    w[:, 2] = 0
+    scale = balance_channels(torch.tensor([0.0, 2.0, 1.0]), w)
+    assert scale.tolist() == [1.0, 1.0, 1.0]
+    assert balance_channels(torch.zeros(3), w).tolist() == [1.0, 1.0, 1.0]
+    extreme = balance_channels(torch.tensor([1e-9, 1.0]), torch.ones(4, 2))
+    assert float(extreme.max() / extreme.min()) < 500

@@ -18,7 +18,7 @@ from kurtail_gguf.evaluate.mmlu import Accuracy, MmluResult
 from kurtail_gguf.measurement import MmluRequest, ModelResult, Request, TextRequest
 
 PROVENANCE = Provenance(
-    rotation="kurtail", objective="kurtosis", weights="rtn", seed=7, r1_kind="learned", r1_size=576, r2_kind="learned",
+    rotation="kurtail", objective="kurtosis", weights="gptq", tune_steps=64, seed=7, r1_kind="learned", r1_size=576, r2_kind="learned",
     r2_size=64, r3_kind="hadamard", r3_size=64, r4_kind="none", r4_size=0, activation_bits=4, kv_bits=8,
     calibration_name="c4.txt", calibration_tokens=8192, calibration_sha256="ab" * 32,
 )  # fmt: skip
@@ -52,8 +52,8 @@ def test_a_card_with_everything(places):
     request = Request(TextRequest(places / "wiki.txt", 512, 16), MmluRequest(places / "mmlu", 5, None))
     command = ("kurtail-gguf", "eval", "my file.gguf", "--text", "wiki.txt")
     circumstances = card.Circumstances(request, command, "A CPU, 2 threads, Linux", WHEN)
-    model = ModelResult("x.gguf", 78.31, 4.2, 0.6, 0.554, 4.9, 4, 8, MMLU)
-    reference = ModelResult("smollm2", 28.5, 1.1, None, None, 32.0, None, 16, MMLU)
+    model = ModelResult("x.gguf", 78.31, 4.2, 0.6, 0.554, 4.9, 4, 8, "W4A4KV8", MMLU)
+    reference = ModelResult("smollm2", 28.5, 1.1, None, None, 32.0, None, 16, "stock", MMLU)
     made_by = ("kurtail-gguf", "convert", "smollm2", "x.gguf", "--seed", "7")
     text = card.render(places / "x.gguf", SUMMARY, model, reference, circumstances, made_by)
     rows = _rows(text)
@@ -62,7 +62,7 @@ def test_a_card_with_everything(places):
     assert rows["file"] == [f"13 bytes, sha256 `{hashlib.sha256(b'GGUF and more').hexdigest()}`"]
     assert rows["types"] == ["kt4 (14 tensors, 34,000 bytes)"]
     assert rows["bits per weight"] == ["4.90, 4.25 in the linears of the blocks"]
-    assert rows["runs as"] == ["W4A4KV8, weights rtn"]
+    assert rows["runs as"] == ["W4A4KV8, weights gptq, scales tuned for 64 steps"]
     assert rows["method"] == ["rotation kurtail, objective kurtosis, seed 7"]
     assert "R1 (residual stream, folded) learned 576" in rows["rotations"][0]
     assert rows["rotations"][0].endswith("R4 (FFN, online) none")
@@ -86,7 +86,7 @@ def test_a_card_with_everything(places):
 def test_a_card_of_a_stock_file_without_a_reference(places):
     request = Request(TextRequest(places / "wiki.txt", 128, None))
     stock = SUMMARY | {"kurtail": None, "name": None, "block_bits_per_weight": None, "tensor_activation_bits": {}}
-    model = ModelResult("x.gguf", 36.0, 1.0, None, None, 4.9, None, 16)
+    model = ModelResult("x.gguf", 36.0, 1.0, None, None, 4.9, None, 16, "stock")
     text = card.render(places / "x.gguf", stock, model, None, card.Circumstances(request, ("a",), "m", WHEN))
     rows = _rows(text)
     assert rows["model"][0].startswith("unnamed, llama") and rows["kurtail"] == ["no keys: a stock file"]

@@ -81,6 +81,23 @@ def test_values_outside_what_is_offered(run, tmp_path):
     assert "--calibration-tokens" in _one_error_line(run("convert", "M", out, "--calibration-tokens", "3"))
 
 
+@pytest.mark.parametrize("typed", [("--kv", "4"), ("--activations", "4"), ("--kv", "8"), ("--activations", "8")])
+def test_target_stock_leaves_activations_and_cache_to_llama_cpp(run, monkeypatch, tmp_path, typed):
+    seen = []
+
+    def fake(config, progress):
+        seen.append(config)
+        raise KurtailError("stop here")
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    out = tmp_path / "o.gguf"
+    refusal = _one_error_line(run("convert", "M", out, "--target", "stock", *typed))
+    assert typed[0] in refusal and "--target stock" in refusal
+    assert not seen
+    assert _one_error_line(run("convert", "M", out, "--target", "stock")) == "error: stop here"
+    assert seen == [ConvertConfig(model="M", out=out, target="stock")]
+
+
 def test_interruption_says_how_to_go_on(run, monkeypatch, tmp_path):
     def fake(config, progress):
         raise KeyboardInterrupt
@@ -128,7 +145,7 @@ def test_eval_refuses_before_any_work(run, tmp_path):
 
 
 def test_json_of_eval_is_exactly_the_promised_keys(tmp_path):
-    row = ModelResult("a.gguf", 30.0, 1.0, None, None, 4.9, 4, 4)
+    row = ModelResult("a.gguf", 30.0, 1.0, None, None, 4.9, 4, 4, "W4A4KV4")
     path = tmp_path / "r.json"
     write_json(path, Report(None, (row,)).to_json())
     assert json.loads(path.read_text(encoding="utf-8")) == {
@@ -136,6 +153,7 @@ def test_json_of_eval_is_exactly_the_promised_keys(tmp_path):
             {
                 "path": "a.gguf", "perplexity": 30.0, "perplexity_stderr": 1.0, "kld_mean": None,
                 "top1_agreement": None, "bits_per_weight": 4.9, "activation_bits": 4, "kv_bits": 4,
+                "runs_as": "W4A4KV4",
             }
         ]
     }  # fmt: skip

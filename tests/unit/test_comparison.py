@@ -120,20 +120,21 @@ def test_the_json_of_a_row():
 
     row = comparison.MethodResult(
         Method("none", "rtn"), ("kurtail-gguf", "convert"), Measured(0, 2.5, 1000),
-        ModelResult("a.gguf", 30.0, 1.0, 0.5, 0.7, 4.9, 4, 4),
+        ModelResult("a.gguf", 30.0, 1.0, 0.5, 0.7, 4.9, 4, 4, "W4A4KV4"),
     )  # fmt: skip
-    content = comparison.Comparison(ModelResult("m", 20.0, 1.0, None, None, 32.0, None, 16), (row,), None).to_json()
+    content = comparison.Comparison(ModelResult("m", 20.0, 1.0, None, None, 32.0, None, 16, "stock"), (row,), None).to_json()
     assert json.loads(json.dumps(content)) == {
         "reference": {
             "path": "m", "perplexity": 20.0, "perplexity_stderr": 1.0, "kld_mean": None, "top1_agreement": None,
             "bits_per_weight": 32.0, "activation_bits": None, "kv_bits": 16,
+            "runs_as": "stock",
         },
         "methods": [
             {
                 "method": "none+rtn", "rotation": "none", "weights": "rtn", "command": ["kurtail-gguf", "convert"],
                 "seconds": 2.5, "peak_memory_bytes": 1000, "path": "a.gguf", "perplexity": 30.0,
                 "perplexity_stderr": 1.0, "kld_mean": 0.5, "top1_agreement": 0.7, "bits_per_weight": 4.9,
-                "activation_bits": 4, "kv_bits": 4,
+                "activation_bits": 4, "kv_bits": 4, "runs_as": "W4A4KV4",
             }
         ],
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from kurtail_gguf.config import Provenance
 from kurtail_gguf.gguf_info import PROVENANCE_KEYS, GgufError, GgufInfo, TensorInfo
 
 PROVENANCE = Provenance(
-    rotation="kurtail", objective="kurtosis", weights="rtn", seed=3, r1_kind="learned", r1_size=128, r2_kind="learned",
+    rotation="kurtail", objective="kurtosis", weights="rtn", tune_steps=0, seed=3, r1_kind="learned", r1_size=128, r2_kind="learned",
     r2_size=64, r3_kind="hadamard", r3_size=64, r4_kind="hadamard", r4_size=128, activation_bits=4, kv_bits=4,
     calibration_name="self", calibration_tokens=1024, calibration_sha256="00",
 )  # fmt: skip
@@ -41,6 +41,26 @@ def test_provenance_survives():
     del incomplete["kurtail.r4.size"]
     with pytest.raises(GgufError, match="kurtail.r4.size"):
         _ = _info(incomplete).provenance
+
+
+def test_a_file_older_than_the_target_is_for_our_runtime():
+    older = _keys()
+    del older["kurtail.target"]
+    assert _info(older).provenance.target == "kurtail"
+
+
+@pytest.mark.parametrize(
+    ("keys", "type_id", "bits", "word"),
+    [
+        (_keys(replace(PROVENANCE, activation_bits=8)), ggml.KT4, (8, 4), "W4A8KV4"),
+        (_keys(replace(PROVENANCE, target="stock", activation_bits=8, kv_bits=16)), ggml.Q4_0, (None, 16), "stock W4"),
+        ({}, ggml.Q4_0, (None, 16), "stock"),
+        ({}, ggml.KT4, (4, 16), "W4A4KV16"),
+    ],
+)
+def test_what_a_file_runs_as(keys, type_id, bits, word):
+    info = _info(keys, [TensorInfo("blk.0.attn_q.weight", type_id, "t", (64, 64), 64 * 34, 0)])
+    assert (info.runtime_bits, info.runs_as) == (bits, word)
 
 
 def test_bits_per_weight():

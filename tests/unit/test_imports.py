@@ -18,6 +18,8 @@ LAYERS = (
     ("arch",),
     ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
+    ("distill",),
+    ("layerwise", "tuning"),
     ("pipeline", "measurement"),
     ("comparison", "card"),
     ("cli",),

@@ -14,9 +14,12 @@ from safetensors.numpy import load_file
 from kurtail_gguf import pipeline
 from kurtail_gguf.config import ConvertConfig, Provenance
 from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
-from kurtail_gguf.formats import kt4
+from kurtail_gguf.fold.layer import LayerRotations, fold_layer
+from kurtail_gguf.formats import kt4, q4_0
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.quantize.rtn import quantize_rtn
+from kurtail_gguf.rotation.store import load_rotations
 
 
 @pytest.fixture
@@ -36,7 +39,9 @@ def exported(monkeypatch):
 
 
 def _config(model: Path, out: Path, **changes) -> ConvertConfig:
-    return ConvertConfig(str(model), out, calibration_tokens=1024, device="cpu", **changes)
+    """Quick by default: the paper's rotation and rounding to nearest; GPTQ has tests of its own below."""
+    options = {"rotation": "kurtail", "weights": "rtn"} | changes
+    return ConvertConfig(str(model), out, calibration_tokens=1024, device="cpu", **options)
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def text(tmp_path):
 @pytest.fixture
 def few_steps(monkeypatch):
     """Learning is tested elsewhere; two hundred steps on a tiny model prove nothing here."""
-    for learn in ("learn_r1", "learn_r2"):
+    for learn in ("learn_r1", "learn_r2", "learn_spinquant"):
         original = getattr(pipeline, learn)
         monkeypatch.setattr(pipeline, learn, lambda *a, original=original: original(*a, steps=3))
 
@@ -67,7 +72,7 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
     assert result.provenance == provenance
     assert not (tmp_path / "o.gguf.work").exists()
     assert provenance == Provenance(
-        rotation="kurtail", objective="kurtosis", weights="rtn", seed=7,
+        rotation="kurtail", objective="kurtosis", weights="rtn", tune_steps=0, seed=7,
         r1_kind="learned", r1_size=128, r2_kind="learned", r2_size=32,
         r3_kind="none", r3_size=0, r4_kind="hadamard", r4_size=64,
         activation_bits=4, kv_bits=4,
@@ -76,6 +81,29 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
     )  # fmt: skip
     assert len(provenance.calibration_sha256) == 64
     assert all(done == total for _, total, done in recorder.stages)
+
+
+def test_spinquant_starts_from_quarot_and_says_so(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
+    model, made = tiny_checkpoint("mistral"), {}
+    for rotation in ("hadamard", "spinquant"):
+        config = _config(
+            model, tmp_path / "o.gguf", rotation=rotation, calibration=(str(text),), work_dir=tmp_path / rotation
+        )
+        provenance = pipeline.convert(config, recorder).provenance
+        made[rotation] = load_rotations(tmp_path / rotation / "rotations.safetensors")
+    assert (provenance.rotation, provenance.objective) == ("spinquant", "cross-entropy")
+    assert (provenance.r1_kind, provenance.r2_kind, provenance.r3_kind) == ("learned", "learned", "hadamard")
+    assert (provenance.calibration_name, provenance.calibration_tokens) == ("text.txt", 1024)
+    assert not (tmp_path / "spinquant" / "capture").exists()
+    assert ["learn R1 and R2", 3, 3] in recorder.stages
+    for name in ("r1", "r2"):
+        start, learned = getattr(made["hadamard"], name), getattr(made["spinquant"], name)
+        size = start.shape[-1]
+        # QuaRot (arXiv:2404.00456): a Hadamard matrix with random signs
+        assert np.allclose(np.abs(start), 1 / np.sqrt(size), rtol=1e-12)
+        for rotation in (start, learned):
+            assert np.abs(rotation @ rotation.swapaxes(-1, -2) - np.eye(size)).max() < 1e-11
+        assert 1e-5 < np.abs(learned - start).max() < 0.5
 
 
 def test_layers_hold_packed_linears_unit_norms_and_biases(tiny_checkpoint, tmp_path, exported):
@@ -103,6 +131,35 @@ def test_layers_hold_packed_linears_unit_norms_and_biases(tiny_checkpoint, tmp_p
     final = load_file(tmp_path / "w" / "quantized" / "final.safetensors")
     assert np.array_equal(final["model.norm.weight"], np.ones(128, np.float32))
     assert np.load(tmp_path / "w" / "quantized" / "lm_head.npy").shape == (320, 128)
+
+
+def test_for_stock_the_linears_are_q4_0_and_nothing_is_left_online(tiny_checkpoint, tmp_path, exported):
+    model = tiny_checkpoint("mistral")  # heads of 64: R3 would be possible
+    config = _config(model, tmp_path / "o.gguf", rotation="hadamard", target="stock", work_dir=tmp_path / "w")
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert exported[0][1] == provenance
+    assert (provenance.target, provenance.activation_bits, provenance.kv_bits) == ("stock", 8, 16)
+    kinds = (provenance.r1_kind, provenance.r2_kind, provenance.r3_kind, provenance.r4_kind)
+    assert kinds == ("hadamard", "hadamard", "none", "none")
+    checkpoint = open_checkpoint(model)
+    layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
+    rotations = load_rotations(tmp_path / "w" / "rotations.safetensors")
+    folding = LayerRotations(torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]), 0)
+    folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
+    for name in checkpoint.spec.family.linears:
+        packed = layer[f"model.layers.1.{name}.weight"]
+        out, columns = checkpoint.spec.linear_shape(name)
+        assert packed.dtype == np.uint8 and packed.shape == (out, columns // 32 * 18)
+        expected = folded[f"{name}.weight"].numpy()
+        error = np.square(q4_0.dequantize(*q4_0.unpack(packed)) - expected).mean()
+        assert error < 0.01 * np.square(expected).mean()
+
+
+def test_the_target_is_a_setting(tiny_checkpoint, tmp_path, exported):
+    config = _config(tiny_checkpoint(), tmp_path / "o.gguf", rotation="none", work_dir=tmp_path / "w")
+    pipeline.convert(config, NullProgress())
+    with pytest.raises(KurtailError, match="target was kurtail, is stock"):
+        pipeline.convert(dataclasses.replace(config, target="stock"), NullProgress())
 
 
 @pytest.mark.parametrize(
@@ -212,11 +269,14 @@ def test_cuda_without_a_device(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"rotation": "quarot"}, "kurtail, hadamard, none"),
-        ({"weights": "gptq"}, "--weights 'gptq' is not offered"),
+        ({"rotation": "quarot"}, "kurtail, spinquant, hadamard, none"),
+        ({"weights": "awq"}, "--weights 'awq' is not offered"),
         ({"activations": 5}, "4, 8"),
         ({"kv": 2}, "4, 8, 16"),
         ({"device": "tpu"}, "auto, cpu, cuda"),
+        ({"target": "ollama"}, "kurtail, stock"),
+        ({"target": "stock", "kv": 16}, "--kv cannot be chosen with --target stock"),
+        ({"target": "stock", "activations": 8}, "--target stock: stock llama.cpp decides"),
         ({"calibration": ()}, "--calibration"),
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
         ({"seed": -1}, "--seed -1"),
@@ -226,3 +286,53 @@ def test_cuda_without_a_device(tmp_path):
 def test_options_outside_what_is_offered(changes, word):
     with pytest.raises(ConfigError, match=word):
         ConvertConfig(**({"model": "m", "out": Path("o")} | changes))
+
+
+def test_the_default_is_gptq_with_rotations_by_output_error(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
+    model = tiny_checkpoint("mistral")
+    config = ConvertConfig(
+        str(model), tmp_path / "o.gguf", calibration=(str(text),), calibration_tokens=1024, device="cpu",
+        work_dir=tmp_path / "w",
+    )  # fmt: skip
+    provenance = pipeline.convert(config, recorder).provenance
+    assert (provenance.rotation, provenance.objective, provenance.weights) == ("output", "output-error", "gptq")
+    assert (provenance.r4_kind, provenance.r4_size) == ("hadamard", 64)
+    assert all(done == total for _, total, done in recorder.stages)
+    assert not list((tmp_path / "w").glob("prefix-*"))
+    checkpoint = open_checkpoint(model)
+    rotations = load_rotations(tmp_path / "w" / "rotations.safetensors")
+    assert rotations.ffn_scales.shape == (2, 192)
+    folding = LayerRotations(
+        torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]), 64, torch.from_numpy(rotations.ffn_scales[1])
+    )
+    folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
+    layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
+    for name in checkpoint.spec.family.linears:
+        found = kt4.dequantize(*kt4.unpack(layer[f"model.layers.1.{name}.weight"]))
+        expected = folded[f"{name}.weight"].numpy()
+        error = np.square(found - expected).mean() / np.square(expected).mean()
+        nearest = kt4.dequantize(*quantize_rtn(folded[f"{name}.weight"], name))
+        # GPTQ gives up accuracy of the weights for that of the outputs
+        assert np.square(nearest - expected).mean() / np.square(expected).mean() < error < 0.1
+
+
+@pytest.mark.parametrize("lost", [(0, 1), (1,)])
+def test_gptq_goes_on_from_the_last_finished_layer(tiny_checkpoint, tmp_path, exported, text, recorder, lost):
+    config = _config(
+        tiny_checkpoint("qwen2"), tmp_path / "o.gguf", rotation="hadamard", weights="gptq", calibration=(str(text),),
+        work_dir=tmp_path / "w",
+    )  # fmt: skip
+    pipeline.convert(config, NullProgress())
+    for layer in lost:
+        (tmp_path / "w" / "quantized" / f"layer-{layer:05d}.safetensors").unlink()
+    pipeline.convert(config, recorder)
+    assert exported[0] == exported[1]
+
+
+def test_hadamard_with_gptq_reads_text_but_learns_nothing(tiny_checkpoint, tmp_path, exported, text):
+    config = _config(
+        tiny_checkpoint(), tmp_path / "o.gguf", rotation="hadamard", weights="gptq", calibration=(str(text),)
+    )
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert (provenance.r1_kind, provenance.objective) == ("hadamard", "none")
+    assert (provenance.calibration_name, provenance.calibration_tokens) == ("text.txt", 1024)

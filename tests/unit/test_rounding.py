@@ -26,6 +26,30 @@ def test_round_4bit_is_the_oracle(seed):
     np.testing.assert_array_equal(round_4bit(torch.from_numpy(rows), kt4.BLOCK).numpy(), expected)
 
 
+def test_round_4bit_is_the_oracle_at_the_extremes():
+    rows = _rows(5)
+    rows[3] *= np.float32(1e-42)  # too small for a scale
+    rows[4] *= np.float32(1e34)  # too large for one
+    rows[5] = np.random.default_rng(0).integers(-16, 17, 256) / 4  # ties everywhere
+    expected = kt4.dequantize(*kt4.quantize_reference(rows))
+    np.testing.assert_array_equal(round_4bit(torch.from_numpy(rows), kt4.BLOCK).numpy(), expected)
+
+
+def test_blocks_are_the_same_however_many(monkeypatch):
+    rows = torch.from_numpy(_rows(0))
+    whole = round_4bit(rows, kt4.BLOCK)
+    monkeypatch.setattr("kurtail_gguf.simulation.rounding._CHUNK", 3)
+    assert torch.equal(round_4bit(rows, kt4.BLOCK), whole)
+
+
+def test_a_straight_through_estimator_can_be_built_on_it():
+    rows = torch.randn(2, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rounded = round_4bit(rows, kt4.BLOCK)
+    assert not rounded.requires_grad
+    (rows + (rounded - rows).detach()).sum().backward()
+    assert torch.equal(rows.grad, torch.ones_like(rows))
+
+
 def test_blocks_of_32_do_not_share_scales():
     rows = torch.ones(1, 64)
     rows[0, :32] *= 1000

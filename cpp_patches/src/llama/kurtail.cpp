@@ -103,6 +103,11 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     if (version < 1 || version > FORMAT_VERSION) {
         throw std::runtime_error(format("kurtail: kurtail.format_version is %u, this runtime reads up to %u: update it", version, FORMAT_VERSION));
     }
+    // written for stock llama.cpp: it runs as it does there, with an explicit -ctk or -ctv too
+    if (k.has("kurtail.target") && k.str_of("kurtail.target", { "kurtail", "stock" }) == "stock") {
+        LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as there\n", __func__);
+        return;
+    }
     const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8 });
     kv_bits = k.u32_of("kurtail.kv_bits", { 4, 8, 16 });
     k.str_of("kurtail.r1.kind", { "none", "hadamard", "random", "learned" });

@@ -14,7 +14,7 @@ struct llama_model_loader;
 struct llama_context_params;
 
 struct kurtail_model {
-    bool active = false; // the file has kurtail keys
+    bool active = false; // the file has kurtail keys, and is not written for stock llama.cpp
 
     // Reads and checks the keys, sets the activation precision of every block linear in model.prec_policy and makes
     // the R4 matrices on each layer's device. Called once all tensors are known, before their data is read.

@@ -1,0 +1,172 @@
+"""Runs the calibration tokens through the layers as they are quantized, one linear after the other.
+
+GPTQ wants the inputs that a linear will really see: behind the quantized layers before it and the quantized linears
+before it in its own layer, rounded to the bits of the runtime's activations and cache. So a layer is gone through in
+four stops, at the inputs of q/k/v, o, gate/up and down; at each the Hessian of its input is handed out, and what
+comes back are the weights that the tokens go on with.
+
+The residual stream of all tokens, and what waits for the stop's weights, lie in memory-mapped files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kurtail_gguf.calibration.runner import LayerRunner
+from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.simulation.attention import rotated
+from kurtail_gguf.simulation.runtime import RuntimeRounding
+
+#: Sequences in one forward pass.
+BATCH = 4
+
+
+#: ``quantize(names, hessian)``: names of linears that share an input, and what computes Σ x xᵀ of it if called, float32
+#: ``[in, in]``; the answer holds their weights as quantized, float32 ``[out, in]`` by name, and may leave out those
+#: that stay.
+Quantize = Callable[[tuple[str, ...], Callable[[], Tensor]], dict[str, Tensor]]
+
+
+class QuantizedPrefix:
+    """The residual stream behind the layers quantized so far.
+
+    Args:
+        checkpoint: the model.
+        ids: calibration tokens, int32 ``[sequences, length]``.
+        embed: rows of the folded embedding as the file holds them, float32 ``[n, hidden]`` for ids int64 ``[n]``.
+        rounding: what the runtime rounds.
+        directory: where the memory-mapped files are kept, until :meth:`close`.
+        device: where layers are computed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: npt.NDArray[np.int32],
+        embed: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]],
+        rounding: RuntimeRounding,
+        directory: Path,
+        device: torch.device,
+    ) -> None:
+        self._spec, self._rounding, self._device = checkpoint.spec, rounding, device
+        self._directory = directory
+        sequences, length = ids.shape
+        self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
+        self._rotary = self._runner.rotary(0, length)
+        self._eps = checkpoint.config.rms_norm_eps
+        self._batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]
+        self._hidden = self._scratch("hidden", sequences, length, self._spec.hidden_size)
+        for batch in self._batches:
+            part = ids[batch].astype(np.int64)
+            self._hidden[batch] = embed(part.reshape(-1)).reshape(*part.shape, -1)
+
+    def run_layer(self, layer: int, folded: dict[str, Tensor], quantize: Quantize) -> None:
+        """Take the tokens through one layer.
+
+        Args:
+            layer: its number.
+            folded: its tensors by name below the layer's prefix, rotated and with unit norms; any float type.
+            quantize: called at each of the four stops.
+        """
+        family = self._spec.family
+        weights = {name: tensor.float() for name, tensor in folded.items()}
+
+        def stop(names: tuple[str, ...], inputs: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
+            for name, weight in quantize(names, lambda: self._hessian(inputs())).items():
+                weights[f"{name}.weight"] = weight.to(self._device)
+
+        module = self._runner.module(layer)
+        sequences, length, _ = self._hidden.shape
+        stop(family.attention_readers, self._normed)
+        heads = self._scratch("heads", sequences, length, self._spec.heads * self._spec.head_dim)
+        self._run_to(module, family.attention_writer, weights, heads, {"position_embeddings": self._rotary, "attention_mask": None})
+        stop((family.attention_writer,), lambda: self._stored(heads))
+        self._add(heads, weights, family.attention_writer)
+        stop(family.ffn_readers, self._normed)
+        gated = self._scratch("gated", sequences, length, self._spec.intermediate_size)
+        self._run_to(module, family.ffn_writer, weights, gated, {})
+        stop((family.ffn_writer,), lambda: self._stored(gated))
+        self._add(gated, weights, family.ffn_writer)
+
+    def close(self) -> None:
+        """Remove the memory-mapped files."""
+        del self._hidden
+        for name in ("hidden", "heads", "gated"):
+            (self._directory / f"prefix-{name}.npy").unlink(missing_ok=True)
+
+    def _scratch(self, name: str, *shape: int) -> np.memmap:
+        return np.lib.format.open_memmap(self._directory / f"prefix-{name}.npy", "w+", np.float32, shape)
+
+    def _load(self, values: np.memmap, batch: slice) -> Tensor:
+        return torch.from_numpy(values[batch]).to(self._device)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+
+    def _normed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of what the readers of the residual stream see, all tokens weighing the same."""
+        for batch in self._batches:
+            x = self._norm(self._load(self._hidden, batch))
+            yield x, x.new_ones(x.shape[:-1])
+
+    def _stored(self, values: np.memmap) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of a writer's input, each token weighed by how much its error will matter.
+
+        What a writer adds is seen through the next norm, hence relative to the residual stream's length; without
+        the weight a few massive sequence-first tokens are all that the Hessian knows.
+        """
+        for batch in self._batches:
+            residual = self._load(self._hidden, batch)
+            yield self._load(values, batch), 1 / (residual.square().mean(-1) + self._eps)
+
+    def _hessian(self, inputs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        total: Tensor | float = 0.0
+        for x, weight in inputs:
+            seen = self._rounding.activations(x).reshape(-1, x.shape[-1])
+            total = total + seen.T @ (seen * weight.reshape(-1, 1))
+        return total
+
+    def _run_to(self, layer: nn.Module, writer: str, weights: dict[str, Tensor], out: np.memmap, arguments: dict) -> None:
+        """Run the module that the writer closes, attention or FFN, and keep what the writer would read."""
+        name = writer.rpartition(".")[0]
+        part = layer.get_submodule(name)
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        handle = layer.get_submodule(writer).register_forward_pre_hook(_stop)
+        try:
+            for batch in self._batches:
+                x = self._rounding.activations(self._norm(self._load(self._hidden, batch)))
+                try:
+                    functional_call(part, own, (x,), arguments)
+                except _Reached as reached:
+                    out[batch] = self._rotated(reached.value, writer).cpu().numpy()
+        finally:
+            handle.remove()
+
+    def _rotated(self, x: Tensor, writer: str) -> Tensor:
+        r4 = self._rounding.r4
+        return rotated(x, r4) if writer == self._spec.family.ffn_writer and r4 > 1 else x
+
+    def _add(self, values: np.memmap, weights: dict[str, Tensor], writer: str) -> None:
+        """Add the writer's output to the residual stream."""
+        weight, bias = weights[f"{writer}.weight"], weights.get(f"{writer}.bias")
+        for batch in self._batches:
+            x = self._rounding.activations(self._load(values, batch))
+            self._hidden[batch] += nn.functional.linear(x, weight, bias).cpu().numpy()
+
+
+class _Reached(Exception):
+    """The module has come to what is asked for; nothing behind it needs computing."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    raise _Reached(inputs[0])

@@ -1,0 +1,90 @@
+"""The quantized model in torch, differentiable in its block scales."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from kurtail_gguf.calibration.runner import LayerRunner
+from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.simulation.attention import rotated
+from kurtail_gguf.simulation.runtime import RuntimeRounding
+from kurtail_gguf.simulation.straight_through import round_through
+
+
+class Student:
+    """The file's layers over transformers' own modules, rounding what the runtime rounds.
+
+    Codes are held as int8 and become weights only while their layer runs; activations inside a layer are computed
+    again in the backward pass. Memory is a byte a weight, the scales with what the optimiser keeps of them, and the
+    residual stream at every layer.
+
+    Args:
+        checkpoint: the model's shapes and configuration.
+        codes: of each layer's linears by name below the layer's prefix, int8 ``[out, in]``.
+        scales: likewise, float32 ``[out, in/block]``.
+        rest: each layer's norms and biases, float32.
+        rounding: what the runtime rounds.
+        device: where to compute.
+        length: of the longest sequence.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        codes: list[dict[str, Tensor]],
+        scales: list[dict[str, Tensor]],
+        rest: list[dict[str, Tensor]],
+        rounding: RuntimeRounding,
+        device: torch.device,
+        length: int,
+    ) -> None:
+        self._codes, self.scales, self._rest = codes, scales, rest
+        self._rounding = rounding
+        self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
+        self._rotary = self._runner.rotary(0, length)
+        family = checkpoint.spec.family
+        for layer in range(checkpoint.spec.layers):
+            module = self._runner.module(layer)
+            for name in family.linears:
+                r4 = rounding.r4 if name == family.ffn_writer else 0
+                module.get_submodule(name).register_forward_pre_hook(self._hook(r4))
+
+    def hidden(self, embedded: Tensor) -> Tensor:
+        """The residual stream behind the last layer, ``[batch, length, hidden]``, from embeddings of that shape."""
+        hidden = embedded.requires_grad_()  # so that recomputation has something to start from
+        for layer in range(len(self._codes)):
+            names = list(self.scales[layer])
+            hidden = recomputed(self._layer, layer, names, hidden, *self.scales[layer].values(), use_reentrant=False)
+        return hidden
+
+    def _layer(self, layer: int, names: list[str], hidden: Tensor, *scales: Tensor) -> Tensor:
+        codes = self._codes[layer]
+        weights = {f"{name}.weight": _Scaled.apply(codes[name], scale) for name, scale in zip(names, scales, strict=True)}
+        return self._runner.run(layer, weights | self._rest[layer], hidden, self._rotary)
+
+    def _hook(self, r4: int) -> Any:
+        bits, block = self._rounding.activation_bits, self._rounding.activation_block
+
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (round_through(rotated(inputs[0], r4) if r4 > 1 else inputs[0], bits, block),)
+
+        return hook
+
+
+class _Scaled(torch.autograd.Function):
+    """Codes times block scales; autograd by itself would keep the codes as floating-point numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.blocks = scales.shape
+        return (codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (codes,) = ctx.saved_tensors
+        return None, (gradient * codes).reshape(*ctx.blocks, -1).sum(-1)

@@ -1,0 +1,168 @@
+"""Fold and quantize, one layer at a time: the longest stage of a conversion, each finished layer a checkpoint.
+
+With GPTQ the calibration tokens go along, through the layers as they come out (calibration/quantized_prefix.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file, save_file
+
+from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
+from kurtail_gguf.fold.layer import LayerRotations, fold_layer
+from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows, fold_embedding, fold_head
+from kurtail_gguf.formats.targets import BlockFormat
+from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.progress import Progress
+from kurtail_gguf.quantize.gptq import quantize_gptq
+from kurtail_gguf.quantize.rtn import quantize_rtn
+from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.simulation.runtime import RuntimeRounding
+
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CalibratedOn:
+    """What GPTQ needs to know: the tokens, int32 ``[sequences, length]``, and what the runtime rounds."""
+
+    ids: npt.NDArray[np.int32]
+    rounding: RuntimeRounding
+
+
+def fold_and_quantize(
+    checkpoint: Checkpoint,
+    rotations: Rotations,
+    r4: int,
+    block_format: BlockFormat,
+    calibrated_on: CalibratedOn | None,
+    target: Path,
+    device: torch.device,
+    progress: Progress,
+) -> Path:
+    """Fold and quantize into ``target``; the layout is the exporter's input.
+
+    ``embed_tokens.npy``, ``lm_head.npy`` (float32 ``[vocab, hidden]``), ``layer-NNNNN.safetensors`` (HF
+    names; block linears as packed rows of ``block_format``, uint8; the rest float32) and
+    ``final.safetensors`` (the final norm's weight, ones).
+
+    Args:
+        checkpoint: the model; weights are checked for NaN as they are read.
+        rotations: R1 and R2.
+        r4: size of R4's Hadamard blocks, 0 for none.
+        block_format: what the block linears are stored as.
+        calibrated_on: quantize with GPTQ on this; None rounds to nearest.
+        target: directory of the results; what is there already is taken over.
+        device: where to compute.
+        progress: one stage, a unit a layer and table.
+
+    Raises:
+        SourceError: NaN or infinite weights; the message names the tensor.
+        QuantizeError: a weight or a Hessian that cannot be quantized.
+    """
+    target.mkdir(exist_ok=True)
+    spec = checkpoint.spec
+    r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
+    prefix = None
+    with progress.stage("fold and quantize", spec.layers + 2) as stage:
+        for name, fold in ((EMBEDDING, fold_embedding), (HEAD, fold_head)):
+            if not (target / name).exists():
+                fold(checkpoint, r1, target / name)
+            stage.advance(1, name.removesuffix(".npy"))
+        if calibrated_on is not None:
+            prefix = QuantizedPrefix(
+                checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING), calibrated_on.rounding, target.parent, device
+            )
+        for layer in range(spec.layers):
+            path = target / f"layer-{layer:05d}.safetensors"
+            r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
+            if not path.exists():
+                weights = checkpoint.layer(layer, device, check=True)
+                scales = None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]).to(device)
+                folded = fold_layer(weights, spec, LayerRotations(r1, r2, r4, scales))
+                one = _Layer(checkpoint, layer, folded, block_format)
+                if prefix is None:
+                    one.round_to_nearest()
+                else:
+                    prefix.run_layer(layer, folded, one.gptq)
+                _save(one.results(), path)
+            elif prefix is not None:
+                _replay(prefix, checkpoint, layer, path, block_format)
+            stage.advance(1, f"layer {layer}")
+    if prefix is not None:
+        prefix.close()
+    norm = f"{spec.family.final_norm}.weight"
+    _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
+    return target
+
+
+class _Layer:
+    """One layer's tensors on their way into the file.
+
+    Args:
+        folded: float64 by name below the layer's prefix.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor], block_format: BlockFormat
+    ) -> None:
+        self._prefix = checkpoint.spec.layer_prefix(layer)
+        self._linears = checkpoint.spec.family.linears
+        self._folded = folded
+        self._format = block_format
+        self._packed: dict[str, np.ndarray] = {}
+
+    def round_to_nearest(self) -> None:
+        """Quantize every linear by itself."""
+        for name in self._linears:
+            full = f"{self._prefix}{name}.weight"
+            self._pack(name, quantize_rtn(self._folded[f"{name}.weight"], full, self._format.block))
+
+    def gptq(self, names: tuple[str, ...], hessian: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Quantize the linears that share an input; their weights as the file has them, float32 ``[out, in]``."""
+        weights = [self._folded[f"{name}.weight"] for name in names]
+        rows = [len(weight) for weight in weights]
+        full = f"{self._prefix}{names[0]}.weight"
+        # rows are independent in GPTQ, so linears with one Hessian are one matrix
+        codes, scales = quantize_gptq(torch.cat(weights), hessian(), full, self._format.block)
+        ends = np.cumsum(rows)[:-1]
+        result = {}
+        for name, own_codes, own_scales in zip(names, np.split(codes, ends), np.split(scales, ends), strict=True):
+            self._pack(name, (own_codes, own_scales))
+            result[name] = torch.from_numpy(self._format.dequantize(own_codes, own_scales))
+        return result
+
+    def results(self) -> dict[str, np.ndarray]:
+        """All tensors of the layer by full name: packed rows, and the rest in single precision."""
+        rest = {name: value for name, value in self._folded.items() if name.removesuffix(".weight") not in self._packed}
+        tensors = {f"{name}.weight": rows for name, rows in self._packed.items()}
+        tensors |= {name: value.float().cpu().numpy() for name, value in rest.items()}
+        return {self._prefix + name: value for name, value in tensors.items()}
+
+    def _pack(self, name: str, quantized: tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]) -> None:
+        self._packed[name] = self._format.pack(*quantized)
+
+
+def _replay(
+    prefix: QuantizedPrefix, checkpoint: Checkpoint, layer: int, path: Path, block_format: BlockFormat
+) -> None:
+    """Take the tokens through a layer that an earlier run has finished."""
+    above = checkpoint.spec.layer_prefix(layer)
+    stored = {name.removeprefix(above): value for name, value in load_file(path).items()}
+    weights = {
+        name: torch.from_numpy(block_format.dequantize(*block_format.unpack(value)) if value.dtype == np.uint8 else value)
+        for name, value in stored.items()
+    }
+    prefix.run_layer(layer, weights, lambda names, hessian: {})
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    scratch = path.with_suffix(".tmp")
+    save_file(tensors, scratch)
+    os.replace(scratch, path)

@@ -1,0 +1,237 @@
+"""GPTQ for blocks of symmetric codes with one searched scale each.
+
+Frantar et al. 2022 (arXiv:2210.17323): columns are rounded one after the other, and each one's rounding error is
+spread over the columns not yet rounded, so that the layer's output on the calibration inputs changes least.
+For a weight row w and the inputs' Hessian H = Σ x xᵀ that output error is (w − ŵ) H (w − ŵ)ᵀ. What differs here:
+
+* blocks of neighbouring columns share a half-precision scale that may be negative, chosen when the block's turn comes,
+  from the compensated weights, by the error weighted as GPTQ will spread it (1 / U_jj²);
+* columns go in the order of the Hessian's diagonal ("act-order"), whole blocks first, then within a block, so that a
+  block stays one block in the file;
+* afterwards all scales of a row are refitted jointly by least squares in H, and codes are revisited by coordinate
+  descent on the same error (as in QuantEase, Behdin et al. 2023, arXiv:2309.01885), which GPTQ's single pass leaves
+  undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kurtail_gguf.errors import QuantizeError
+
+#: Candidate scales as factors of signed maximum / −8; a negative one sends the maximum to +7 and beyond.
+FACTORS: Final = (
+    1.08, 1.0, 0.96, 0.92, 0.88, 0.84, 0.80, 0.76, 0.72, 0.68, 0.64,
+    -1.14, -1.08, -1.02, -0.96, -0.90, -0.84, -0.78, -0.72, -0.66,
+)  # fmt: skip
+#: Added to the Hessian's diagonal, as a share of its mean.
+DAMPING: Final = 0.01
+#: Rounds of coordinate descent over the codes, each followed by a refit of the scales.
+SWEEPS: Final = 2
+
+_LOWEST, _HIGHEST = -8, 7
+
+
+def quantize_gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    name: str,
+    block: int = 64,
+    damping: float = DAMPING,
+    sweeps: int = SWEEPS,
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Codes and scales of a weight matrix.
+
+    Args:
+        weight: finite, floating ``[out, in]``, in a multiple of ``block``.
+        hessian: ``[in, in]``, Σ x xᵀ of the inputs that the quantized model really produces; any scale.
+        name: the tensor's name, for the error.
+        block: columns that share a scale.
+        damping: share of the mean of the Hessian's diagonal that is added to it.
+        sweeps: rounds of coordinate descent after the first pass.
+
+    Returns:
+        codes int8 ``[out, in]`` in −8…7 and scales float16 ``[out, in/block]``.
+
+    Raises:
+        QuantizeError: a Hessian that is not finite, or not positive definite even with damping.
+    """
+    order = _Order.of(hessian, block)
+    w = weight.float()[:, order.columns]
+    h = hessian.double()[order.columns][:, order.columns]
+    if not torch.isfinite(h).all():
+        raise QuantizeError(f"tensor {name}: its inputs on the calibration text are not finite")
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    # inputs that are always zero would leave H singular; their weights do not matter
+    diagonal += damping * mean if mean > 0 else 1.0
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        upper = torch.linalg.cholesky(inverse, upper=True).float()
+    except torch.linalg.LinAlgError as error:
+        raise QuantizeError(
+            f"tensor {name}: the Hessian of its inputs is not positive definite: give more calibration tokens"
+        ) from error
+    h = h.float()
+    with _one_thread():
+        codes, scales = _first_pass(w, upper, block)
+    for _ in range(sweeps):
+        scales = _refit(w, h, codes, scales, block)
+        with _one_thread():
+            codes = _descend(w, h, codes, scales, block)
+    scales = _refit(w, h, codes, scales, block)
+    return _restore(codes, scales, order, block)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The loops over columns are thousands of short steps: what two threads gain there, waiting for each other loses."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ): relative squared error of the layer's output."""
+    w, h = weight.double(), hessian.double()
+    difference = w - quantized.double()
+    return float(((difference @ h) * difference).sum() / ((w @ h) * w).sum())
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Order:
+    """Columns in the order they are rounded: int64 ``[in]``; blocks stay together."""
+
+    columns: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor, block: int) -> _Order:
+        diagonal = hessian.diagonal().double().reshape(-1, block)
+        within = diagonal.argsort(dim=1, descending=True, stable=True)
+        blocks = diagonal.sum(1).argsort(descending=True, stable=True)
+        columns = torch.arange(diagonal.numel(), device=hessian.device).reshape(-1, block)
+        return cls(columns.gather(1, within)[blocks].reshape(-1))
+
+
+def _first_pass(w: torch.Tensor, upper: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ: codes float32 ``[out, in]`` and scales float32 ``[out, in/block]``, in the rounding order."""
+    w = w.clone()
+    rows, columns = w.shape
+    codes = torch.empty_like(w)
+    scales = torch.empty(rows, columns // block, dtype=torch.float32, device=w.device)
+    for number, start in enumerate(range(0, columns, block)):
+        part = slice(start, start + block)
+        u = upper[part, part]
+        # columns first: each step then works on contiguous rows
+        x = w[:, part].T.contiguous()
+        scale = _search(x, 1 / u.diagonal().square())
+        scales[:, number] = scale
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        errors = torch.empty_like(x)
+        for j in range(block):
+            code = (x[j] * inverse).round_().clamp_(_LOWEST, _HIGHEST)
+            codes[:, start + j] = code
+            error = (x[j] - code * scale) / u[j, j]
+            errors[j] = error
+            if j + 1 < block:
+                x[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
+        w[:, start + block :].addmm_(errors.T, upper[part, start + block :], alpha=-1)
+    return codes, scales
+
+
+def _search(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The best half-rounded scale ``[out]`` of blocks ``x`` float32 ``[block, out]`` under column weights ``[block]``."""
+    signed_max = x.gather(0, x.abs().argmax(0, keepdim=True))[0]
+    best_scale = best_error = None
+    for factor in FACTORS:
+        scale = _half(signed_max * (factor / -8))
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        codes = (x * inverse).round_().clamp_(_LOWEST, _HIGHEST)
+        error = weights @ codes.mul_(scale).sub_(x).square_()
+        if best_error is None:
+            best_scale, best_error = scale, error
+            continue
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return best_scale
+
+
+def _refit(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    """All scales of each row by least squares in H with the codes fixed; a row keeps its own where that is no gain.
+
+    With q_b the codes of block b and zeros elsewhere, the scales s minimise (w − Σ s_b q_b) H (w − Σ s_b q_b)ᵀ, hence
+    A s = c with A_bc = q_b H q_cᵀ and c_b = q_b H wᵀ.
+    """
+    rows, columns = w.shape
+    count = columns // block
+    normal = torch.empty(rows, count, count, dtype=torch.float64, device=w.device)
+    for number in range(count):
+        part = slice(number * block, (number + 1) * block)
+        seen = (codes[:, part] @ h[part]) * codes
+        normal[:, number] = seen.reshape(rows, count, block).sum(-1).double()
+    right = ((w @ h) * codes).reshape(rows, count, block).sum(-1).double()
+    normal = (normal + normal.mT) / 2
+    # blocks of zero codes have no scale to find
+    normal.diagonal(dim1=1, dim2=2).add_(1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
+    fitted = _half(torch.linalg.solve(normal, right).float())
+    fitted = torch.where(torch.isfinite(fitted), fitted, scales)
+    better = _row_errors(w, h, codes, fitted, block) < _row_errors(w, h, codes, scales, block)
+    return torch.where(better[:, None], fitted, scales)
+
+
+def _descend(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    """One sweep of coordinate descent: every code becomes the best one given all others."""
+    codes = codes.clone()
+    gradient = (w - _values(codes, scales, block)) @ h
+    for number, start in enumerate(range(0, w.shape[1], block)):
+        part = slice(start, start + block)
+        inner = h[part, part]
+        scale = scales[:, number]
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        # the gradient of the block's own columns follows each step; that of the others once the block is done
+        g = gradient[:, part].T.contiguous()
+        old = codes[:, part].T.contiguous()
+        changes = torch.zeros_like(old)
+        for j in range(block):
+            code = (old[j] + g[j] * inverse / inner[j, j]).round_().clamp_(_LOWEST, _HIGHEST)
+            change = (code - old[j]) * scale
+            changes[j] = change
+            old[j] = code
+            g.addr_(inner[:, j], change, alpha=-1)
+        codes[:, part] = old.T
+        gradient.addmm_(changes.T, h[part], alpha=-1)
+    return codes
+
+
+def _values(codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    return (codes.reshape(len(codes), -1, block) * scales[..., None]).reshape(codes.shape)
+
+
+def _row_errors(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    difference = w - _values(codes, scales, block)
+    return ((difference @ h) * difference).sum(1)
+
+
+def _restore(codes: torch.Tensor, scales: torch.Tensor, order: _Order, block: int):
+    """Codes and scales in the file's column order, as numpy."""
+    out = torch.empty_like(codes, dtype=torch.int8)
+    out[:, order.columns] = codes.to(torch.int8)
+    blocks = order.columns[::block] // block
+    halves = torch.empty(scales.shape, dtype=torch.float16, device=scales.device)
+    halves[:, blocks] = scales.to(torch.float16)
+    return out.cpu().numpy(), halves.cpu().numpy()
+
+
+def _half(scale: torch.Tensor) -> torch.Tensor:
+    return scale.to(torch.float16).to(torch.float32)

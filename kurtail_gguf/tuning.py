@@ -1,0 +1,152 @@
+"""The stage after quantization: block scales tuned end to end, layer files in and out."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from safetensors.numpy import load_file, save_file
+
+from kurtail_gguf.distill.scales import STEP_TOKENS, Outside, tune_scales
+from kurtail_gguf.distill.student import Student
+from kurtail_gguf.distill.teacher import Teacher, run_teacher
+from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows
+from kurtail_gguf.formats.targets import BlockFormat
+from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.progress import Progress
+from kurtail_gguf.simulation.runtime import RuntimeRounding
+from kurtail_gguf.workdir import filling
+
+
+def memory_needed(checkpoint: Checkpoint, block: int) -> int:
+    """Bytes that tuning takes at its peak, all layers' codes being in memory at once."""
+    spec = checkpoint.spec
+    layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
+    # int8 codes; scale, gradient and Adam's two averages; residual streams; head twice; logits of both, and gradients
+    return (
+        spec.layers * layer
+        + 16 * spec.layers * layer // block
+        + 4 * STEP_TOKENS * spec.hidden_size * spec.layers
+        + 8 * spec.vocab_size * spec.hidden_size
+        + 16 * STEP_TOKENS * spec.vocab_size
+        + 12 * layer
+    )
+
+
+def memory_available(device: torch.device) -> int:
+    """Bytes free on the device, as far as one process can know."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def tune(
+    checkpoint: Checkpoint,
+    ids: npt.NDArray[np.int32],
+    quantized: Path,
+    block_format: BlockFormat,
+    rounding: RuntimeRounding,
+    steps: int,
+    target: Path,
+    device: torch.device,
+    progress: Progress,
+) -> Path:
+    """Tune the scales of quantized layers.
+
+    Args:
+        checkpoint: the model they were made from.
+        ids: calibration tokens, int32 ``[sequences, length]``.
+        quantized: directory that ``layerwise.fold_and_quantize`` filled.
+        block_format: what its linears are stored as.
+        rounding: what the runtime rounds.
+        steps: of learning.
+        target: directory to make, of the same layout; what is there already is taken over.
+        device: where to compute.
+        progress: two stages, the unquantized model's run and the learning.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        KurtailError: a divergence that is not finite.
+    """
+    if target.exists():
+        return target
+    scratch = target.with_name("tuning")
+    scratch.mkdir(exist_ok=True)
+    predictions = scratch / "teacher.npy"
+    if not predictions.exists():
+        run_teacher(checkpoint, ids, scratch / "teacher.partial.npy", device, progress)
+        os.replace(scratch / "teacher.partial.npy", predictions)
+    layers = [_Stored(path, block_format) for path in sorted(quantized.glob("layer-*.safetensors"))]
+    prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
+    student = Student(
+        checkpoint,
+        [layer.codes(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
+        [layer.scales(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
+        [layer.rest(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
+        rounding, device, ids.shape[1],
+    )  # fmt: skip
+    teacher = Teacher(checkpoint, np.load(predictions, mmap_mode="r"), device)
+    head = torch.from_numpy(np.load(quantized / HEAD)).to(device)
+    outside = Outside(EmbeddingRows(quantized / EMBEDDING), head, checkpoint.config.rms_norm_eps)
+    scales = tune_scales(student, teacher, outside, ids, steps, scratch / "state.safetensors", device, progress)
+    with filling(target) as directory:
+        for path in quantized.iterdir():
+            if not path.name.startswith("layer-"):
+                _link(path, directory / path.name)
+        for layer, prefix, tuned in zip(layers, prefixes, scales, strict=True):
+            save_file(layer.with_scales(prefix, tuned), directory / layer.path.name)
+    shutil.rmtree(scratch)
+    return target
+
+
+class _Stored:
+    """One layer's file, by name below the layer's prefix."""
+
+    def __init__(self, path: Path, block_format: BlockFormat) -> None:
+        self.path = path
+        self._format = block_format
+
+    def codes(self, prefix: str, device: torch.device) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(codes).to(device) for name, (codes, _) in self._linears(prefix).items()}
+
+    def scales(self, prefix: str, device: torch.device) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.from_numpy(scales.astype(np.float32)).to(device)
+            for name, (_, scales) in self._linears(prefix).items()
+        }
+
+    def rest(self, prefix: str, device: torch.device) -> dict[str, torch.Tensor]:
+        tensors = load_file(self.path)
+        return {
+            name.removeprefix(prefix): torch.from_numpy(value).to(device)
+            for name, value in tensors.items()
+            if value.dtype != np.uint8
+        }
+
+    def with_scales(self, prefix: str, scales: dict[str, torch.Tensor]) -> dict[str, npt.NDArray]:
+        """The file's tensors with other scales under the same codes."""
+        tensors = load_file(self.path)
+        for name, (codes, _) in self._linears(prefix).items():
+            tensors[f"{prefix}{name}.weight"] = self._format.pack(codes, scales[name].cpu().numpy().astype(np.float16))
+        return tensors
+
+    def _linears(self, prefix: str) -> dict[str, tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]]:
+        return {
+            name.removeprefix(prefix).removesuffix(".weight"): self._format.unpack(value)
+            for name, value in load_file(self.path).items()
+            if value.dtype == np.uint8
+        }
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the disk cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

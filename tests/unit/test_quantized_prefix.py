@@ -1,0 +1,100 @@
+"""The calibration tokens' way through layers that are quantized as they pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
+from kurtail_gguf.calibration.runner import LayerRunner
+from kurtail_gguf.fold.layer import LayerRotations, fold_layer
+from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.rotation.hadamard import random_orthogonal
+from kurtail_gguf.simulation.attention import CacheSettings, rotated
+from kurtail_gguf.simulation.rounding import round_to
+from kurtail_gguf.simulation.runtime import RuntimeRounding
+
+CPU = torch.device("cpu")
+IDS = np.random.default_rng(0).integers(3, 320, (6, 20)).astype(np.int32)
+HALVES = CacheSettings(bits=16, rotation=0, rotate_v=False, paired=False)
+KINDS = ["llama", "llama-biases", "mistral", "qwen2"]
+
+
+def _prefix(checkpoint, rounding, directory) -> QuantizedPrefix:
+    table = checkpoint.tensor("model.embed_tokens.weight").float().numpy()
+    return QuantizedPrefix(checkpoint, IDS, lambda ids: table[ids], rounding, directory, CPU)
+
+
+def _layers(checkpoint, r4):
+    """Folded layers with R2 and R4 but no R1, so that the residual stream stays the checkpoint's own."""
+    spec = checkpoint.spec
+    rng = np.random.default_rng(1)
+    for layer in range(spec.layers):
+        r2 = torch.from_numpy(np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.kv_heads)]))
+        yield layer, fold_layer(checkpoint.layer(layer), spec, LayerRotations(None, r2, r4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_rounding_it_is_the_model(kind, tiny_checkpoint, tmp_path):
+    """Activations of 16 bits are halves: the residual stream is transformers' own to that precision."""
+    checkpoint = open_checkpoint(tiny_checkpoint(kind))
+    prefix = _prefix(checkpoint, RuntimeRounding(16, 64, 64, HALVES), tmp_path)
+    runner = LayerRunner(checkpoint, CPU, IDS.shape[1])
+    hidden = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
+    for layer, folded in _layers(checkpoint, 64):
+        prefix.run_layer(layer, folded, lambda names, hessian: {})
+        hidden = runner.run(layer, checkpoint.layer(layer), hidden, runner.rotary(0, IDS.shape[1]))
+        found = np.load(tmp_path / "prefix-hidden.npy")
+        assert np.abs(found - hidden.detach().numpy()).max() < 2e-3 * float(hidden.abs().max())
+    prefix.close()
+    assert list(tmp_path.glob("prefix-*")) == []
+
+
+def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoint, tmp_path):
+    """At each stop Σ w x̂ x̂ᵀ of what transformers' layer, with hooks that round, feeds the linear."""
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    family = checkpoint.spec.family
+    rounding = RuntimeRounding(4, 64, 64, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=True))
+    prefix = _prefix(checkpoint, rounding, tmp_path)
+    halved, stops = {}, []
+
+    def quantize(names, hessian):
+        stops.append((names, hessian()))
+        halved.update({name: folded[f"{name}.weight"].float() * 0.5 for name in names})
+        return {name: halved[name] for name in names}
+
+    layer, folded = next(_layers(checkpoint, 64))
+    prefix.run_layer(layer, folded, quantize)
+    assert [names for names, _ in stops] == [
+        family.attention_readers, (family.attention_writer,), family.ffn_readers, (family.ffn_writer,)
+    ]  # fmt: skip
+
+    seen = {}
+    runner = LayerRunner(checkpoint, CPU, IDS.shape[1], rounding.cache)
+    module = runner.module(layer)
+    for name in family.linears:
+        r4 = 64 if name == family.ffn_writer else 0
+
+        def hook(_module, inputs, name=name, r4=r4):
+            x = rotated(inputs[0], r4) if r4 else inputs[0]
+            seen[name] = round_to(x, 4, 64)
+            return (seen[name],)
+
+        module.get_submodule(name).register_forward_pre_hook(hook)
+    residual = []
+    module.get_submodule(family.ffn_norm).register_forward_pre_hook(lambda _module, inputs: residual.append(inputs[0]))
+    weights = {name: value.float() for name, value in folded.items()}
+    weights |= {f"{name}.weight": value for name, value in halved.items()}
+    start = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
+    output = runner.run(layer, weights, start, runner.rotary(0, IDS.shape[1]))
+    assert np.allclose(np.load(tmp_path / "prefix-hidden.npy"), output.numpy(), atol=1e-4)
+    eps = checkpoint.config.rms_norm_eps
+    streams = {family.attention_writer: start, family.ffn_writer: residual[0]}
+    for names, hessian in stops:
+        x = seen[names[0]]
+        weight = torch.ones(x.shape[:-1])
+        if names[0] in streams:
+            weight = 1 / (streams[names[0]].square().mean(-1) + eps)
+        expected = torch.einsum("bti,bt,btj->ij", x, weight, x)
+        assert (hessian - expected).abs().max() < 1e-3 * expected.abs().max()

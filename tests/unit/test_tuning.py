@@ -1,0 +1,184 @@
+"""Tuning of block scales: the student is the quantized model, the teacher the checkpoint, and learning helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from kurtail_gguf import tuning
+from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
+from kurtail_gguf.distill import scales as distill_scales
+from kurtail_gguf.distill.student import Student, _Scaled
+from kurtail_gguf.distill.teacher import Teacher, run_teacher
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.fold import tables
+from kurtail_gguf.formats.targets import BLOCK_FORMATS
+from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
+from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.rotation.hadamard import random_orthogonal
+from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.simulation.attention import CacheSettings
+from kurtail_gguf.simulation.runtime import RuntimeRounding
+
+CPU = torch.device("cpu")
+IDS = np.random.default_rng(0).integers(3, 320, (8, 24)).astype(np.int32)
+FORMAT = BLOCK_FORMATS["kurtail"]
+ROUNDING = RuntimeRounding(4, 64, 64, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
+
+
+@pytest.fixture(autouse=True)
+def plain_embedding(monkeypatch):
+    """Rows of the embedding without the runtime's q4_0: these tests need no runtime."""
+
+    class Rows:
+        def __init__(self, path: Path) -> None:
+            self._rows = np.load(path)
+
+        def __call__(self, ids):
+            return self._rows[ids]
+
+    for module in (tuning, tables, __import__("kurtail_gguf.layerwise", fromlist=["layerwise"])):
+        monkeypatch.setattr(module, "EmbeddingRows", Rows)
+
+
+def _quantized(checkpoint, directory: Path) -> Path:
+    spec = checkpoint.spec
+    rng = np.random.default_rng(2)
+    r2 = np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.layers * spec.kv_heads)])
+    shape = (spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
+    rotations = Rotations("random", "random", random_orthogonal(spec.hidden_size, rng), r2.reshape(shape))
+    target = directory / "quantized"
+    return fold_and_quantize(
+        checkpoint, rotations, 64, FORMAT, CalibratedOn(IDS, ROUNDING), target, CPU, NullProgress()
+    )
+
+
+def _student(checkpoint, quantized: Path) -> Student:
+    stored = [tuning._Stored(path, FORMAT) for path in sorted(quantized.glob("layer-*.safetensors"))]
+    prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
+    parts = [
+        [getattr(layer, what)(prefix, CPU) for layer, prefix in zip(stored, prefixes, strict=True)]
+        for what in ("codes", "scales", "rest")
+    ]
+    return Student(checkpoint, *parts, ROUNDING, CPU, IDS.shape[1])
+
+
+def _tune(checkpoint, quantized: Path, target: Path, steps: int, progress=None) -> Path:
+    return tuning.tune(checkpoint, IDS, quantized, FORMAT, ROUNDING, steps, target, CPU, progress or NullProgress())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-biases", "mistral", "qwen2"])
+def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_path):
+    """The same layers, run by the prefix one linear after the other and by the student whole."""
+    checkpoint = open_checkpoint(tiny_checkpoint(kind))
+    quantized = _quantized(checkpoint, tmp_path)
+    embed = tuning.EmbeddingRows(quantized / tables.EMBEDDING)
+    prefix = QuantizedPrefix(checkpoint, IDS, embed, ROUNDING, tmp_path, CPU)
+    for layer in range(checkpoint.spec.layers):
+        above = checkpoint.spec.layer_prefix(layer)
+        weights = {
+            name.removeprefix(above): torch.from_numpy(
+                FORMAT.dequantize(*FORMAT.unpack(value)) if value.dtype == np.uint8 else value
+            )
+            for name, value in load_file(quantized / f"layer-{layer:05d}.safetensors").items()
+        }
+        prefix.run_layer(layer, weights, lambda names, hessian: {})
+    expected = np.load(tmp_path / "prefix-hidden.npy")
+    embedded = torch.from_numpy(embed(IDS.astype(np.int64)))
+    found = _student(checkpoint, quantized).hidden(embedded).detach().numpy()
+    # a value on the edge of two codes may fall to the other side: rare, and then visible
+    assert np.median(np.abs(found - expected)) < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_the_teacher_is_transformers(kind, tiny_checkpoint, tmp_path):
+    directory = tiny_checkpoint(kind)
+    checkpoint = open_checkpoint(directory)
+    run_teacher(checkpoint, IDS, tmp_path / "t.npy", CPU, NullProgress())
+    teacher = Teacher(checkpoint, np.load(tmp_path / "t.npy", mmap_mode="r"), CPU)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.from_numpy(IDS[2:4].astype(np.int64))).logits, -1).flatten(0, 1)
+    assert (teacher.log_probabilities(np.array([2, 3])) - expected).abs().max() < 1e-4
+
+
+def test_scales_have_the_gradient_of_the_product():
+    rng = np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(-8, 8, (5, 128)).astype(np.int8))
+    scales = torch.from_numpy(rng.standard_normal((5, 2))).requires_grad_()
+    assert torch.autograd.gradcheck(lambda value: _Scaled.apply(codes, value), (scales,))
+
+
+def test_tuning_lowers_the_divergence_and_leaves_codes_alone(tiny_checkpoint, tmp_path, recorder):
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    quantized = _quantized(checkpoint, tmp_path)
+    tuned = _tune(checkpoint, quantized, tmp_path / "tuned", 60, recorder)
+    assert recorder.stages == [["run the unquantized model", 2, 2], ["tune scales", 60, 60]]
+    assert sorted(path.name for path in tuned.iterdir()) == sorted(path.name for path in quantized.iterdir())
+    assert not (tmp_path / "tuning").exists()
+    for layer in range(2):
+        before, after = (load_file(directory / f"layer-{layer:05d}.safetensors") for directory in (quantized, tuned))
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            if value.dtype != np.uint8:
+                assert np.array_equal(value, after[name])
+                continue
+            (codes, scales), (new_codes, new_scales) = FORMAT.unpack(value), FORMAT.unpack(after[name])
+            assert np.array_equal(codes, new_codes)
+            moved = np.abs(new_scales.astype(np.float32) - scales) / np.median(np.abs(scales))
+            assert 0 < moved.max() < 0.2
+    assert _divergence(checkpoint, tuned, tmp_path) < 0.9 * _divergence(checkpoint, quantized, tmp_path)
+
+
+def _divergence(checkpoint, directory: Path, tmp_path: Path) -> float:
+    run_teacher(checkpoint, IDS, tmp_path / "t.npy", CPU, NullProgress())
+    right = Teacher(checkpoint, np.load(tmp_path / "t.npy"), CPU).log_probabilities(np.arange(len(IDS)))
+    rows = tuning.EmbeddingRows(directory / tables.EMBEDDING)
+    hidden = _student(checkpoint, directory).hidden(torch.from_numpy(rows(IDS.astype(np.int64)))).flatten(0, 1)
+    hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
+    found = torch.log_softmax(hidden @ torch.from_numpy(np.load(directory / tables.HEAD)).T, -1)
+    return float(torch.nn.functional.kl_div(found, right, reduction="batchmean", log_target=True).detach())
+
+
+def test_an_interrupted_tuning_ends_with_the_same_scales(tiny_checkpoint, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen2"))
+    quantized = _quantized(checkpoint, tmp_path)
+    whole = _tune(checkpoint, quantized, tmp_path / "whole", 25)
+
+    class Interrupted(Exception):
+        pass
+
+    step = distill_scales._step
+    done = []
+
+    def failing(*arguments):
+        done.append(1)
+        if len(done) == 17:
+            raise Interrupted
+        return step(*arguments)
+
+    monkeypatch.setattr(distill_scales, "_step", failing)
+    with pytest.raises(Interrupted):
+        _tune(checkpoint, quantized, tmp_path / "parts", 25)
+    assert not (tmp_path / "parts").exists()
+    again = _tune(checkpoint, quantized, tmp_path / "parts", 25)
+    assert len(done) == 17 + 25 - 10  # from the last state on disk
+    for layer in range(2):
+        name = f"layer-{layer:05d}.safetensors"
+        assert (whole / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_a_divergence_that_is_not_finite_is_said(tiny_checkpoint, tmp_path):
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    quantized = _quantized(checkpoint, tmp_path)
+    head = np.load(quantized / tables.HEAD)
+    head[0, 0] = np.inf
+    np.save(quantized / tables.HEAD, head)
+    with pytest.raises(KurtailError, match="the divergence is nan on sequence 0; use --tune 0"):
+        _tune(checkpoint, quantized, tmp_path / "tuned", 3)
