@@ -13,6 +13,10 @@ from kurtail_gguf.errors import KurtailError
 #: What llama_cpp imports. Given to pip only where missing, so that a complete environment stays offline.
 REQUIREMENTS = ("typing-extensions", "numpy", "diskcache", "jinja2")
 
+_DISTRIBUTION = "llama-cpp-python"
+#: What the version of our wheel ends with (cpp_patches/bindings_wheel.py).
+_LOCAL_VERSION = "+kurtail"
+
 
 class BindingsError(KurtailError):
     """The bindings could not be installed."""
@@ -35,6 +39,21 @@ def install_bindings() -> str:
     _pip("install", "--no-deps", "--force-reinstall", str(wheel))
     name, version = wheel.name.split("-")[:2]
     return f"{name} {version}"
+
+
+def require_bindings() -> None:
+    """Make sure that ``import llama_cpp`` runs the shipped libraries.
+
+    Raises:
+        BindingsError: the bindings are not installed, or are another build's.
+    """
+    remedy = "run `kurtail-gguf install-bindings`"
+    try:
+        version = importlib.metadata.version(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        raise BindingsError(f"the llama_cpp bindings are not installed in {sys.prefix}: {remedy}") from None
+    if not version.endswith(_LOCAL_VERSION):
+        raise BindingsError(f"{_DISTRIBUTION} {version} in {sys.prefix} does not run our libraries: {remedy}")
 
 
 def _installed(distribution: str) -> bool:

@@ -33,13 +33,19 @@ class WorkerError(KurtailError):
     """A worker reported an error, or ended without an answer."""
 
 
-def run(module: str, request: Message, on_message: Callable[[Message], None] = lambda message: None) -> Any:
+def run(
+    module: str,
+    request: Message,
+    on_message: Callable[[Message], None] = lambda message: None,
+    offline: bool = True,
+) -> Any:
     """Run a worker to its end.
 
     Args:
         module: dotted name of the worker.
         request: what it is given; must survive JSON.
         on_message: called with each message before the result.
+        offline: keep it from fetching anything from a hub; else the caller's own setting decides.
 
     Returns:
         The worker's result.
@@ -51,7 +57,7 @@ def run(module: str, request: Message, on_message: Callable[[Message], None] = l
         # -P: the current directory is not searched for modules, whatever lies in it
         [sys.executable, "-P", "-m", module],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=_environment(), text=True, encoding="utf-8", errors="replace",
+        env=_environment(offline), text=True, encoding="utf-8", errors="replace",
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -111,7 +117,7 @@ def assert_vendored(module: Any) -> None:
         raise KurtailError(f"{module.__name__} was imported from {module.__file__}, not from {home}")
 
 
-def _environment() -> dict[str, str]:
+def _environment(offline: bool = True) -> dict[str, str]:
     search = [str(native.python_dir()), str(Path(__file__).resolve().parent.parent)]
     if given := os.environ.get("PYTHONPATH"):
         search.append(given)
@@ -122,7 +128,7 @@ def _environment() -> dict[str, str]:
         # conversion/base.py looks for a gguf-py beside itself unless this is set
         "NO_LOCAL_GGUF": "1",
         # tokenizers are read from the source directory, never fetched
-        "HF_HUB_OFFLINE": "1",
+        **({"HF_HUB_OFFLINE": "1"} if offline else {}),
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -23,12 +23,13 @@ def inspect_command(file: Path, as_json: bool) -> None:
     """Show a GGUF file's tensor types, bits per weight, rotations and origin."""
     info = read_gguf(file)
     if as_json:
-        click.echo(json.dumps(_summary(info), indent=2))
+        click.echo(json.dumps(summary(info), indent=2))
     else:
         _print(info, Console())
 
 
-def _summary(info: GgufInfo) -> dict[str, Any]:
+def summary(info: GgufInfo) -> dict[str, Any]:
+    """What --json prints."""
     provenance = info.provenance
     return {
         "path": str(info.path),
@@ -69,12 +70,12 @@ def _exceptions(info: GgufInfo) -> dict[str, int]:
 
 
 def _print(info: GgufInfo, console: Console) -> None:
-    summary = _summary(info)
-    table = Table(title=f"{info.path}: {info.architecture}, {summary['parameters'] / 1e6:.1f} M values")
+    told = summary(info)
+    table = Table(title=f"{info.path}: {info.architecture}, {told['parameters'] / 1e6:.1f} M values")
     table.add_column("type")
     for column in ("tensors", "values", "bytes", "bits/weight"):
         table.add_column(column, justify="right")
-    for name, total in summary["types"].items():
+    for name, total in told["types"].items():
         bits = 8 * total["bytes"] / total["values"]
         table.add_row(name, str(total["tensors"]), f"{total['values']:,}", f"{total['bytes']:,}", f"{bits:.2f}")
     console.print(table)
@@ -86,7 +87,7 @@ def _print(info: GgufInfo, console: Console) -> None:
         _line(console, "no kurtail keys: a stock file")
         return
     _print_provenance(provenance, console)
-    for name, bits in summary["tensor_activation_bits"].items():
+    for name, bits in told["tensor_activation_bits"].items():
         _line(console, f"activations of {name}: {bits} bits")
 
 

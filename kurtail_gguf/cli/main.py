@@ -12,6 +12,7 @@ import click
 
 from kurtail_gguf import __version__
 from kurtail_gguf.cli.bindings import install_bindings_command
+from kurtail_gguf.cli.compare import compare_command
 from kurtail_gguf.cli.convert import convert_command
 from kurtail_gguf.cli.eval import eval_command
 from kurtail_gguf.cli.inspect import inspect_command
@@ -47,6 +48,7 @@ def commands() -> None:
 
 
 commands.add_command(convert_command)
+commands.add_command(compare_command)
 commands.add_command(eval_command)
 commands.add_command(inspect_command)
 commands.add_command(install_bindings_command)

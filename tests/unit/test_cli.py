@@ -9,10 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from kurtail_gguf import __version__
-from kurtail_gguf.cli import eval as eval_module
 from kurtail_gguf.cli.main import commands
+from kurtail_gguf.cli.output import write_json
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.measurement import ModelResult, Report
 
 
 @pytest.fixture
@@ -144,9 +145,9 @@ def test_eval_refuses_before_any_work(run, tmp_path):
 
 
 def test_json_of_eval_is_exactly_the_promised_keys(tmp_path):
-    row = eval_module.ModelResult("a.gguf", 30.0, 1.0, None, None, 4.9, 4, 4, "W4A4KV4")
+    row = ModelResult("a.gguf", 30.0, 1.0, None, None, 4.9, 4, 4, "W4A4KV4")
     path = tmp_path / "r.json"
-    eval_module._write_json(path, [row])
+    write_json(path, Report(None, (row,)).to_json())
     assert json.loads(path.read_text(encoding="utf-8")) == {
         "models": [
             {

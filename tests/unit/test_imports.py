@@ -13,14 +13,15 @@ ROOT = Path(kurtail_gguf.__file__).parent
 
 #: Lower layers first; a module imports only from lower layers or its own package.
 LAYERS = (
-    ("errors", "config", "progress", "formats", "workdir"),
+    ("errors", "config", "progress", "formats", "workdir", "resources"),
     ("native", "vendored", "ggml", "gguf_info", "bindings"),  # where the runtime is, and its tables
     ("arch",),
     ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
     ("distill",),
     ("layerwise", "tuning"),
-    ("pipeline",),
+    ("pipeline", "measurement"),
+    ("comparison", "card"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,231 @@
+"""The quality card, ``FILE.gguf.md``: what a file is, what was measured of it, where, and how to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kurtail_gguf.config import TOOL
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.mmlu import Accuracy
+from kurtail_gguf.measurement import ModelResult, Request
+from kurtail_gguf.workdir import write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """Where, when and how the measuring was done.
+
+    Args:
+        request: what was measured.
+        command: the command line that measured it, program first.
+        machine: one line.
+        when: with a time zone.
+    """
+
+    request: Request
+    command: tuple[str, ...]
+    machine: str
+    when: datetime
+
+
+def card_path(file: Path) -> Path:
+    """Where a file's card lies."""
+    return file.with_name(file.name + ".md")
+
+
+def check_card(file: Path) -> None:
+    """Refuse, before any work, a card that cannot be written.
+
+    Raises:
+        KurtailError: no permission, or a directory of that name.
+    """
+    path = card_path(file)
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise KurtailError(f"the card {path} cannot be written: no permission there, or a directory of that name")
+
+
+def write_card(file: Path, text: str) -> Path:
+    """Write a card beside its file, complete or not at all; returns where."""
+    path = card_path(file)
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise KurtailError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def render(
+    file: Path,
+    summary: Mapping[str, Any],
+    model: ModelResult,
+    reference: ModelResult | None,
+    circumstances: Circumstances,
+    made_by: Sequence[str] = (),
+) -> str:
+    """A file's card in Markdown.
+
+    Args:
+        file: the GGUF file.
+        summary: what ``kurtail-gguf inspect --json`` says about it.
+        model: what was measured of it.
+        reference: the same of the reference, or None.
+        circumstances: of the measuring.
+        made_by: the conversion's command line, where it is known.
+    """
+    parts = [
+        f"# {file.name}",
+        _table(("", ""), _identity(file, summary, model.runs_as, made_by)),
+        "## Measured",
+        _figures(model, reference),
+        *_conditions(circumstances.request, model.tasks.version if model.tasks else ""),
+        f"Measured through the shipped runtime on {circumstances.when.isoformat(timespec='seconds')} by {TOOL} on "
+        f"{circumstances.machine}. To repeat it:",
+        f"```\n{shlex.join(circumstances.command)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_machine() -> str:
+    """The processor's name and how many CPUs the process may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{_cpu_name()}, {cpus} thread{'s' if cpus > 1 else ''}, {platform.system()}"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise KurtailError(f"cannot read {path}: {error.strerror}") from None
+
+
+def mmlu_sha256(directory: Path) -> str:
+    """Hex digest of a directory of questions: of the lines ``DIGEST  NAME`` of its files, as sha256sum writes them."""
+    paths = sorted([*(directory / "dev").glob("*_dev.csv"), *(directory / "test").glob("*_test.csv")])
+    lines = "".join(f"{file_sha256(path)}  {path.parent.name}/{path.name}\n" for path in paths)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _identity(
+    file: Path, summary: Mapping[str, Any], runs_as: str, made_by: Sequence[str]
+) -> list[tuple[str, str]]:
+    block = summary["block_bits_per_weight"]
+    types = (f"{name} ({total['tensors']} tensors, {total['bytes']:,} bytes)" for name, total in summary["types"].items())
+    rows = [
+        ("model", f"{summary['name'] or 'unnamed'}, {summary['architecture']}, {summary['parameters'] / 1e6:.1f} M values"),
+        ("file", f"{file.stat().st_size:,} bytes, sha256 `{file_sha256(file)}`"),
+        ("types", ", ".join(types)),
+        (
+            "bits per weight",
+            f"{summary['bits_per_weight']:.2f}" + ("" if block is None else f", {block:.2f} in the linears of the blocks"),
+        ),
+    ]
+    if (kurtail := summary["kurtail"]) is None:
+        rows.append(("kurtail", "no keys: a stock file"))
+    else:
+        rows += _provenance(kurtail, runs_as)
+    rows += [(f"activations of {name}", f"{bits} bits") for name, bits in summary["tensor_activation_bits"].items()]
+    if made_by:
+        rows.append(("made by", f"`{shlex.join(made_by)}`"))
+    return rows
+
+
+def _provenance(kurtail: Mapping[str, Any], runs_as: str) -> list[tuple[str, str]]:
+    folded = {"r1": "residual stream, folded", "r2": "values, folded", "r3": "queries and keys, online", "r4": "FFN, online"}
+    rotations = [
+        f"{name.upper()} ({what}) {kurtail[f'{name}_kind']}" + (f" {kurtail[f'{name}_size']}" if kurtail[f"{name}_size"] else "")
+        for name, what in folded.items()
+    ]
+    tuned = f", scales tuned for {kurtail['tune_steps']} steps" if kurtail["tune_steps"] else ""
+    calibration = "none"
+    if kurtail["calibration_tokens"]:
+        calibration = (
+            f"{kurtail['calibration_name']}, {kurtail['calibration_tokens']} tokens, sha256 of their ids "
+            f"`{kurtail['calibration_sha256']}`"
+        )
+    return [
+        ("runs as", f"{runs_as}, weights {kurtail['weights']}{tuned}"),
+        ("method", f"rotation {kurtail['rotation']}, objective {kurtail['objective']}, seed {kurtail['seed']}"),
+        ("rotations", "; ".join(rotations)),
+        ("calibration", calibration),
+        ("written by", f"{kurtail['tool']}, format {kurtail['format_version']}"),
+    ]
+
+
+def _figures(model: ModelResult, reference: ModelResult | None) -> str:
+    ours = _values(model)
+    theirs = {} if reference is None else _values(reference)
+    rows = [(name, value, *([theirs.get(name, "")] if reference else [])) for name, value in ours.items()]
+    return _table(("measure", "this file", *([f"reference: {reference.path}"] if reference else [])), rows)
+
+
+def _values(result: ModelResult) -> dict[str, str]:
+    values = {}
+    if result.perplexity is not None:
+        values["perplexity"] = f"{result.perplexity:.4f} ± {result.perplexity_stderr:.4f}"
+    if result.kld_mean is not None:
+        values["mean KL divergence from the reference, nats"] = f"{result.kld_mean:.4f}"
+    if result.top1_agreement is not None:
+        values["same likeliest token as the reference"] = f"{100 * result.top1_agreement:.2f} %"
+    if result.mmlu is not None:
+        values["MMLU, micro average"] = _percent(result.mmlu.micro)
+        values["MMLU, macro average"] = _percent(result.mmlu.macro)
+        values |= {f"MMLU, {name.replace('_', ' ')}": _percent(part) for name, part in result.mmlu.subjects.items()}
+        if result.mmlu.shortened:
+            values["MMLU, questions with fewer examples for want of context"] = str(result.mmlu.shortened)
+    if result.tasks is not None:
+        values |= {f"{metric.task}: {metric.name}, {metric.filter}": metric.text for metric in result.tasks.metrics()}
+    return values
+
+
+def _percent(part: Accuracy) -> str:
+    error = "" if part.stderr is None else f" ± {100 * part.stderr:.1f}"
+    return f"{100 * part.accuracy:.1f}{error} % of {part.questions}"
+
+
+def _conditions(request: Request, version: str) -> list[str]:
+    told = []
+    if (text := request.text) is not None:
+        chunks = "all chunks" if text.chunks is None else f"the first {text.chunks} chunks"
+        told.append(
+            f"Perplexity and divergence: {text.path.name} (sha256 `{file_sha256(text.path)}`), context {text.context}, "
+            f"{chunks}, the second half of each scored."
+        )
+    if (questions := request.mmlu) is not None:
+        limit = "all questions" if questions.limit is None else f"the first {questions.limit} questions of a subject"
+        told.append(
+            f"MMLU: {questions.directory.name} (sha256 of its files' sha256sum lines `{mmlu_sha256(questions.directory)}`), "
+            f"{limit}, {questions.shots} examples, the likeliest of the four letters; ± is the standard error."
+        )
+    if (tasks := request.tasks) is not None:
+        shots = "the tasks' own number of examples" if tasks.shots is None else f"{tasks.shots} examples"
+        limit = "all documents" if tasks.limit is None else f"the first {tasks.limit} documents of a task"
+        told.append(f"Tasks of lm-eval {version} ({', '.join(tasks.names)}): {limit}, {shots}; ± is the standard error.")
+    return told
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                # x86's and RISC-V's key, and Power's
+                if key.strip() in ("model name", "uarch", "cpu") and value.strip():
+                    return value.strip()
+    except OSError:
+        pass  # no Linux
+    return platform.processor() or platform.machine()

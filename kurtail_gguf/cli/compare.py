@@ -1,0 +1,81 @@
+"""``kurtail-gguf compare MODEL --text FILE``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from kurtail_gguf.cli.cards import write_cards
+from kurtail_gguf.cli.convert import convert_command
+from kurtail_gguf.cli.output import check_writable, write_json
+from kurtail_gguf.cli.progress import make_progress
+from kurtail_gguf.errors import ConfigError
+
+#: Options of convert that are the same for all methods.
+_PASSED = ("activations", "kv", "target", "calibration", "calibration_tokens", "tune", "seed", "device")
+
+
+@click.command("compare")
+@click.argument("model")
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 text to measure on.")
+@click.option(
+    "--methods", default=None, metavar="NAME,…",
+    help="Methods to compare: ROTATION or ROTATION+WEIGHTS, as convert offers them. Every rotation but none if not "
+    "given.",
+)
+@click.option(
+    "--context", type=click.IntRange(min=16), default=512, show_default=True,
+    help="Tokens in a chunk of the text; the second half of each is scored.",
+)
+@click.option("--chunks", type=click.IntRange(min=1), default=None, help="Only the first so many chunks.")
+@click.option(
+    "--out-dir", type=click.Path(path_type=Path), default=None,
+    help="Keep the files here; without it they are removed at the end.",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the results here.",
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path), default=None, metavar="PNG|SVG",
+    help="Draw kurtosis and block maxima of the activations by layer, before and after rotation.",
+)
+@click.option("--card", is_flag=True, help="Write FILE.gguf.md beside each file that --out-dir keeps.")
+def compare_command(
+    model: str, text: Path, methods: str | None, context: int, chunks: int | None, out_dir: Path | None,
+    json_path: Path | None, plot: Path | None, card: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Convert MODEL with several methods and measure the files side by side.
+
+    The reference is MODEL itself, unquantized. Seconds and peak memory are those of the conversion, each in
+    a process of its own.
+    """
+    if card and out_dir is None:
+        raise ConfigError("--card needs --out-dir: cards lie beside the files, which are removed without it")
+    for path, option in ((json_path, "--json"), (plot, "--plot")):
+        if path is not None:
+            check_writable(path, option)
+    # click takes seconds to start where torch is imported, so --help does without
+    from kurtail_gguf.cli.tables import print_comparison
+    from kurtail_gguf.comparison import CompareConfig, compare, parse_methods
+    from kurtail_gguf.measurement import Request, TextRequest
+
+    request = TextRequest(text, context, chunks)
+    config = CompareConfig(model, parse_methods(methods), options, request, out_dir, plot)
+    console = Console(stderr=True)
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    comparison = compare(config, make_progress(console), tell)
+    print_comparison(comparison, Console())
+    if json_path is not None:
+        write_json(json_path, comparison.to_json())
+    if card:
+        rows = ((Path(row.measured.path), row.measured, row.command) for row in comparison.methods)
+        write_cards(rows, comparison.reference, Request(text=request))
+
+
+compare_command.params += [parameter for parameter in convert_command.params if parameter.name in _PASSED]

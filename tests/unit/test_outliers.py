@@ -1,0 +1,71 @@
+"""Outliers of activations against scipy's kurtosis and a loop; the picture."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+from scipy.stats import kurtosis
+
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.outliers import check_picture, draw, measure_outliers
+from kurtail_gguf.rotation.hadamard import random_rotation
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed (extra eval)"
+)
+
+
+@pytest.fixture
+def sites():
+    """Two sites as captured: halves, one with a channel of outliers."""
+    rng = np.random.default_rng(0)
+    plain, heavy = rng.normal(size=(2, 40, 192))
+    heavy[:, 7] *= 30
+    return [x.astype(np.float16) for x in (plain, heavy)]
+
+
+def test_kurtosis_is_scipys(sites):
+    found = measure_outliers(sites).kurtosis
+    expected = [kurtosis(x.astype(np.float64), axis=-1, fisher=False).mean() for x in sites]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found[1] > 30 > 4 > found[0]
+
+
+def test_block_maxima_by_a_loop(sites):
+    for site, found in zip(sites, measure_outliers(sites).block_maxima, strict=True):
+        blocks = [max(abs(float(v)) for v in token[i : i + 64]) ** 2 for token in site for i in (0, 64, 128)]
+        assert found == pytest.approx(np.mean(blocks), rel=1e-5)
+
+
+def test_after_a_rotation(sites):
+    _, r1 = random_rotation(192, np.random.default_rng(1))
+    rotated = [(x.astype(np.float64) @ r1) for x in sites]
+    found = measure_outliers(sites, r1)
+    assert found.kurtosis == pytest.approx(measure_outliers(rotated).kurtosis, rel=1e-4)
+    assert found.block_maxima == pytest.approx(measure_outliers(rotated).block_maxima, rel=1e-4)
+    # what rotations are for
+    assert found.kurtosis[1] < measure_outliers(sites).kurtosis[1] / 5
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_the_picture_shows_every_method(sites, tmp_path, suffix):
+    path = tmp_path / f"outliers{suffix}"
+    outliers = measure_outliers(sites)
+    draw(path, "a title", 1, outliers, {"one+rtn": outliers, "two+rtn": outliers})
+    data = path.read_bytes()
+    if suffix == ".png":
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    else:
+        # matplotlib draws text as outlines and names what they say in comments
+        assert all(f"<!-- {name} -->".encode() in data for name in ("a title", "before rotation", "one+rtn", "two+rtn"))
+
+
+def test_pictures_that_cannot_be_drawn_are_refused_at_once(tmp_path, monkeypatch):
+    with pytest.raises(KurtailError, match=r"must end with .png or .svg"):
+        check_picture(tmp_path / "x.gif")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(KurtailError, match=r"pip install 'kurtail-gguf\[eval\]'"):
+        check_picture(tmp_path / "x.png")
