@@ -85,6 +85,7 @@ def draw(path: Path, title: str, layers: int, before: Outliers, after: Mapping[s
     check_picture(path)
     # not pyplot: a figure of its own needs no display and leaves no global state
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     figure = Figure(figsize=(9, 7), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -94,11 +95,15 @@ def draw(path: Path, title: str, layers: int, before: Outliers, after: Mapping[s
         for name, outliers in after.items():
             axes.plot(x, getattr(outliers, measure), label=name)
         axes.set_yscale("log")
+        # 2, 3, 10: not 2×10⁰
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.grid(which="both", alpha=0.3)
     upper.axhline(1.8, color="grey", linewidth=0.8)
     upper.annotate("uniform: 1.8", (0, 1.8), color="grey", va="top", fontsize="small")
     upper.set_ylabel("mean kurtosis of a token")
     lower.set_ylabel(f"mean squared maximum of a block of {BLOCK}")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     lower.set_xlabel("layer: inputs of attention and FFN")
     upper.legend()
     figure.suptitle(title)
