@@ -13,6 +13,10 @@ ROTATIONS = ("output", "kurtail", "spinquant", "hadamard", "none")
 LEARNED_ROTATIONS = ("output", "kurtail", "spinquant")
 WEIGHTS = ("gptq", "rtn")
 ACTIVATION_BITS = (4, 8)
+#: ``auto``: 4, and 8 for the linears that need it most.
+ACTIVATIONS = (*ACTIVATION_BITS, "auto")
+#: Share of the block linears' multiply-accumulates that ``auto`` may give 8 bits, where nothing is said.
+DEFAULT_BUDGET = 0.1
 KV_BITS = (4, 8, 16)
 DEVICES = ("auto", "cpu", "cuda")
 #: ``kurtail``: kt4 linears and online rotations, for the shipped runtime; ``stock``: for unpatched llama.cpp.
@@ -60,7 +64,10 @@ class ConvertConfig:
         rotation: ``kurtail`` (R1, R2 learned layer by layer), ``spinquant`` (learned end to end),
             ``hadamard`` (R1, R2 random) or ``none``.
         weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales.
-        activations: bits of the activations that enter the block linears.
+        activations: bits of the activations that enter the block linears, or ``auto``: 8 for those where 4 do most
+            damage, 4 for the others.
+        budget: share of the block linears' multiply-accumulates that ``auto`` may give 8 bits; None is
+            :data:`DEFAULT_BUDGET` (:attr:`activation_budget`).
         kv: bits of the KV cache (16 is f16).
         calibration: ``("self",)``, text or jsonl files, or ``hf:NAME``.
         calibration_tokens: how many tokens to calibrate on.
@@ -76,7 +83,8 @@ class ConvertConfig:
     out: Path
     rotation: str = "output"
     weights: str = "gptq"
-    activations: int = 4
+    activations: int | str = 4
+    budget: float | None = None
     kv: int = 4
     calibration: tuple[str, ...] = ("self",)
     calibration_tokens: int = 16384
@@ -89,12 +97,16 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         _one_of("--rotation", self.rotation, ROTATIONS)
         _one_of("--weights", self.weights, WEIGHTS)
-        _one_of("--activations", self.activations, ACTIVATION_BITS)
+        _one_of("--activations", self.activations, ACTIVATIONS)
         _one_of("--kv", self.kv, KV_BITS)
         _one_of("--device", self.device, DEVICES)
         _one_of("--target", self.target, TARGETS)
         if self.target == "stock" and (self.activations, self.kv) != (4, 4):
             raise not_with_stock("--activations and --kv")
+        if self.budget is not None and self.activations != "auto":
+            raise ConfigError(f"--budget {self.budget} is of no use with --activations {self.activations}: give auto")
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ConfigError(f"--budget {self.budget} is no share between 0 and 1: 0 is --activations 4, 1 is 8")
         if not self.model:
             raise ConfigError("MODEL is empty: give an HF directory, a GGUF file or a recipe's name")
         if not self.calibration:
@@ -113,8 +125,21 @@ class ConvertConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether rotations are learned or weights quantized on text, and so whether any is read at all."""
-        return self.rotation in LEARNED_ROTATIONS or self.weights == "gptq" or self.tuning_steps > 0
+        """Whether anything is learned, quantized or measured on text, and so whether any is read at all."""
+        measured = self.tuning_steps > 0 or self.activations == "auto"
+        return self.rotation in LEARNED_ROTATIONS or self.weights == "gptq" or measured
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the activations, but for the linears that ``auto`` chooses."""
+        return 4 if self.activations == "auto" else int(self.activations)
+
+    @property
+    def activation_budget(self) -> float:
+        """What ``auto`` may spend, :data:`DEFAULT_BUDGET` if nothing is said; 0 where the bits are fixed."""
+        if self.activations != "auto":
+            return 0.0
+        return DEFAULT_BUDGET if self.budget is None else self.budget
 
     @property
     def tuning_steps(self) -> int:
@@ -129,7 +154,8 @@ class Provenance:
     """The ``kurtail.*`` keys of docs/format.md; a field ``r1_kind`` is the key ``kurtail.r1.kind``.
 
     Kinds are ``none``, ``hadamard``, ``random`` (orthogonal) or ``learned``; a size is 0 where the
-    kind is ``none``. Without calibration the name and hash are empty and the tokens 0.
+    kind is ``none``. Without calibration the name and hash are empty and the tokens 0. The budget is in
+    single precision, as the file has it.
     """
 
     rotation: str
@@ -151,6 +177,8 @@ class Provenance:
     calibration_tokens: int
     calibration_sha256: str
     target: str = "kurtail"
+    activation_choice: str = "fixed"
+    activation_budget: float = 0.0
     format_version: int = FORMAT_VERSION
     tool: str = TOOL
 

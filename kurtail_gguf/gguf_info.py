@@ -36,6 +36,8 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("r4_kind", "kurtail.r4.kind", "string"),
     ("r4_size", "kurtail.r4.size", "uint32"),
     ("activation_bits", "kurtail.activation_bits", "uint32"),
+    ("activation_choice", "kurtail.activation_choice", "string"),
+    ("activation_budget", "kurtail.activation_budget", "float32"),
     ("kv_bits", "kurtail.kv_bits", "uint32"),
     ("calibration_name", "kurtail.calibration.name", "string"),
     ("calibration_tokens", "kurtail.calibration.tokens", "uint32"),
@@ -43,7 +45,9 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
 )
 
 #: what it means that a file lacks a key: it was written before there was one
-_BEFORE_THE_KEY: Mapping[str, str] = MappingProxyType({"target": "kurtail"})
+_BEFORE_THE_KEY: Mapping[str, Any] = MappingProxyType(
+    {"target": "kurtail", "activation_choice": "fixed", "activation_budget": 0.0}
+)
 
 #: upstream's keys for activation bits of single tensors: names, and whether 4 bits are allowed
 TENSOR_EXTRA_NAME = "general.tensor_extra.name"
@@ -153,11 +157,22 @@ class GgufInfo:
 
     @property
     def runs_as(self) -> str:
-        """The same in a word: ``W4A4KV4``, ``stock W4`` (ours, for stock llama.cpp), ``stock`` (not ours)."""
-        if self.provenance is not None:
-            return self.provenance.runs_as
+        """The same in a word: ``W4A4KV4``, ``stock W4`` (ours, for stock llama.cpp), ``stock`` (not ours).
+
+        ``W4A4+8KV4`` has some linears with activations of 8 bits.
+        """
         activations, cache = self.runtime_bits
-        return "stock" if activations is None else f"W4A{activations}KV{cache}"
+        if activations is None:
+            return "stock" if self.provenance is None else self.provenance.runs_as
+        others = "".join(f"+{bits}" for bits in sorted(set(self.activation_exceptions.values())))
+        return f"W4A{activations}{others}KV{cache}"
+
+    @property
+    def activation_exceptions(self) -> dict[str, int]:
+        """Block linears whose activation bits are not the file's general ones, and theirs."""
+        general, _ = self.runtime_bits
+        linears = (tensor.name for tensor in self.tensors if tensor.is_block_linear and general is not None)
+        return {name: bits for name in linears if (bits := self.activation_bits_of(name)) != general}
 
     def activation_bits_of(self, tensor: str) -> int:
         """Bits of the activations that enter a block linear, as the runtime reads them."""

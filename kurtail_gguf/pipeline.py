@@ -7,17 +7,19 @@ result is already there; the layers of the last stage count one by one.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from kurtail_gguf.activation_choice import choose, measure_damage
 from kurtail_gguf.calibration.capture import Capture, capture
 from kurtail_gguf.calibration.generate import generate
 from kurtail_gguf.calibration.texts import read_texts
@@ -105,6 +107,9 @@ def _convert(
         source = resolve_source(config.model, work_dir, progress)
         checkpoint = open_checkpoint(source)
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
+    plan = _Plan.of(config, checkpoint)
+    if config.activations == "auto":
+        _check_damage_fits(checkpoint, plan, device)
     open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
     tokens = None
     if config.needs_calibration:
@@ -112,23 +117,30 @@ def _convert(
             tokens = _tokens(config, checkpoint, work_dir, device, progress)
     with clock.measure("rotations"):
         rotations = _rotations(config, checkpoint, tokens, work_dir, device, progress)
-    plan = _Plan.of(config, checkpoint)
     with clock.measure("quantize"):
         quantized = fold_and_quantize(
             checkpoint, rotations, plan.r4, plan.format, _calibrated_on(config, plan, checkpoint, tokens),
             work_dir / "quantized", device, progress,
         )  # fmt: skip
+    rounding = _rounding(config, plan, checkpoint)
+    if config.activations == "auto":
+        assert tokens is not None
+        with clock.measure("measure damage"):
+            damages = measure_damage(
+                checkpoint, tokens.ids, quantized, plan.format, rounding, work_dir / "damage.json", device, progress
+            )
+        chosen = choose(damages, _multiply_accumulates(checkpoint), config.activation_budget)
+        rounding = replace(rounding, exceptions=dict.fromkeys(chosen, 8))
     steps = _tuning_steps(config, checkpoint, plan, device, progress)
     if steps:
         assert tokens is not None
         with clock.measure("tune"):
-            rounding = _rounding(config, plan, checkpoint)
             quantized = tune(
                 checkpoint, tokens.ids, quantized, plan.format, rounding, steps, work_dir / "tuned", device, progress
             )
     provenance = _provenance(config, checkpoint, rotations, plan, tokens, steps)
     with clock.measure("export"):
-        write_gguf(source, quantized, config.out, provenance, progress)
+        write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions)
     return ConvertResult(config.out, provenance, clock.seconds)
 
 
@@ -216,6 +228,7 @@ def _settings(
         "tune": config.tuning_steps,
         "kv": config.kv,
         "activations": config.activations,
+        "budget": config.activation_budget or None,
         "calibration": list(config.calibration),
         "calibration_texts": texts,
         "calibration_tokens": config.calibration_tokens,
@@ -362,7 +375,7 @@ def _rounding(config: ConvertConfig, plan: _Plan, checkpoint: Checkpoint) -> Run
         rotate_v=False,
         paired=checkpoint.spec.family.rope_pairs,
     )
-    bits = STOCK_ACTIVATION_BITS if stock else config.activations
+    bits = STOCK_ACTIVATION_BITS if stock else config.activation_bits
     return RuntimeRounding(bits, plan.format.block, plan.r4, cache)
 
 
@@ -373,6 +386,26 @@ def _calibrated_on(
         return None
     assert tokens is not None
     return CalibratedOn(tokens.ids, _rounding(config, plan, checkpoint))
+
+
+def _check_damage_fits(checkpoint: Checkpoint, plan: _Plan, device: torch.device) -> None:
+    """Refuse to measure damage where the quantized model does not fit, before hours of quantizing it."""
+    needed, available = memory_needed(checkpoint, plan.format.block), memory_available(device)
+    if needed > available:
+        raise KurtailError(
+            f"--activations auto needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}: "
+            "give --activations 4 or 8, or use a larger machine"
+        )
+
+
+def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
+    """Of every block linear for a token, by its weight's full name."""
+    spec = checkpoint.spec
+    return {
+        f"{spec.layer_prefix(layer)}{name}.weight": math.prod(spec.linear_shape(name))
+        for layer in range(spec.layers)
+        for name in spec.family.linears
+    }
 
 
 def _tuning_steps(
@@ -416,7 +449,9 @@ def _provenance(
         r3_size=plan.r3,
         r4_kind="hadamard" if plan.r4 else "none",
         r4_size=plan.r4,
-        activation_bits=STOCK_ACTIVATION_BITS if stock else config.activations,
+        activation_bits=STOCK_ACTIVATION_BITS if stock else config.activation_bits,
+        activation_choice="auto" if config.activations == "auto" else "fixed",
+        activation_budget=float(np.float32(config.activation_budget)),
         kv_bits=STOCK_KV_BITS if stock else config.kv,
         calibration_name="" if tokens is None else tokens.name,
         calibration_tokens=0 if tokens is None else int(tokens.ids.size),

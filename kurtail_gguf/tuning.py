@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from kurtail_gguf.distill.scales import STEP_TOKENS, Outside, tune_scales
-from kurtail_gguf.distill.student import Student
+from kurtail_gguf.distill.student import Rounded, Student
 from kurtail_gguf.distill.teacher import Teacher, run_teacher
 from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows
 from kurtail_gguf.formats.targets import BlockFormat
@@ -81,23 +81,10 @@ def tune(
         return target
     scratch = target.with_name("tuning")
     scratch.mkdir(exist_ok=True)
-    predictions = scratch / "teacher.npy"
-    if not predictions.exists():
-        run_teacher(checkpoint, ids, scratch / "teacher.partial.npy", device, progress)
-        os.replace(scratch / "teacher.partial.npy", predictions)
-    layers = [_Stored(path, block_format) for path in sorted(quantized.glob("layer-*.safetensors"))]
+    teacher = open_teacher(checkpoint, ids, scratch / "teacher.npy", device, progress)
+    layers = _stored(quantized, block_format)
     prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
-    student = Student(
-        checkpoint,
-        [layer.codes(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
-        [layer.scales(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
-        [layer.rest(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
-        rounding, device, ids.shape[1],
-        recompute=memory_needed(checkpoint, block_format.block, recompute=False) > memory_available(device) // 2,
-    )  # fmt: skip
-    teacher = Teacher(checkpoint, np.load(predictions, mmap_mode="r"), device)
-    head = torch.from_numpy(np.load(quantized / HEAD)).to(device)
-    outside = Outside(EmbeddingRows(quantized / EMBEDDING), head, checkpoint.config.rms_norm_eps)
+    student, outside = open_student(checkpoint, quantized, block_format, rounding, device, ids.shape[1])
     scales = tune_scales(student, teacher, outside, ids, steps, scratch / "state.safetensors", device, progress)
     with filling(target) as directory:
         for path in quantized.iterdir():
@@ -107,6 +94,46 @@ def tune(
             save_file(layer.with_scales(prefix, tuned), directory / layer.path.name)
     shutil.rmtree(scratch)
     return target
+
+
+def open_teacher(
+    checkpoint: Checkpoint, ids: npt.NDArray[np.int32], path: Path, device: torch.device, progress: Progress
+) -> Teacher:
+    """What the unquantized model says to ``ids``; its run is kept in ``path`` (.npy) and taken over from there."""
+    if not path.exists():
+        partial = path.with_name(f"{path.stem}.partial.npy")
+        run_teacher(checkpoint, ids, partial, device, progress)
+        os.replace(partial, path)
+    return Teacher(checkpoint, np.load(path, mmap_mode="r"), device)
+
+
+def open_student(
+    checkpoint: Checkpoint,
+    quantized: Path,
+    block_format: BlockFormat,
+    rounding: RuntimeRounding,
+    device: torch.device,
+    length: int,
+    **options: Rounded,
+) -> tuple[Student, Outside]:
+    """The quantized model of a directory, for sequences of ``length``; ``options`` are :class:`Student`'s."""
+    layers = _stored(quantized, block_format)
+    prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
+    student = Student(
+        checkpoint,
+        [layer.codes(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
+        [layer.scales(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
+        [layer.rest(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
+        rounding, device, length,
+        recompute=memory_needed(checkpoint, block_format.block, recompute=False) > memory_available(device) // 2,
+        **options,
+    )  # fmt: skip
+    head = torch.from_numpy(np.load(quantized / HEAD)).to(device)
+    return student, Outside(EmbeddingRows(quantized / EMBEDDING), head, checkpoint.config.rms_norm_eps)
+
+
+def _stored(quantized: Path, block_format: BlockFormat) -> list[_Stored]:
+    return [_Stored(path, block_format) for path in sorted(quantized.glob("layer-*.safetensors"))]
 
 
 class _Stored:

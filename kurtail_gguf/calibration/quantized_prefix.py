@@ -41,7 +41,7 @@ class QuantizedPrefix:
         checkpoint: the model.
         ids: calibration tokens, int32 ``[sequences, length]``.
         embed: rows of the folded embedding as the file holds them, float32 ``[n, hidden]`` for ids int64 ``[n]``.
-        rounding: what the runtime rounds.
+        rounding: what the runtime rounds, all linears alike: exceptions are chosen on what GPTQ leaves.
         directory: where the memory-mapped files are kept, until :meth:`close`.
         device: where layers are computed.
     """
@@ -55,6 +55,8 @@ class QuantizedPrefix:
         directory: Path,
         device: torch.device,
     ) -> None:
+        if rounding.exceptions:
+            raise ValueError("linears with activation bits of their own are chosen after quantization, not before")
         self._spec, self._rounding, self._device = checkpoint.spec, rounding, device
         self._directory = directory
         sequences, length = ids.shape

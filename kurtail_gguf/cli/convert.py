@@ -13,7 +13,8 @@ from rich.console import Console
 
 from kurtail_gguf.cli.progress import format_seconds, make_progress
 from kurtail_gguf.config import (
-    ACTIVATION_BITS,
+    ACTIVATIONS,
+    DEFAULT_BUDGET,
     DEFAULT_TUNE,
     DEVICES,
     KV_BITS,
@@ -28,13 +29,14 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Conve
 
 
 class _Bits(click.Choice):
-    """A choice of numbers; the value is an int."""
+    """A choice of numbers and perhaps words; a number's value is an int."""
 
-    def __init__(self, offered: tuple[int, ...]) -> None:
+    def __init__(self, offered: tuple[int | str, ...]) -> None:
         super().__init__([str(bits) for bits in offered])
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return int(super().convert(str(value), param, ctx))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        chosen = super().convert(str(value), param, ctx)
+        return int(chosen) if chosen.isdigit() else chosen
 
 
 @click.command("convert")
@@ -50,8 +52,13 @@ class _Bits(click.Choice):
     help="How weights are quantized: GPTQ on the calibration text, or rounding to nearest with searched scales.",
 )
 @click.option(
-    "--activations", type=_Bits(ACTIVATION_BITS), default=_DEFAULTS["activations"], show_default=True,
-    help="Bits of the activations that enter the linears of the blocks.",
+    "--activations", type=_Bits(ACTIVATIONS), default=_DEFAULTS["activations"], show_default=True,
+    help="Bits of the activations that enter the linears of the blocks; auto: 8 for the few that need it most, by "
+    "the damage measured on the calibration text, 4 for the others.",
+)
+@click.option(
+    "--budget", type=float, default=None, metavar="SHARE",
+    help=f"Share of the linears' multiply-accumulates that --activations auto may give 8 bits.  [default: {DEFAULT_BUDGET}]",
 )
 @click.option(
     "--kv", type=_Bits(KV_BITS), default=_DEFAULTS["kv"], show_default=True,
@@ -100,7 +107,7 @@ def convert_command(model: str, out: Path, calibration: tuple[str, ...], **optio
     spent = format_seconds(sum(result.seconds.values()))
     click.echo(
         f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight "
-        f"({result.provenance.runs_as}), in {spent}"
+        f"({info.runs_as}), in {spent}"
     )
     click.echo(f"run it with: llama-cli -m {click.format_filename(result.out)}")
 

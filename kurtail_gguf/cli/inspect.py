@@ -39,7 +39,7 @@ def summary(info: GgufInfo) -> dict[str, Any]:
         "bits_per_weight": info.bits_per_weight,
         "block_bits_per_weight": info.block_bits_per_weight,
         "types": _types(info),
-        "tensor_activation_bits": _exceptions(info),
+        "tensor_activation_bits": info.activation_exceptions,
         "kurtail": None if provenance is None else asdict(provenance),
     }
 
@@ -60,15 +60,6 @@ def _types(info: GgufInfo) -> dict[str, dict[str, int]]:
     return dict(sorted(totals.items(), key=lambda item: (-item[1]["bytes"], item[0])))
 
 
-def _exceptions(info: GgufInfo) -> dict[str, int]:
-    """Block linears whose activation bits are not the file's general ones."""
-    provenance = info.provenance
-    if provenance is None:
-        return {}
-    bits = {tensor.name: info.activation_bits_of(tensor.name) for tensor in info.tensors if tensor.is_block_linear}
-    return {name: number for name, number in bits.items() if number != provenance.activation_bits}
-
-
 def _print(info: GgufInfo, console: Console) -> None:
     told = summary(info)
     table = Table(title=f"{info.path}: {info.architecture}, {told['parameters'] / 1e6:.1f} M values")
@@ -86,14 +77,27 @@ def _print(info: GgufInfo, console: Console) -> None:
     if provenance is None:
         _line(console, "no kurtail keys: a stock file")
         return
-    _print_provenance(provenance, console)
+    _print_provenance(provenance, info.runs_as, console)
+    if provenance.activation_choice == "auto":
+        _line(console, _chosen(info, provenance.activation_budget))
     for name, bits in told["tensor_activation_bits"].items():
         _line(console, f"activations of {name}: {bits} bits")
 
 
-def _print_provenance(provenance: Provenance, console: Console) -> None:
+def _chosen(info: GgufInfo, budget: float) -> str:
+    """What of the budget was spent: a linear's multiply-accumulates for a token are its weights."""
+    linears = [tensor for tensor in info.tensors if tensor.is_block_linear]
+    chosen = [tensor for tensor in linears if tensor.name in info.activation_exceptions]
+    share = sum(tensor.values for tensor in chosen) / sum(tensor.values for tensor in linears)
+    return (
+        f"activations of {len(chosen)} of {len(linears)} linears have 8 bits, chosen by measured damage: "
+        f"{100 * share:.1f} % of the multiply-accumulates, budget {100 * budget:.4g} %"
+    )
+
+
+def _print_provenance(provenance: Provenance, runs_as: str, console: Console) -> None:
     tuned = f", scales tuned for {provenance.tune_steps} steps" if provenance.tune_steps else ""
-    _line(console, f"runs as {provenance.runs_as}, weights {provenance.weights}{tuned}")
+    _line(console, f"runs as {runs_as}, weights {provenance.weights}{tuned}")
     _line(console, f"rotation {provenance.rotation}, objective {provenance.objective}, seed {provenance.seed}")
     rotations = (
         ("R1, residual stream, folded", provenance.r1_kind, provenance.r1_size),

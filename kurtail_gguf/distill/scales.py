@@ -107,7 +107,18 @@ def _sequences(step: int, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     return np.arange(step * count, (step + 1) * count) % len(ids)
 
 
-def _step(student, teacher, outside, ids, sequences, optimiser, device) -> float:
+def divergence(
+    student: Student,
+    teacher: Teacher,
+    outside: Outside,
+    ids: npt.NDArray[np.int32],
+    sequences: npt.NDArray[np.int64],
+    device: torch.device,
+) -> Tensor:
+    """Kullback-Leibler divergence of the student's predictions from the teacher's, in nats a token, with its graph.
+
+    Arguments as :func:`tune_scales`'s; ``sequences`` are the rows of ``ids`` it is taken over.
+    """
     tokens = ids[sequences].astype(np.int64)
     embedded = torch.from_numpy(outside.embed(tokens.reshape(-1))).to(device).unflatten(0, tokens.shape)
     hidden = student.hidden(embedded).flatten(0, 1)
@@ -115,7 +126,11 @@ def _step(student, teacher, outside, ids, sequences, optimiser, device) -> float
     found = torch.log_softmax(hidden @ outside.head.T, -1)
     with torch.no_grad():
         right = teacher.log_probabilities(sequences)
-    loss = torch.nn.functional.kl_div(found, right, reduction="batchmean", log_target=True)
+    return torch.nn.functional.kl_div(found, right, reduction="batchmean", log_target=True)
+
+
+def _step(student, teacher, outside, ids, sequences, optimiser, device) -> float:
+    loss = divergence(student, teacher, outside, ids, sequences, device)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise KurtailError(f"tuning scales: the divergence is {value} on sequence {sequences[0]}; use --tune 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.simulation.attention import rotated
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.simulation.straight_through import round_through
+
+#: ``rounded(x, weight, bits, block)``: a linear's input, rounded, with the gradient of the identity; ``weight`` is the
+#: full name of its weight.
+Rounded = Callable[[Tensor, str, int, int], Tensor]
 
 
 class Student:
@@ -32,6 +37,7 @@ class Student:
         device: where to compute.
         length: of the longest sequence.
         recompute: trade time for memory.
+        rounded: what rounds the inputs of the linears.
     """
 
     def __init__(
@@ -44,10 +50,11 @@ class Student:
         device: torch.device,
         length: int,
         recompute: bool = True,
+        rounded: Rounded = lambda x, _weight, bits, block: round_through(x, bits, block),
     ) -> None:
         self._recompute = recompute
         self._codes, self.scales, self._rest = codes, scales, rest
-        self._rounding = rounding
+        self._rounding, self._rounded = rounding, rounded
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
         self._rotary = self._runner.rotary(0, length)
         family = checkpoint.spec.family
@@ -55,7 +62,8 @@ class Student:
             module = self._runner.module(layer)
             for name in family.linears:
                 r4 = rounding.r4 if name == family.ffn_writer else 0
-                module.get_submodule(name).register_forward_pre_hook(self._hook(r4))
+                weight = f"{checkpoint.spec.layer_prefix(layer)}{name}.weight"
+                module.get_submodule(name).register_forward_pre_hook(self._hook(weight, r4))
 
     def hidden(self, embedded: Tensor) -> Tensor:
         """The residual stream behind the last layer, ``[batch, length, hidden]``, from embeddings of that shape."""
@@ -70,11 +78,11 @@ class Student:
         weights = {f"{name}.weight": _Scaled.apply(codes[name], scale) for name, scale in zip(names, scales, strict=True)}
         return self._runner.run(layer, weights | self._rest[layer], hidden, self._rotary)
 
-    def _hook(self, r4: int) -> Any:
-        bits, block = self._rounding.activation_bits, self._rounding.activation_block
+    def _hook(self, weight: str, r4: int) -> Any:
+        bits, block = self._rounding.bits_of(weight), self._rounding.activation_block
 
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            return (round_through(rotated(inputs[0], r4) if r4 > 1 else inputs[0], bits, block),)
+            return (self._rounded(rotated(inputs[0], r4) if r4 > 1 else inputs[0], weight, bits, block),)
 
         return hook
 

@@ -88,7 +88,12 @@ class QuantizedFiles:
 
 
 def quantized_model_class(
-    base: type, files: QuantizedFiles, provenance: dict[str, Any], library: ggml.GgmlBase, send: Send
+    base: type,
+    files: QuantizedFiles,
+    provenance: dict[str, Any],
+    eight_bit: list[str],
+    library: ggml.GgmlBase,
+    send: Send,
 ) -> type:
     """A subclass of upstream's model class that writes our tensors and keys.
 
@@ -96,6 +101,7 @@ def quantized_model_class(
         base: what ``conversion.get_model_class`` gives for the architecture.
         files: the quantized tensors.
         provenance: fields of config.Provenance.
+        eight_bit: packed linears that are listed for 8-bit activations; all of them where that is the general rule.
         library: quantizes the embedding and the output.
         send: reports each tensor as it is written or handed over.
     """
@@ -165,9 +171,10 @@ def quantized_model_class(
             for field, key, kind in PROVENANCE_KEYS:
                 # not add_string and so on: those leave out empty strings
                 self.gguf_writer.add_key_value(key, provenance[field], gguf.GGUFValueType[kind.upper()])
-            if provenance["target"] == "kurtail" and provenance["activation_bits"] == 8:
+            listed = files.packed if provenance["activation_bits"] == 8 else eight_bit
+            if provenance["target"] == "kurtail" and listed:
                 # upstream's own keys for what a backend may not round to 4 bits
-                names = sorted(self.map_tensor_name(name) for name in files.packed)
+                names = sorted(self.map_tensor_name(name) for name in listed)
                 self.gguf_writer.add_tensor_extra_prec_a4(names, [False] * len(names))
 
     return Quantized
@@ -179,7 +186,7 @@ def write_quantized(request: dict[str, Any], send: Send) -> None:
     files = QuantizedFiles(Path(request["quantized"]))
     base = _model_class(source)
     provenance = request["provenance"]
-    model_class = quantized_model_class(base, files, provenance, ggml.GgmlBase(), send)
+    model_class = quantized_model_class(base, files, provenance, request["eight_bit"], ggml.GgmlBase(), send)
     # upstream numbers a file's type as its tensors' for both of ours
     _write(model_class(source, gguf.LlamaFileType(BLOCK_FORMATS[provenance["target"]].type_id), out), out)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,14 @@ class ExportError(KurtailError):
     """A GGUF file could not be written."""
 
 
-def write_gguf(source: Path, quantized: Path, out: Path, provenance: Provenance, progress: Progress) -> None:
+def write_gguf(
+    source: Path,
+    quantized: Path,
+    out: Path,
+    provenance: Provenance,
+    progress: Progress,
+    eight_bit: Collection[str] = (),
+) -> None:
     """Write the quantized model as a GGUF file.
 
     The same arguments give the same bytes. ``out`` appears only when it is complete and on disk.
@@ -39,6 +46,7 @@ def write_gguf(source: Path, quantized: Path, out: Path, provenance: Provenance,
         out: the file to write; an existing one is replaced.
         provenance: the ``kurtail.*`` keys.
         progress: one stage, a unit a tensor.
+        eight_bit: HF names of packed linears whose activations have 8 bits where the others' have 4.
 
     Raises:
         ExportError: a full disk, no permission, a tokenizer that upstream's converter does not know.
@@ -48,6 +56,7 @@ def write_gguf(source: Path, quantized: Path, out: Path, provenance: Provenance,
         "source": str(source.resolve()),
         "quantized": str(quantized.resolve()),
         "provenance": asdict(provenance),
+        "eight_bit": sorted(eight_bit),
     }
     with progress.stage("export", _count_tensors(quantized)) as stage, _whole_or_not_at_all(out) as beside:
 

@@ -75,6 +75,27 @@ def test_convert_options_reach_the_config(run, monkeypatch, tmp_path):
     ]  # fmt: skip
 
 
+def test_automatic_activations_reach_the_config(run, monkeypatch, tmp_path):
+    seen = []
+
+    def fake(config, progress):
+        seen.append(config)
+        raise KurtailError("stop here")
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    out = tmp_path / "o.gguf"
+    run("convert", "M", out, "--activations", "auto", "--budget", "0.25")
+    run("convert", "M", out, "--activations", "auto")
+    assert seen == [ConvertConfig(model="M", out=out, activations="auto", budget=budget) for budget in (0.25, None)]
+    assert [(config.activation_bits, config.activation_budget) for config in seen] == [(4, 0.25), (4, 0.1)]
+    for typed in (("--budget", "0.1"), ("--activations", "auto", "--budget", "1.5")):
+        assert "--budget" in _one_error_line(run("convert", "M", out, *typed))
+    stock = _one_error_line(run("convert", "M", out, "--activations", "auto", "--target", "stock"))
+    assert "--activations cannot be chosen with --target stock" in stock
+    assert run("convert", "M", out, "--activations", "6").exit_code == 2
+    assert len(seen) == 2
+
+
 def test_values_outside_what_is_offered(run, tmp_path):
     out = tmp_path / "o.gguf"
     assert run("convert", "M", out, "--kv", "5").exit_code == 2

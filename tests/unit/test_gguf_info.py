@@ -45,8 +45,9 @@ def test_provenance_survives():
 
 def test_a_file_older_than_the_target_is_for_our_runtime():
     older = _keys()
-    del older["kurtail.target"]
-    assert _info(older).provenance.target == "kurtail"
+    del older["kurtail.target"], older["kurtail.activation_choice"], older["kurtail.activation_budget"]
+    provenance = _info(older).provenance
+    assert (provenance.target, provenance.activation_choice, provenance.activation_budget) == ("kurtail", "fixed", 0)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,22 @@ def test_activation_bits_of_a_tensor():
     }
     info = _info({**_keys(), **extra})
     assert [info.activation_bits_of(f"blk.0.attn_{name}.weight") for name in "qkv"] == [8, 4, 4]
+
+
+def test_a_file_with_some_linears_at_eight_bits():
+    extra = {
+        "general.tensor_extra.name": ["blk.0.attn_q.weight", "token_embd.weight"],
+        "general.tensor_extra.prec_a4": [False, False],
+    }
+    names = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "token_embd.weight")
+    tensors = [TensorInfo(name, ggml.KT4, "kt4", (64, 64), 64 * 34, 0) for name in names]
+    for keys in (_keys(replace(PROVENANCE, activation_choice="auto", activation_budget=0.5)), {}):
+        info = _info({**keys, **extra}, tensors)
+        assert info.activation_exceptions == {"blk.0.attn_q.weight": 8}
+        assert info.runs_as == ("W4A4+8KV4" if keys else "W4A4+8KV16")
+        assert info.runtime_bits[0] == 4
+    eight = _info({**_keys(replace(PROVENANCE, activation_bits=8)), **extra}, tensors)
+    assert (eight.activation_exceptions, eight.runs_as) == ({}, "W4A8KV4")
+    upstreams = [replace(tensor, type_id=ggml.Q4_0) for tensor in tensors]
+    stock = _info({**_keys(replace(PROVENANCE, target="stock", activation_bits=8)), **extra}, upstreams)
+    assert (stock.activation_exceptions, stock.runs_as) == ({}, "stock W4")

@@ -27,7 +27,8 @@ def exported(monkeypatch):
     """What the exporter was given: one dict of bytes, and the provenance, for each call."""
     calls = []
 
-    def write_gguf(source, quantized, out, provenance, progress):
+    def write_gguf(source, quantized, out, provenance, progress, eight_bit):
+        assert not eight_bit  # --activations auto has tests of its own
         files = {path.name: path.read_bytes() for path in sorted(quantized.iterdir())}
         calls.append((files, provenance))
         out.write_bytes(b"GGUF")
@@ -277,6 +278,12 @@ def test_cuda_without_a_device(tmp_path):
         ({"target": "ollama"}, "kurtail, stock"),
         ({"target": "stock", "kv": 16}, "--kv cannot be chosen with --target stock"),
         ({"target": "stock", "activations": 8}, "--target stock: stock llama.cpp decides"),
+        ({"target": "stock", "activations": "auto"}, "--target stock: stock llama.cpp decides"),
+        ({"activations": "auto", "budget": 0.0}, "--budget 0.0 is no share between 0 and 1"),
+        ({"activations": "auto", "budget": 1.0}, "--budget 1.0 is no share"),
+        ({"activations": "auto", "budget": float("nan")}, "--budget nan is no share"),
+        ({"budget": 0.1}, "--budget 0.1 is of no use with --activations 4: give auto"),
+        ({"activations": 8, "budget": 0.1}, "--budget 0.1 is of no use with --activations 8"),
         ({"calibration": ()}, "--calibration"),
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
         ({"seed": -1}, "--seed -1"),
