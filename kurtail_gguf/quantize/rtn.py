@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 
 from kurtail_gguf.errors import QuantizeError
-from kurtail_gguf.formats.kt4 import BLOCK, HALF_MAX
+from kurtail_gguf.formats.kt4 import BLOCK, HALF_MAX, LEVELS
 
-#: Candidate scales as factors of signed maximum / −8. Negative: the maximum goes to +7 and beyond.
+#: Candidate scales as factors of signed maximum / −8: those that the runtime tries for activations, and more that clip
+#: further. Negative: the maximum goes to +7 and beyond.
 FACTORS: Final = (
-    1.08, 1.0, 0.96, 0.92, 0.88, 0.84, 0.80, 0.76, 0.72, 0.66,
+    *(32 / level for level in LEVELS), 0.84, 0.80, 0.76, 0.72, 0.66,
     -1.14, -1.08, -1.02, -0.96, -0.90, -0.84, -0.78, -0.72,
 )  # fmt: skip
 #: Refits of the scale to its codes, each followed by choosing the codes anew.
