@@ -27,7 +27,6 @@ from kurtail_gguf.rotation.store import Rotations
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
 
-
 @dataclass(frozen=True, eq=False, slots=True)
 class CalibratedOn:
     """What GPTQ needs to know: the tokens, int32 ``[sequences, length]``, and what the runtime rounds."""
