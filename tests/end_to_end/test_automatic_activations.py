@@ -82,7 +82,7 @@ def test_the_simulation_agrees(converted, one_layer, text, wiki):
     for bits in (4, 8):
         wrong = differences(replace(info, metadata=_with_all_at(bits, info)))
         print(f"rms difference of a token: {_rms(right):.4f} as listed, {_rms(wrong):.4f} with all at {bits} bits")
-        assert _rms(right) < 0.7 * _rms(wrong)
+        assert _rms(right) < 0.8 * _rms(wrong)
 
 
 def _with_all_at(bits: int, info: GgufInfo) -> dict[str, object]:
