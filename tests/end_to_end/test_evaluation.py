@@ -35,19 +35,20 @@ def _assert_within_one_percent(checked: CrossCheck) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rotation", "activations", "kv"),
+    ("rotation", "activations", "kv", "chunks"),
     [
-        ("hadamard", "4", "4"),
-        ("hadamard", "4", "8"),
-        ("hadamard", "4", "16"),
-        ("hadamard", "8", "4"),
-        ("none", "4", "4"),
-        ("none", "8", "16"),
+        ("hadamard", "4", "4", 8),
+        ("hadamard", "4", "8", 8),
+        ("hadamard", "4", "16", 8),
+        ("hadamard", "8", "4", 8),
+        # unrotated outliers make one layer chaotic already: 8 chunks know the ratio to half a percent only
+        ("none", "4", "4", 32),
+        ("none", "8", "16", 8),
     ],
 )
-def test_one_real_layer_agrees(converted, one_layer, wiki, rotation, activations, kv):
+def test_one_real_layer_agrees(converted, one_layer, wiki, rotation, activations, kv, chunks):
     path = converted(one_layer, "--rotation", rotation, "--weights", "rtn", "--kv", kv, "--activations", activations)
-    _assert_within_one_percent(cross_check(path, wiki, 256, 8))
+    _assert_within_one_percent(cross_check(path, wiki, 256, chunks))
 
 
 @pytest.mark.parametrize("source", ["tiny_bpe", "tiny_spm"])
