@@ -323,6 +323,20 @@ def test_the_default_is_gptq_with_rotations_by_output_error(tiny_checkpoint, tmp
         assert np.square(nearest - expected).mean() / np.square(expected).mean() < error < 0.1
 
 
+def test_the_default_gives_the_same_bytes_again(tiny_checkpoint, tmp_path, exported, text, few_steps):
+    model = tiny_checkpoint("llama")
+    for name in ("a", "b"):
+        pipeline.convert(
+            ConvertConfig(
+                str(model), tmp_path / f"{name}.gguf", calibration=(str(text),), calibration_tokens=1024, device="cpu",
+                tune=3,
+            ),  # fmt: skip
+            NullProgress(),
+        )
+    assert exported[0] == exported[1]
+    assert exported[0][1].tune_steps == 3
+
+
 @pytest.mark.parametrize("lost", [(0, 1), (1,)])
 def test_gptq_goes_on_from_the_last_finished_layer(tiny_checkpoint, tmp_path, exported, text, recorder, lost):
     config = _config(
