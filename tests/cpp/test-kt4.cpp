@@ -74,7 +74,25 @@ static std::vector<float> through_8_bits(const std::vector<float> & x) {
 }
 
 
-static std::vector<float> compute(const std::function<ggml_tensor * (ggml_context *, std::vector<std::pair<ggml_tensor *, const void *>> &)> & build, int threads, bool ref) {
+// how a product's weights lie: as in the file, or in the buffer type that repacks them
+enum layout { AS_IN_FILE, REPACKED };
+
+// the CPU's buffer type of that name, null if it has none
+static ggml_backend_buffer_type_t extra_buffer_type(ggml_backend_t backend, const std::string & name) {
+    ggml_backend_dev_t dev = ggml_backend_get_device(backend);
+    auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
+    for (auto * buft = get(dev); *buft; ++buft) {
+        if (name == ggml_backend_buft_name(*buft)) {
+            return *buft;
+        }
+    }
+    return nullptr;
+}
+
+using inputs_t = std::vector<std::pair<ggml_tensor *, const void *>>;
+
+// the first input goes where `where` says
+static std::vector<float> compute(const std::function<ggml_tensor * (ggml_context *, inputs_t &)> & build, int threads, bool ref, layout where = AS_IN_FILE) {
     ggml_backend_ptr backend(ggml_backend_cpu_init());
     ggml_backend_cpu_set_n_threads(backend.get(), threads);
     auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
@@ -82,10 +100,19 @@ static std::vector<float> compute(const std::function<ggml_tensor * (ggml_contex
     set_ref(backend.get(), ref);
 
     ggml_context_ptr ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
-    std::vector<std::pair<ggml_tensor *, const void *>> inputs;
+    inputs_t inputs;
     ggml_tensor * out   = build(ctx.get(), inputs);
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(graph, out);
+    ggml_backend_buffer_ptr weights;
+    if (where == REPACKED) {
+        ggml_backend_buffer_type_t buft = extra_buffer_type(backend.get(), "CPU_KT4");
+        check(buft != nullptr, "the CPU repacks the type");
+        ggml_tensor * w = inputs[0].first;
+        weights.reset(ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alloc_size(buft, w)));
+        check(ggml_backend_buft_get_alloc_size(buft, w) == ggml_nbytes(w), "repacked weights take no more memory");
+        ggml_backend_tensor_alloc(weights.get(), w, ggml_backend_buffer_get_base(weights.get()));
+    }
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
     for (auto & [t, data] : inputs) {
         ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
@@ -107,7 +134,7 @@ static void check_close(const std::vector<float> & got, const std::vector<double
     check(worst < 1e-6, what + ": worst relative error " + std::to_string(worst));
 }
 
-static void test_mul_mat(int64_t k, int64_t rows, int64_t cols, int bits, int threads, bool ref, uint32_t seed) {
+static void test_mul_mat(int64_t k, int64_t rows, int64_t cols, int bits, int threads, bool ref, layout where, uint32_t seed) {
     const auto w = quantized(random_values(k*rows, seed), k);
     const auto x = random_values(k*cols, seed + 1, 20.0f);
 
@@ -134,22 +161,23 @@ static void test_mul_mat(int64_t k, int64_t rows, int64_t cols, int bits, int th
             ggml_prec_set_src(out, GGML_PREC_Q8, 1);
         }
         return out;
-    }, threads, ref);
+    }, threads, ref, where);
 
     char name[128];
-    snprintf(name, sizeof(name), "mul_mat k=%d rows=%d cols=%d A%d threads=%d%s", (int) k, (int) rows, (int) cols, bits, threads, ref ? " ref" : "");
+    snprintf(name, sizeof(name), "mul_mat k=%d rows=%d cols=%d A%d threads=%d%s%s", (int) k, (int) rows, (int) cols, bits, threads,
+             ref ? " ref" : "", where == REPACKED ? " repacked" : "");
     check_close(got, want, magnitude, name);
 
-    // and the test can tell: leaving the activations unquantized is far outside that bound
+    // and the test can tell: leaving the activations unquantized is far outside that bound (of one sum it need not be)
     double distance = 0.0;
     for (size_t i = 0; i < want.size(); ++i) {
         distance = std::max(distance, std::fabs(unquantized[i] - want[i])/magnitude[i]);
     }
-    check(distance > 1e-4, std::string(name) + ": differs from unquantized activations");
+    check(distance > 1e-4 || rows*cols < 16, std::string(name) + ": differs from unquantized activations");
 }
 
-static void test_mul_mat_id(int bits, int threads) {
-    const int64_t k = 128, rows = 37, experts = 5, used = 2, tokens = 9;
+static void test_mul_mat_id(int64_t rows, int64_t tokens, int bits, int threads, bool ref, layout where) {
+    const int64_t k = 128, experts = 5, used = 2;
     const auto w = quantized(random_values(k*rows*experts, 11), k);
     const auto x = random_values(k*tokens, 12);
     const auto wq = dequantized(w, k*rows*experts);
@@ -181,8 +209,130 @@ static void test_mul_mat_id(int bits, int threads) {
             ggml_prec_set_src(out, GGML_PREC_Q8, 1);
         }
         return out;
-    }, threads, false);
-    check_close(got, want, magnitude, "mul_mat_id A" + std::to_string(bits));
+    }, threads, ref, where);
+    check_close(got, want, magnitude, "mul_mat_id A" + std::to_string(bits) + (where == REPACKED ? " repacked" : ""));
+}
+
+// the same bits whatever the number of threads, and whatever the other columns
+static void test_threads() {
+    const int64_t k = 704, rows = 176, cols = 21;
+    const auto w = quantized(random_values(k*rows, 71), k);
+    const auto x = random_values(k*cols, 72);
+    const auto product = [&](int64_t n, int threads, layout where) {
+        return compute([&](ggml_context * ctx, inputs_t & inputs) {
+            ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
+            ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, n);
+            inputs = { { a, w.data() }, { b, x.data() } };
+            return ggml_mul_mat(ctx, a, b);
+        }, threads, false, where);
+    };
+    const auto want = product(cols, 1, REPACKED);
+    for (layout where : { AS_IN_FILE, REPACKED }) {
+        for (int threads : { 1, 2, 3, 7 }) {
+            for (int64_t n : { (int64_t) 1, (int64_t) 2, cols }) {
+                const auto got = product(n, threads, where);
+                check(std::memcmp(got.data(), want.data(), got.size()*sizeof(float)) == 0,
+                      std::to_string(threads) + " threads, " + std::to_string(n) + " columns: other bits");
+            }
+        }
+    }
+}
+
+// several products of one input in a graph, with other work between: as each by itself
+static void test_shared_input() {
+    const int64_t k = 192, cols = 5;
+    const std::vector<int64_t> rows = { 64, 16, 48 };
+    const auto x = random_values(k*cols, 82);
+    std::vector<std::vector<uint8_t>> w;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        w.push_back(quantized(random_values(k*rows[i], 83 + i), k));
+    }
+    const auto product = [&](ggml_context * ctx, inputs_t & inputs, ggml_tensor * b, size_t i, int bits) {
+        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows[i]);
+        inputs.push_back({ a, w[i].data() });
+        ggml_tensor * y = ggml_mul_mat(ctx, a, b);
+        if (bits == 8) {
+            ggml_prec_set_src(y, GGML_PREC_Q8, 1);
+        }
+        return y;
+    };
+    // the last product has 8 bits: it shares the values, not the codes
+    for (int last_bits : { 4, 8 }) {
+        std::vector<float> want;
+        for (size_t i = 0; i < rows.size(); ++i) {
+            const auto y = compute([&](ggml_context * ctx, inputs_t & inputs) {
+                ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
+                ggml_tensor * out = product(ctx, inputs, b, i, i + 1 < rows.size() ? 4 : last_bits);
+                inputs.push_back({ b, x.data() });
+                return ggml_scale(ctx, out, 2.0f);
+            }, 1, false);
+            want.insert(want.end(), y.begin(), y.end());
+        }
+        for (int threads : { 1, 3 }) {
+            const auto got = compute([&](ggml_context * ctx, inputs_t & inputs) {
+                ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
+                ggml_tensor * out = nullptr;
+                for (size_t i = 0; i < rows.size(); ++i) {
+                    ggml_tensor * y = ggml_scale(ctx, product(ctx, inputs, b, i, i + 1 < rows.size() ? 4 : last_bits), 2.0f);
+                    y   = ggml_reshape_1d(ctx, y, ggml_nelements(y));
+                    out = out ? ggml_concat(ctx, out, y, 0) : y;
+                }
+                inputs.push_back({ b, x.data() });
+                return out;
+            }, threads, false);
+            check(got == want, "products that share their input, " + std::to_string(threads) + " threads");
+        }
+    }
+}
+
+// a Hadamard transform that only a product reads: as transform and product computed by themselves
+static void test_rotated_input() {
+    for (int64_t n : { 16, 64, 512, 2048 }) {
+        for (int64_t cols : { 1, 3 }) {
+            const int64_t k = n < 64 ? 192 : 3*n;
+            const int64_t rows = 48;
+            const auto w = quantized(random_values(k*rows, 91), k);
+            const auto x = random_values(k*cols, 92);
+            std::vector<float> h(n*n);
+            for (int64_t i = 0; i < n*n; ++i) {
+                h[i] = (__builtin_parityll((i/n) & (i % n)) ? -1.0f : 1.0f)/std::sqrt((float) n);
+            }
+            const auto rotate = [&](ggml_context * ctx, inputs_t & inputs) {
+                ggml_tensor * b   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, k*cols/n);
+                ggml_tensor * rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n);
+                inputs.push_back({ b, x.data() });
+                inputs.push_back({ rot, h.data() });
+                ggml_tensor * y = ggml_mul_mat(ctx, rot, b);
+                ggml_mul_mat_set_hint(y, GGML_HINT_SRC0_IS_HADAMARD);
+                return ggml_reshape_2d(ctx, y, k, cols);
+            };
+            const auto y = compute(rotate, 1, false);
+            double worst = 0.0;
+            for (int64_t i = 0; i < k*cols; ++i) {
+                double sum = 0.0;
+                for (int64_t j = 0; j < n; ++j) {
+                    sum += (double) h[i % n * n + j]*x[i/n*n + j];
+                }
+                worst = std::max(worst, std::fabs(sum - y[i]));
+            }
+            check(worst < 1e-5, "Hadamard " + std::to_string(n) + ": off by " + std::to_string(worst));
+
+            const auto want = compute([&](ggml_context * ctx, inputs_t & inputs) {
+                ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
+                ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
+                inputs = { { a, w.data() }, { b, y.data() } };
+                return ggml_mul_mat(ctx, a, b);
+            }, 1, false);
+            for (int threads : { 1, 3 }) {
+                const auto got = compute([&](ggml_context * ctx, inputs_t & inputs) {
+                    ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
+                    inputs.push_back({ a, w.data() });
+                    return ggml_mul_mat(ctx, a, rotate(ctx, inputs));
+                }, threads, false);
+                check(got == want, "rotated input " + std::to_string(n) + ", " + std::to_string(threads) + " threads");
+            }
+        }
+    }
 }
 
 static void test_get_rows() {
@@ -310,14 +460,28 @@ int main() {
             for (int threads : { 1, 2, 3 }) {
                 for (int64_t k : { 64, 192, 576, 1536 }) {
                     for (auto [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{ { 1, 1 }, { 4, 4 }, { 5, 1 }, { 33, 7 }, { 131, 2 }, { 64, 19 } }) {
-                        test_mul_mat(k, rows, cols, bits, threads, ref, seed += 2);
+                        test_mul_mat(k, rows, cols, bits, threads, ref, AS_IN_FILE, seed += 2);
+                    }
+                    for (auto [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{ { 16, 1 }, { 16, 3 }, { 48, 8 }, { 304, 5 }, { 32, 23 } }) {
+                        test_mul_mat(k, rows, cols, bits, threads, ref, REPACKED, seed += 2);
                     }
                 }
             }
+            for (int threads : { 1, 3 }) {
+                test_mul_mat_id(37, 9, bits, threads, ref, AS_IN_FILE);
+                test_mul_mat_id(37, 1, bits, threads, ref, AS_IN_FILE);
+                test_mul_mat_id(48, 60, bits, threads, ref, REPACKED);
+                test_mul_mat_id(48, 1, bits, threads, ref, REPACKED);
+            }
         }
-        test_mul_mat_id(bits, 1);
-        test_mul_mat_id(bits, 3);
     }
+    for (int cols = 1; cols <= 9; ++cols) { // each width of a panel
+        test_mul_mat(576, 48, cols, 4, 1, false, REPACKED, seed += 2);
+        test_mul_mat(576, 48, cols, 8, 1, false, REPACKED, seed += 2);
+    }
+    test_threads();
+    test_shared_input();
+    test_rotated_input();
     printf("%d checks, %d failures\n", checks, failures);
     return failures == 0 ? 0 : 1;
 }

@@ -66,6 +66,11 @@ static void quantize_block_8_ref(const float * x, int8_t * q, float * d_out) {
     *d_out = to_half_and_back(d);
 }
 
+// -8 * the sum of the codes; as two int16 (even and odd pairs of codes) where the kernel sums in those
+static int32_t bias_of(int even, int odd) {
+    return SPLIT_BIAS ? (int32_t) ((uint32_t) (uint16_t) (-8*even) | (uint32_t) (uint16_t) (-8*odd) << 16) : -8*(even + odd);
+}
+
 static void quantize_block_ref(const float * x, int bits, int8_t * q, float * d_out, int32_t * bias) {
     if (bits == 4) {
         block_kt4 block;
@@ -78,25 +83,28 @@ static void quantize_block_ref(const float * x, int bits, int8_t * q, float * d_
     } else {
         quantize_block_8_ref(x, q, d_out);
     }
-    for (int l = 0; l < column::LANES; ++l) {
-        bias[l] = 0;
-    }
+    int sum[2] = {};
     for (int j = 0; j < QK_KT4; ++j) {
-        bias[j/4 % column::LANES] -= 8*q[j];
+        sum[j/2 % 2] += q[j];
     }
+    *bias = bias_of(sum[0], sum[1]);
 }
 
 #if defined(__AVX2__)
-// codes of 64 values, 8 to a register, and what undoes the +8 of the weights
+// codes of 64 values and what undoes the +8 of the weights
 static void store_codes(__m256i a, __m256i b, __m256i c, __m256i d, int8_t * q, int32_t * bias) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); // undo the lane-wise packing, twice
-    const __m256i eight = _mm256_set1_epi8(8);
+    const __m256i ones  = _mm256_set1_epi8(1);
     const __m256i p0 = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order);
     const __m256i p1 = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(c, d), order);
     _mm256_storeu_si256((__m256i *) q, p0);
     _mm256_storeu_si256((__m256i *) (q + 32), p1);
-    const __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(eight, p0), _mm256_maddubs_epi16(eight, p1));
-    _mm256_storeu_si256((__m256i *) bias, _mm256_madd_epi16(sum, _mm256_set1_epi16(-1)));
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(ones, p0), _mm256_maddubs_epi16(ones, p1));
+    __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0x4E));
+    sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0xB1));
+    const int32_t both = _mm_cvtsi128_si32(sum); // at most 32*127 each
+    *bias = bias_of((int16_t) both, (int16_t) (both >> 16));
 }
 
 static void quantize_block_8_avx2(const float * x, int8_t * q, float * d_out, int32_t * bias) {
@@ -229,33 +237,28 @@ static void quantize_blocks_4_avx2(const float * x, int n, int8_t * q, float * d
         const __m256i * y = s[i].y;
         d[i] = to_half_and_back(s[i].max/(-0.25f*r[i]));
         store_codes(level_codes(y[0], level), level_codes(y[1], level), level_codes(y[2], level), level_codes(y[3], level),
-                    q + i*QK_KT4, bias + i*column::LANES);
+                    q + i*QK_KT4, bias + i);
     }
 }
 #endif
 
-void quantize_column(const float * x, char * base, int64_t nb, int bits, bool ref) {
-    int8_t  * q    = (int8_t  *)  base;
-    float   * d    = (float   *) (base + nb*QK_KT4);
-    int32_t * bias = (int32_t *) (base + nb*(QK_KT4 + sizeof(float)));
-
+void quantize_blocks(const float * x, int64_t n, int bits, int8_t * q, float * d, int32_t * bias, bool ref) {
 #if defined(__AVX2__)
     if (!ref && bits == 4) {
-        for (int64_t b = 0; b < nb; b += TOGETHER) {
-            const int n = (int) std::min<int64_t>(TOGETHER, nb - b);
-            quantize_blocks_4_avx2(x + b*QK_KT4, n, q + b*QK_KT4, d + b, bias + b*column::LANES);
+        for (int64_t b = 0; b < n; b += TOGETHER) {
+            quantize_blocks_4_avx2(x + b*QK_KT4, (int) std::min<int64_t>(TOGETHER, n - b), q + b*QK_KT4, d + b, bias + b);
         }
         return;
     }
     if (!ref) {
-        for (int64_t b = 0; b < nb; ++b) {
-            quantize_block_8_avx2(x + b*QK_KT4, q + b*QK_KT4, d + b, bias + b*column::LANES);
+        for (int64_t b = 0; b < n; ++b) {
+            quantize_block_8_avx2(x + b*QK_KT4, q + b*QK_KT4, d + b, bias + b);
         }
         return;
     }
 #endif
-    for (int64_t b = 0; b < nb; ++b) {
-        quantize_block_ref(x + b*QK_KT4, bits, q + b*QK_KT4, d + b, bias + b*column::LANES);
+    for (int64_t b = 0; b < n; ++b) {
+        quantize_block_ref(x + b*QK_KT4, bits, q + b*QK_KT4, d + b, bias + b);
     }
     GGML_UNUSED(ref);
 }

@@ -1,36 +1,23 @@
 // Activations of a kt4 product: quantized to 4 or 8 bits in blocks of 64 and kept as one byte a value, because
-// that is what the dot product multiplies by; the codes are those of docs/format.md.
+// that is what the kernels multiply by; the codes are those of docs/format.md.
 #pragma once
 
-#include "kt4-quants.h"
+#include "kt4-layout.h"
 
-#include <stddef.h>
-#include <stdint.h>
+struct ggml_compute_params;
+struct ggml_tensor;
 
 namespace ggml::cpu::kt4 {
 
-// One column (row of src1) of nb blocks. The three arrays lie one behind the other in the work buffer.
-struct column {
-    const int8_t  * q;    // [nb*64] codes, -8..7 or -127..127
-    const float   * d;    // [nb] scales, rounded to half
-    const int32_t * bias; // [nb*LANES] undoes the +8 that makes weight nibbles unsigned: in lane l
-                          // -8 * the sum of codes 4l..4l+3 and 32+4l..32+4l+3, where the kernels sum those products.
-                          // One value a block would do, but then large lanes cancel in floating point.
+// x: [n*64] -> q: [n*64] codes, d: [n] scales rounded to half, bias: [n] as kt4-layout.h. bits is 4 or 8.
+// ref: portable code only.
+void quantize_blocks(const float * x, int64_t n, int bits, int8_t * q, float * d, int32_t * bias, bool ref);
 
-    static constexpr int LANES = QK_KT4/8;
+// x: [n] -> y: [n], the normalised Hadamard transform; n is a power of two. Sums in upstream's order (its
+// ggml_compute_forward_fwht), so the results are equal to the last bit.
+void hadamard(const float * x, float * y, int64_t n);
 
-    static size_t size(int64_t nb) { return nb*(QK_KT4 + sizeof(float) + LANES*sizeof(int32_t)); }
-
-    static column at(const char * base, int64_t nb) {
-        return {
-            (const int8_t  *)  base,
-            (const float   *) (base + nb*QK_KT4),
-            (const int32_t *) (base + nb*(QK_KT4 + sizeof(float))),
-        };
-    }
-};
-
-// x: [nb*64] -> base: column::size(nb) bytes. bits is 4 or 8. ref: portable code only.
-void quantize_column(const float * x, char * base, int64_t nb, int bits, bool ref);
+// MUL_MAT that is marked as a Hadamard transform (R3; R4 where nothing joins it). Returns false for any other operation.
+bool compute_hadamard(const ggml_compute_params * params, ggml_tensor * dst);
 
 } // namespace ggml::cpu::kt4

@@ -1,21 +1,24 @@
 // MUL_MAT and MUL_MAT_ID for kt4 weights: quantize the activations to 4 bits (8 where the operation's precision
-// says so), then multiply integers. Reads weights in the file's own layout, so mmap keeps working.
+// says so), then multiply integers. Weights come repacked (kt4-repack.cpp) or in the file's own layout, as with
+// --no-repack and in views; those are packed a few rows at a time.
+
+#include "kt4-matmul.h"
 
 #include "kt4-activations.h"
 #include "kt4-cpu.h"
-#include "kt4-tile.h"
-
-#include "ggml-cpu-impl.h"
+#include "kt4-kernel.h"
 
 #include <algorithm>
 #include <cstring>
 
 namespace ggml::cpu::kt4 {
 
-// rows of weights worked on at a time: 32 rows stay in L1/L2 while all columns pass
-constexpr int64_t CHUNK_ROWS = 32;
+constexpr int64_t CHUNK_BYTES      = 256*1024; // weights that stay in the L2 cache while all columns pass
+constexpr int64_t CHUNK_GROUPS_MAX = 8;
+constexpr int64_t PIECE_MAX        = 8192;     // the longest Hadamard transform, docs/format.md
+constexpr int64_t PIECE_MIN        = 256;      // blocks quantize faster a few together
 
-static bool handles(const ggml_tensor * dst) {
+bool is_product(const ggml_tensor * dst) {
     if (dst->op != GGML_OP_MUL_MAT && dst->op != GGML_OP_MUL_MAT_ID) {
         return false;
     }
@@ -26,209 +29,301 @@ static bool handles(const ggml_tensor * dst) {
            dst->type  == GGML_TYPE_F32 && dst->nb[0]  == sizeof(float);
 }
 
-// llama_prec_policy puts the file's per-tensor precision of src1 here (ggml_prec_set_src); unset means 4 bits
-static int activation_bits(const ggml_tensor * dst) {
+int activation_bits(const ggml_tensor * dst) {
     const int32_t prec = ggml_get_op_params_i32(dst, 2 + 1);
     return prec == GGML_PREC_UNDEFINED || prec == GGML_PREC_Q4 ? 4 : 8;
 }
 
-struct geometry {
-    int64_t nb;          // blocks in a row
-    size_t  column_size; // bytes of a quantized column
-    int64_t columns;     // rows of src1, all planes
+// --- the work buffer: quantized columns | MUL_MAT_ID: pairs, panels of them | a chunk of packed weights a thread
 
-    explicit geometry(const ggml_tensor * dst)
-        : nb(dst->src[0]->ne[0]/QK_KT4), column_size(column::size(nb)), columns(ggml_nrows(dst->src[1])) {}
-};
-
-// work buffer of MUL_MAT_ID after the columns: for each expert the number of (slot, token) pairs, then the pairs
-struct expert_row {
+// a row of the result of MUL_MAT_ID
+struct expert_pair {
     int32_t slot;
     int32_t token;
 };
 
-static size_t work_size(const ggml_tensor * dst) {
-    const geometry g(dst);
-    size_t size = GGML_PAD(g.columns*g.column_size, sizeof(int64_t));
-    if (dst->op == GGML_OP_MUL_MAT_ID) {
-        const int64_t n_experts = dst->src[0]->ne[2];
-        size += n_experts*sizeof(int64_t) + n_experts*ggml_nelements(dst->src[2])*sizeof(expert_row);
-    }
-    return size;
-}
+struct geometry {
+    int64_t nb;           // blocks in a row
+    int64_t rows;         // of a matrix of weights
+    int64_t n_experts;
+    int64_t chunk_groups; // groups of rows worked on at a time
+    size_t  columns_size; // bytes
+    size_t  pairs_size;
+    size_t  panels_size;
+    size_t  chunk_size;
 
-static void quantize_columns(const ggml_compute_params * params, const ggml_tensor * dst, const geometry & g) {
-    const ggml_tensor * src1 = dst->src[1];
-    const int bits = activation_bits(dst);
-    char * work = (char *) params->wdata;
+    geometry(const ggml_tensor * dst, int n_threads) {
+        const ggml_tensor * src0 = dst->src[0];
+        nb   = src0->ne[0]/QK_KT4;
+        rows = src0->ne[1];
+        columns_size = GGML_PAD(ggml_nrows(dst->src[1])*column_size(nb), 64);
 
-    for (int64_t i = params->ith; i < g.columns; i += params->nth) {
-        const int64_t i3 = i / (src1->ne[1]*src1->ne[2]);
-        const int64_t i2 = i / src1->ne[1] % src1->ne[2];
-        const int64_t i1 = i % src1->ne[1];
-        const char * x = (const char *) src1->data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3];
-        quantize_column((const float *) x, work + i*g.column_size, g.nb, bits, params->use_ref);
-    }
-}
+        const bool id = dst->op == GGML_OP_MUL_MAT_ID;
+        n_experts   = id ? src0->ne[2] : 1;
+        pairs_size  = id ? GGML_PAD((n_experts + 1)*sizeof(int64_t) + ggml_nelements(dst->src[2])*sizeof(expert_pair), 64) : 0;
+        panels_size = id ? GGML_PAD(ggml_nelements(dst->src[2])*column_size(nb), 64) : 0;
 
-template <int R, int C>
-static void tile_into(const geometry & g, const block_kt4 * const * w, const column * cols, float * const * dst, int64_t row, bool ref) {
-    float out[R*C];
-    tile<R, C>(g.nb, w, cols, out, ref);
-    for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < C; ++c) {
-            dst[c][row + r] = out[r*C + c];
+        const int64_t groups = (rows + GROUP_ROWS - 1)/GROUP_ROWS;
+        chunk_groups = std::min(CHUNK_GROUPS_MAX, CHUNK_BYTES/(nb*(int64_t) sizeof(block_kt4x16)));
+        if (n_threads > 1) { // enough chunks for threads to finish together
+            const int64_t planes = id ? n_experts : dst->src[1]->ne[2]*dst->src[1]->ne[3];
+            chunk_groups = std::min(chunk_groups, groups*planes/(4*n_threads));
         }
+        chunk_groups = std::max<int64_t>(chunk_groups, 1);
+        chunk_size   = is_repacked(src0) ? 0 : GGML_PAD(chunk_groups*nb*sizeof(block_kt4x16), 64);
     }
+
+    int64_t n_chunks() const {
+        const int64_t size = chunk_groups*GROUP_ROWS;
+        return (rows + size - 1)/size;
+    }
+};
+
+size_t work_size(int n_threads, const ggml_tensor * dst) {
+    const geometry g(dst, n_threads);
+    return g.columns_size + g.pairs_size + g.panels_size + n_threads*g.chunk_size;
 }
 
-// rows [row0, row1) of one weight matrix times n columns; dst[i] is where column i's results begin
-static void multiply(const geometry & g, const char * weights, size_t row_stride, int64_t row0, int64_t row1,
-                     const column * cols, float * const * dst, int n, bool ref) {
-    for (int64_t row = row0; row < row1; row += TILE_ROWS) {
-        const int rows = (int) std::min<int64_t>(TILE_ROWS, row1 - row);
-        const block_kt4 * w[TILE_ROWS];
-        for (int r = 0; r < rows; ++r) {
-            w[r] = (const block_kt4 *) (weights + (row + r)*row_stride);
-        }
-        if (rows == TILE_ROWS && n == TILE_COLS) {
-            tile_into<TILE_ROWS, TILE_COLS>(g, w, cols, dst, row, ref);
-        } else if (rows == TILE_ROWS) {
-            for (int c = 0; c < n; ++c) {
-                tile_into<TILE_ROWS, 1>(g, w, cols + c, dst + c, row, ref);
+// --- activations
+
+// Pieces of rows go to threads, so that a single row is shared out as well. single: each row a panel of its own,
+// else the rows of a plane make panels.
+static void quantize_input(const ggml_compute_params * params, const input & in, int bits, bool single) {
+    const ggml_tensor * src1 = in.shape;
+    const int64_t k       = src1->ne[0];
+    const int64_t nb      = k/QK_KT4;
+    int64_t piece = std::max<int64_t>(PIECE_MIN, in.hadamard);
+    while (k % piece != 0) {
+        piece /= 2; // ends at 64 or at the transform's size: both divide the row
+    }
+    const int64_t pieces  = k/piece;
+    const int64_t total   = ggml_nrows(src1)*pieces;
+    const int64_t n_plane = single ? 1 : src1->ne[1];
+
+    float   y   [PIECE_MAX];
+    int8_t  q   [PIECE_MAX];
+    float   d   [PIECE_MAX/QK_KT4];
+    int32_t bias[PIECE_MAX/QK_KT4];
+    GGML_ASSERT(piece <= PIECE_MAX && piece % QK_KT4 == 0);
+
+    for (int64_t i = total*params->ith/params->nth; i < total*(params->ith + 1)/params->nth; ++i) {
+        const int64_t row = i/pieces;
+        const int64_t b0  = i % pieces * piece/QK_KT4;
+        const int64_t i1  = row % src1->ne[1];
+        const int64_t i2  = row / src1->ne[1] % src1->ne[2];
+        const int64_t i3  = row / (src1->ne[1]*src1->ne[2]);
+        const float * x = (const float *) (in.data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3]) + b0*QK_KT4;
+        if (in.hadamard > 0) {
+            for (int64_t j = 0; j < piece; j += in.hadamard) {
+                hadamard(x + j, y + j, in.hadamard);
             }
-        } else {
-            for (int r = 0; r < rows; ++r) {
-                for (int c = 0; c < n; ++c) {
-                    tile_into<1, 1>(g, w + r, cols + c, dst + c, row + r, ref);
+            x = y;
+        }
+        quantize_blocks(x, piece/QK_KT4, bits, q, d, bias, params->use_ref);
+
+        const panel_position p(row % n_plane, n_plane, nb);
+        char * panel = (char *) params->wdata + row/n_plane*n_plane*column_size(nb) + p.offset;
+        for (int64_t b = 0; b < piece/QK_KT4; ++b) {
+            store_column_block(panel + (b0 + b)*p.width*COLUMN_BLOCK, p.width, p.column, q + b*QK_KT4, d[b], bias[b]);
+        }
+    }
+}
+
+// --- products
+
+// the groups of rows [row0, row1) of one matrix; those of the file's layout are packed into scratch
+static const block_kt4x16 * weight_groups(const ggml_tensor * src0, const char * matrix, int64_t row0, int64_t row1, block_kt4x16 * scratch) {
+    const int64_t nb = src0->ne[0]/QK_KT4;
+    if (is_repacked(src0)) {
+        return (const block_kt4x16 *) matrix + row0/GROUP_ROWS*nb;
+    }
+    for (int64_t row = row0; row < row1; row += GROUP_ROWS) {
+        pack_group(matrix + row*src0->nb[1], src0->nb[1], (int) std::min<int64_t>(GROUP_ROWS, row1 - row), nb, scratch + (row - row0)/GROUP_ROWS*nb);
+    }
+    return scratch;
+}
+
+// rows [row0, row1) times one panel; dst[c] is where column c's results begin
+static void multiply_panel(int64_t nb, const block_kt4x16 * w, int64_t row0, int64_t row1, const char * panel, int width, float * const * dst, bool ref) {
+    for (int64_t row = row0; row < row1; row += GROUP_ROWS, w += nb) {
+        float * out[PANEL_COLUMNS];
+        float   tail[PANEL_COLUMNS][GROUP_ROWS];
+        const bool whole = row + GROUP_ROWS <= row1;
+        for (int c = 0; c < width; ++c) {
+            out[c] = whole ? dst[c] + row : tail[c];
+        }
+        multiply(nb, w, panel, width, out, ref);
+        for (int c = 0; c < width && !whole; ++c) {
+            memcpy(dst[c] + row, tail[c], (row1 - row)*sizeof(float));
+        }
+    }
+}
+
+// chunks of one product in mul_mat
+static int64_t count_chunks(const geometry & g, const ggml_tensor * dst) {
+    return dst->src[1]->ne[2]*dst->src[1]->ne[3]*g.n_chunks();
+}
+
+static void multiply_chunk(const ggml_compute_params * params, const geometry & g, ggml_tensor * dst, int64_t chunk) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const int64_t n_cols = src1->ne[1];
+    const int64_t plane  = chunk / g.n_chunks();
+    const int64_t i2   = plane % src1->ne[2];
+    const int64_t i3   = plane / src1->ne[2];
+    const int64_t row0 = chunk % g.n_chunks() * g.chunk_groups*GROUP_ROWS;
+    const int64_t row1 = std::min(row0 + g.chunk_groups*GROUP_ROWS, g.rows);
+
+    const char * matrix  = (const char *) src0->data + i2/(src1->ne[2]/src0->ne[2])*src0->nb[2] + i3/(src1->ne[3]/src0->ne[3])*src0->nb[3];
+    const char * columns = (const char *) params->wdata + plane*n_cols*column_size(g.nb);
+    char       * out     = (char *) dst->data + i2*dst->nb[2] + i3*dst->nb[3];
+    block_kt4x16 * scratch = (block_kt4x16 *) ((char *) params->wdata + g.columns_size + params->ith*g.chunk_size);
+    const block_kt4x16 * w = weight_groups(src0, matrix, row0, row1, scratch);
+
+    for (int64_t c0 = 0; c0 < n_cols; c0 += PANEL_COLUMNS) {
+        const panel_position p(c0, n_cols, g.nb);
+        float * dsts[PANEL_COLUMNS];
+        for (int c = 0; c < p.width; ++c) {
+            dsts[c] = (float *) (out + (c0 + c)*dst->nb[1]);
+        }
+        multiply_panel(g.nb, w, row0, row1, columns + p.offset, p.width, dsts, params->use_ref);
+    }
+}
+
+void mul_mat(const ggml_compute_params * params, const input & in, ggml_tensor * const * dst, int n) {
+    for (int i = 0; i < n; ++i) {
+        GGML_ASSERT(params->wsize >= work_size(params->nth, dst[i]));
+    }
+    quantize_input(params, in, activation_bits(dst[0]), false);
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    // chunks are counted through all products
+    int64_t chunk = params->ith;
+    int64_t first = 0;
+    for (int i = 0; i < n; ++i) {
+        const geometry g(dst[i], params->nth);
+        const int64_t end = first + count_chunks(g, dst[i]);
+        for (; chunk < end; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+            multiply_chunk(params, g, dst[i], chunk - first);
+        }
+        first = end;
+    }
+}
+
+// pairs in the order of experts; offsets[e] is where expert e's begin
+static void sort_pairs(const ggml_tensor * ids, int64_t n_experts, int64_t * offsets, expert_pair * pairs) {
+    const auto expert_of = [&](int64_t token, int64_t slot) {
+        const int32_t expert = *(const int32_t *) ((const char *) ids->data + token*ids->nb[1] + slot*ids->nb[0]);
+        GGML_ASSERT(expert >= 0 && expert < n_experts);
+        return expert;
+    };
+    memset(offsets, 0, (n_experts + 1)*sizeof(int64_t));
+    for (int64_t token = 0; token < ids->ne[1]; ++token) {
+        for (int64_t slot = 0; slot < ids->ne[0]; ++slot) {
+            offsets[expert_of(token, slot)]++;
+        }
+    }
+    int64_t end = 0;
+    for (int64_t e = 0; e <= n_experts; ++e) { // counts become ends, which become beginnings below
+        end += offsets[e];
+        offsets[e] = end;
+    }
+    for (int64_t token = ids->ne[1] - 1; token >= 0; --token) {
+        for (int64_t slot = ids->ne[0] - 1; slot >= 0; --slot) {
+            pairs[--offsets[expert_of(token, slot)]] = { (int32_t) slot, (int32_t) token };
+        }
+    }
+}
+
+void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const ggml_tensor * ids  = dst->src[2];
+    const geometry g(dst, params->nth);
+    GGML_ASSERT(params->wsize >= work_size(params->nth, dst));
+
+    const size_t column = column_size(g.nb);
+    char         * singles = (char *) params->wdata; // each row of src1 quantized once, however many experts want it
+    int64_t      * offsets = (int64_t *) (singles + g.columns_size);
+    expert_pair  * pairs   = (expert_pair *) (offsets + g.n_experts + 1);
+    char         * panels  = singles + g.columns_size + g.pairs_size;
+    block_kt4x16 * scratch = (block_kt4x16 *) (panels + g.panels_size + params->ith*g.chunk_size);
+    // src1 has one row a token, or one a token and slot
+    const auto single_of = [&](const expert_pair & p) { return singles + (p.token*src1->ne[1] + p.slot % src1->ne[1])*column; };
+
+    quantize_input(params, in, activation_bits(dst), true);
+    if (params->ith == 0) {
+        sort_pairs(ids, g.n_experts, offsets, pairs);
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    // panels of what an expert multiplies
+    int64_t n_panels = 0;
+    for (int64_t e = 0; e < g.n_experts; ++e) {
+        const int64_t n = offsets[e + 1] - offsets[e];
+        for (int64_t c0 = 0; c0 < n; c0 += PANEL_COLUMNS) {
+            if (n_panels++ % params->nth != params->ith) {
+                continue;
+            }
+            const panel_position p(c0, n, g.nb);
+            for (int c = 0; c < p.width; ++c) {
+                const char * single = single_of(pairs[offsets[e] + c0 + c]);
+                for (int64_t b = 0; b < g.nb; ++b) {
+                    copy_column_block(panels + offsets[e]*column + p.offset + b*p.width*COLUMN_BLOCK, p.width, c, single + b*COLUMN_BLOCK);
                 }
             }
         }
     }
-}
-
-static int64_t chunk_rows(int64_t rows, int64_t units, int nth) {
-    // few columns: smaller chunks, so that threads finish together
-    const int64_t wanted = (int64_t) nth*4;
-    int64_t size = CHUNK_ROWS;
-    while (size > TILE_ROWS && units*((rows + size - 1)/size) < wanted) {
-        size /= 2;
-    }
-    return size;
-}
-
-static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    const geometry g(dst);
-    GGML_ASSERT(params->wsize >= work_size(dst));
-
-    quantize_columns(params, dst, g);
-    if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
-    }
     ggml_barrier(params->threadpool);
 
-    const int64_t rows     = src0->ne[1];
-    const int64_t planes   = src1->ne[2]*src1->ne[3];
-    const int64_t n_cols   = src1->ne[1];
-    const int64_t size     = chunk_rows(rows, planes, params->nth);
-    const int64_t n_chunks = (rows + size - 1)/size;
-
-    for (int64_t chunk = params->ith; chunk < planes*n_chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t plane = chunk / n_chunks;
-        const int64_t i2 = plane % src1->ne[2];
-        const int64_t i3 = plane / src1->ne[2];
-        const int64_t row0 = chunk % n_chunks * size;
-        const int64_t row1 = std::min(row0 + size, rows);
-
-        const char * w    = (const char *) src0->data + i2/(src1->ne[2]/src0->ne[2])*src0->nb[2] + i3/(src1->ne[3]/src0->ne[3])*src0->nb[3];
-        const char * work = (const char *) params->wdata + plane*n_cols*g.column_size;
-        char       * out  = (char *) dst->data + i2*dst->nb[2] + i3*dst->nb[3];
-
-        for (int64_t c = 0; c < n_cols; c += TILE_COLS) {
-            const int n = (int) std::min<int64_t>(TILE_COLS, n_cols - c);
-            column  cols[TILE_COLS];
-            float * dsts[TILE_COLS];
-            for (int k = 0; k < n; ++k) {
-                cols[k] = column::at(work + (c + k)*g.column_size, g.nb);
-                dsts[k] = (float *) (out + (c + k)*dst->nb[1]);
-            }
-            multiply(g, w, src0->nb[1], row0, row1, cols, dsts, n, params->use_ref);
+    const int64_t size     = g.chunk_groups*GROUP_ROWS;
+    const int64_t n_chunks = g.n_chunks();
+    for (int64_t chunk = params->ith; chunk < g.n_experts*n_chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t e = chunk / n_chunks;
+        const int64_t n = offsets[e + 1] - offsets[e];
+        if (n == 0) {
+            continue;
         }
-    }
-}
-
-static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    const ggml_tensor * ids  = dst->src[2];
-    const geometry g(dst);
-    GGML_ASSERT(params->wsize >= work_size(dst));
-
-    const int64_t n_experts = src0->ne[2];
-    const int64_t n_pairs   = ggml_nelements(ids);
-    int64_t    * counts = (int64_t *) ((char *) params->wdata + GGML_PAD(g.columns*g.column_size, sizeof(int64_t)));
-    expert_row * pairs  = (expert_row *) (counts + n_experts); // [n_experts][n_pairs]
-
-    quantize_columns(params, dst, g);
-    if (params->ith == 0) {
-        memset(counts, 0, n_experts*sizeof(int64_t));
-        for (int64_t token = 0; token < ids->ne[1]; ++token) {
-            for (int64_t slot = 0; slot < ids->ne[0]; ++slot) {
-                const int32_t expert = *(const int32_t *) ((const char *) ids->data + token*ids->nb[1] + slot*ids->nb[0]);
-                GGML_ASSERT(expert >= 0 && expert < n_experts);
-                pairs[expert*n_pairs + counts[expert]++] = { (int32_t) slot, (int32_t) token };
-            }
-        }
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
-    }
-    ggml_barrier(params->threadpool);
-
-    const int64_t rows     = src0->ne[1];
-    const int64_t size     = chunk_rows(rows, n_experts, params->nth);
-    const int64_t n_chunks = (rows + size - 1)/size;
-
-    for (int64_t chunk = params->ith; chunk < n_experts*n_chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t expert = chunk / n_chunks;
         const int64_t row0 = chunk % n_chunks * size;
-        const int64_t row1 = std::min(row0 + size, rows);
-        const char * w = (const char *) src0->data + expert*src0->nb[2];
+        const int64_t row1 = std::min(row0 + size, g.rows);
+        const block_kt4x16 * w = weight_groups(src0, (const char *) src0->data + e*src0->nb[2], row0, row1, scratch);
 
-        for (int64_t p = 0; p < counts[expert]; p += TILE_COLS) {
-            const int n = (int) std::min<int64_t>(TILE_COLS, counts[expert] - p);
-            column  cols[TILE_COLS];
-            float * dsts[TILE_COLS];
-            for (int k = 0; k < n; ++k) {
-                const expert_row pair = pairs[expert*n_pairs + p + k];
-                // src1 has one row a token, or one a token and slot
-                const int64_t i = pair.token*src1->ne[1] + pair.slot % src1->ne[1];
-                cols[k] = column::at((const char *) params->wdata + i*g.column_size, g.nb);
-                dsts[k] = (float *) ((char *) dst->data + pair.slot*dst->nb[1] + pair.token*dst->nb[2]);
+        for (int64_t c0 = 0; c0 < n; c0 += PANEL_COLUMNS) {
+            const panel_position p(c0, n, g.nb);
+            float * dsts[PANEL_COLUMNS];
+            for (int c = 0; c < p.width; ++c) {
+                const expert_pair & pair = pairs[offsets[e] + c0 + c];
+                dsts[c] = (float *) ((char *) dst->data + pair.slot*dst->nb[1] + pair.token*dst->nb[2]);
             }
-            multiply(g, w, src0->nb[1], row0, row1, cols, dsts, n, params->use_ref);
+            multiply_panel(g.nb, w, row0, row1, panels + offsets[e]*column + p.offset, p.width, dsts, params->use_ref);
         }
     }
 }
 
 } // namespace ggml::cpu::kt4
 
-bool ggml_kt4_work_size(const ggml_tensor * dst, size_t * size) {
-    if (!ggml::cpu::kt4::handles(dst)) {
+bool ggml_kt4_work_size(int n_threads, const ggml_tensor * dst, size_t * size) {
+    if (!ggml::cpu::kt4::is_product(dst)) {
         return false;
     }
-    *size = ggml::cpu::kt4::work_size(dst);
+    *size = ggml::cpu::kt4::work_size(n_threads, dst);
     return true;
 }
 
 bool ggml_kt4_compute_forward(const ggml_compute_params * params, ggml_tensor * dst) {
-    if (!ggml::cpu::kt4::handles(dst)) {
-        return false;
+    using namespace ggml::cpu::kt4;
+    if (!is_product(dst)) {
+        return compute_hadamard(params, dst);
     }
+    const input in = { dst->src[1], (const char *) dst->src[1]->data, 0 };
     if (dst->op == GGML_OP_MUL_MAT) {
-        ggml::cpu::kt4::mul_mat(params, dst);
+        mul_mat(params, in, &dst, 1);
     } else {
-        ggml::cpu::kt4::mul_mat_id(params, dst);
+        mul_mat_id(params, in, dst);
     }
     return true;
 }
