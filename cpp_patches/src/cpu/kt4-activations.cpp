@@ -66,11 +66,6 @@ static void quantize_block_8_ref(const float * x, int8_t * q, float * d_out) {
     *d_out = to_half_and_back(d);
 }
 
-// -8 * the sum of the codes; as two int16 (even and odd pairs of codes) where the kernel sums in those
-static int32_t bias_of(int even, int odd) {
-    return SPLIT_BIAS ? (int32_t) ((uint32_t) (uint16_t) (-8*even) | (uint32_t) (uint16_t) (-8*odd) << 16) : -8*(even + odd);
-}
-
 static void quantize_block_ref(const float * x, int bits, int8_t * q, float * d_out, int32_t * bias) {
     if (bits == 4) {
         block_kt4 block;

@@ -9,23 +9,23 @@
 namespace ggml::cpu::kt4 {
 
 // dst[c][0..15] = 16 rows of weights times column c of a panel of N columns, nb blocks long
-template <int N>
-void multiply_generic(int64_t nb, const block_kt4x16 * w, const char * panel, float * const * dst) {
+template <int N, int BLOCK>
+void multiply_generic(int64_t nb, const group_block<BLOCK> * w, const char * panel, float * const * dst) {
     float acc[N][GROUP_ROWS] = {};
-    for (int64_t b = 0; b < nb; ++b, panel += N*COLUMN_BLOCK) {
+    for (int64_t b = 0; b < nb; ++b, panel += N*column_block(BLOCK)) {
         float d[N];
         memcpy(d, panel, sizeof(d));
         const int8_t * q = (const int8_t *) panel + (sizeof(float) + sizeof(int32_t))*N;
 
         int sum[N][GROUP_ROWS] = {};
-        for (int p = 0; p < QK_KT4/8; ++p) {
+        for (int p = 0; p < BLOCK/8; ++p) {
             for (int r = 0; r < GROUP_ROWS; ++r) {
                 const uint8_t * bytes = w[b].qs + 4*(p*GROUP_ROWS + r);
                 for (int i = 0; i < 4; ++i) {
                     const int lo = BIASED ? (bytes[i] & 15) - 8 : (int8_t) (uint8_t) (bytes[i] << 4) >> 4;
                     const int hi = BIASED ? (bytes[i] >> 4) - 8 : (int8_t) bytes[i] >> 4;
                     for (int c = 0; c < N; ++c) {
-                        sum[c][r] += lo*q[4*(p*N + c) + i] + hi*q[4*((p + 8)*N + c) + i];
+                        sum[c][r] += lo*q[4*(p*N + c) + i] + hi*q[4*((p + BLOCK/8)*N + c) + i];
                     }
                 }
             }

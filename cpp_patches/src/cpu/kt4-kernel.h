@@ -8,36 +8,37 @@
 
 namespace ggml::cpu::kt4 {
 
-template <int N>
-void multiply_fixed(int64_t nb, const block_kt4x16 * w, const char * panel, float * const * dst, bool ref) {
+template <int N, int BLOCK>
+void multiply_fixed(int64_t nb, const group_block<BLOCK> * w, const char * panel, float * const * dst, bool ref) {
     if (ref) {
-        multiply_generic<N>(nb, w, panel, dst);
+        multiply_generic<N, BLOCK>(nb, w, panel, dst);
         return;
     }
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-    multiply_avx512<N>(nb, w, panel, dst);
+    multiply_avx512<N, BLOCK>(nb, w, panel, dst);
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-    multiply_avx2<N>(nb, w, panel, dst);
+    multiply_avx2<N, BLOCK>(nb, w, panel, dst);
 #elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
-    multiply_neon<N>(nb, w, panel, dst);
+    multiply_neon<N, BLOCK>(nb, w, panel, dst);
 #else
-    multiply_generic<N>(nb, w, panel, dst);
+    multiply_generic<N, BLOCK>(nb, w, panel, dst);
 #endif
 }
 
 // dst[c][0..15] = 16 rows of weights times column c of a panel `width` columns wide, nb blocks long. ref: portable code
-inline void multiply(int64_t nb, const block_kt4x16 * w, const char * panel, int width, float * const * dst, bool ref) {
+template <int BLOCK>
+void multiply(int64_t nb, const group_block<BLOCK> * w, const char * panel, int width, float * const * dst, bool ref) {
     static_assert(PANEL_COLUMNS <= 8, "a case for each width");
     switch (width) {
-        case 1: multiply_fixed<1>(nb, w, panel, dst, ref); break;
-        case 2: multiply_fixed<2>(nb, w, panel, dst, ref); break;
-        case 3: multiply_fixed<3>(nb, w, panel, dst, ref); break;
-        case 4: multiply_fixed<4>(nb, w, panel, dst, ref); break;
+        case 1: multiply_fixed<1, BLOCK>(nb, w, panel, dst, ref); break;
+        case 2: multiply_fixed<2, BLOCK>(nb, w, panel, dst, ref); break;
+        case 3: multiply_fixed<3, BLOCK>(nb, w, panel, dst, ref); break;
+        case 4: multiply_fixed<4, BLOCK>(nb, w, panel, dst, ref); break;
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-        case 5: multiply_fixed<5>(nb, w, panel, dst, ref); break;
-        case 6: multiply_fixed<6>(nb, w, panel, dst, ref); break;
-        case 7: multiply_fixed<7>(nb, w, panel, dst, ref); break;
-        case 8: multiply_fixed<8>(nb, w, panel, dst, ref); break;
+        case 5: multiply_fixed<5, BLOCK>(nb, w, panel, dst, ref); break;
+        case 6: multiply_fixed<6, BLOCK>(nb, w, panel, dst, ref); break;
+        case 7: multiply_fixed<7, BLOCK>(nb, w, panel, dst, ref); break;
+        case 8: multiply_fixed<8, BLOCK>(nb, w, panel, dst, ref); break;
 #endif
     }
 }

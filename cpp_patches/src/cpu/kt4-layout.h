@@ -1,5 +1,6 @@
 // The two layouts that the matrix kernels read: weights in groups of 16 rows, activations in panels of a few columns.
 // Both interleave what one vector instruction multiplies: 16 rows (or all columns of a panel) times 4 values.
+// BLOCK is 64 for kt4, and 32 where attention reads keys of the q4_0 cache through the same kernels.
 #pragma once
 
 #include "kt4-quants.h"
@@ -16,12 +17,14 @@ namespace ggml::cpu::kt4 {
 constexpr int GROUP_ROWS = 16;
 
 // One block of 16 rows. As large as the 16 blocks it is made of, so repacking needs no more memory.
-struct block_kt4x16 {
+template <int BLOCK>
+struct group_block {
     ggml_half d[GROUP_ROWS];
-    // 32-bit word p*16 + r (p < 8) is bytes 4p..4p+3 of row r's block: low nibbles are its elements 4p..4p+3, high
-    // nibbles 32+4p..32+4p+3
-    uint8_t qs[GROUP_ROWS*QK_KT4/2];
+    // 32-bit word p*16 + r is bytes 4p..4p+3 of row r's block: low nibbles are its elements 4p..4p+3, high nibbles
+    // BLOCK/2 further
+    uint8_t qs[GROUP_ROWS*BLOCK/2];
 };
+using block_kt4x16 = group_block<QK_KT4>;
 static_assert(sizeof(block_kt4x16) == GROUP_ROWS*sizeof(block_kt4), "repacked weights take no more memory");
 
 // x86 multiplies unsigned by signed bytes: there nibbles are stored plus 8 (0..15)
@@ -49,11 +52,18 @@ constexpr bool SPLIT_BIAS = true;
 constexpr bool SPLIT_BIAS = false;
 #endif
 
+// -8 * the sum of the codes, given those of even and of odd pairs; as two int16 where the kernel sums in those
+inline int32_t bias_of(int even, int odd) {
+    return SPLIT_BIAS ? (int32_t) ((uint32_t) (uint16_t) (-8*even) | (uint32_t) (uint16_t) (-8*odd) << 16) : -8*(even + odd);
+}
+
 // A panel of N <= PANEL_COLUMNS columns (the last one of a matrix is narrower) is, for each block of 64 values:
 //   float   d[N]         scales, rounded to half
 //   int32_t bias[N]      -8 * the sum of the codes: undoes the +8 of biased weights
 //   int8_t  q[16][N][4]  codes, -8..7 or -127..127
-constexpr size_t COLUMN_BLOCK = sizeof(float) + sizeof(int32_t) + QK_KT4; // bytes of one column's block
+// (of 32 values: q[8][N][4])
+constexpr size_t column_block(int block) { return sizeof(float) + sizeof(int32_t) + block; } // bytes of one column
+constexpr size_t COLUMN_BLOCK = column_block(QK_KT4);
 
 inline size_t column_size(int64_t nb) { return nb*COLUMN_BLOCK; }
 
@@ -72,11 +82,12 @@ struct panel_position {
 };
 
 // one block of one column into the panel's block
-inline void store_column_block(char * block, int width, int column, const int8_t * q, float d, int32_t bias) {
+template <int BLOCK = QK_KT4>
+void store_column_block(char * block, int width, int column, const int8_t * q, float d, int32_t bias) {
     memcpy(block + sizeof(float)*column, &d, sizeof(d));
     memcpy(block + sizeof(float)*(width + column), &bias, sizeof(bias));
     char * codes = block + (sizeof(float) + sizeof(int32_t))*width + 4*column;
-    for (int t = 0; t < QK_KT4/4; ++t) {
+    for (int t = 0; t < BLOCK/4; ++t) {
         memcpy(codes + 4*width*t, q + 4*t, 4);
     }
 }

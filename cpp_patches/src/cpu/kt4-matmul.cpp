@@ -5,6 +5,7 @@
 #include "kt4-matmul.h"
 
 #include "kt4-activations.h"
+#include "kt4-attention.h"
 #include "kt4-cpu.h"
 #include "kt4-kernel.h"
 
@@ -307,15 +308,25 @@ void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tenso
 } // namespace ggml::cpu::kt4
 
 bool ggml_kt4_work_size(int n_threads, const ggml_tensor * dst, size_t * size) {
-    if (!ggml::cpu::kt4::is_product(dst)) {
+    using namespace ggml::cpu::kt4;
+    if (is_attention(dst)) {
+        // as much as upstream's reference path may want of it
+        *size = std::max(attention_work_size(n_threads, dst), n_threads*(dst->src[1]->ne[0] + 2*dst->src[2]->ne[0] + 64)*sizeof(float));
+        return true;
+    }
+    if (!is_product(dst)) {
         return false;
     }
-    *size = ggml::cpu::kt4::work_size(n_threads, dst);
+    *size = work_size(n_threads, dst);
     return true;
 }
 
 bool ggml_kt4_compute_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     using namespace ggml::cpu::kt4;
+    if (is_attention(dst) && !params->use_ref) {
+        attention(params, dst);
+        return true;
+    }
     if (!is_product(dst)) {
         return compute_hadamard(params, dst);
     }

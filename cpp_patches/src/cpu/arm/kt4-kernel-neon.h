@@ -12,15 +12,15 @@
 namespace ggml::cpu::kt4 {
 
 // as multiply_generic
-template <int N>
-void multiply_neon(int64_t nb, const block_kt4x16 * w, const char * panel, float * const * dst) {
+template <int N, int BLOCK>
+void multiply_neon(int64_t nb, const group_block<BLOCK> * w, const char * panel, float * const * dst) {
     float32x4_t acc[N][4];
     for (int c = 0; c < N; ++c) {
         for (int g = 0; g < 4; ++g) {
             acc[c][g] = vdupq_n_f32(0.0f);
         }
     }
-    for (int64_t b = 0; b < nb; ++b, panel += N*COLUMN_BLOCK) {
+    for (int64_t b = 0; b < nb; ++b, panel += N*column_block(BLOCK)) {
         const int8_t * q = (const int8_t *) panel + (sizeof(float) + sizeof(int32_t))*N;
         int32x4_t sum[N][4];
         for (int c = 0; c < N; ++c) {
@@ -33,7 +33,7 @@ void multiply_neon(int64_t nb, const block_kt4x16 * w, const char * panel, float
             memcpy(&x, p, sizeof(x));
             return vreinterpretq_s8_s32(vdupq_n_s32(x));
         };
-        for (int p = 0; p < QK_KT4/8; ++p) {
+        for (int p = 0; p < BLOCK/8; ++p) {
             int8x16_t lo[4], hi[4];
             for (int g = 0; g < 4; ++g) {
                 const int8x16_t v = vld1q_s8((const int8_t *) w[b].qs + 64*p + 16*g);
@@ -42,7 +42,7 @@ void multiply_neon(int64_t nb, const block_kt4x16 * w, const char * panel, float
             }
             for (int c = 0; c < N; ++c) {
                 const int8x16_t xl = word(q + 4*(p*N + c));
-                const int8x16_t xh = word(q + 4*((p + 8)*N + c));
+                const int8x16_t xh = word(q + 4*((p + BLOCK/8)*N + c));
                 for (int g = 0; g < 4; ++g) {
                     sum[c][g] = vdotq_s32(vdotq_s32(sum[c][g], lo[g], xl), hi[g], xh);
                 }

@@ -23,8 +23,8 @@ inline __m256i dot4(__m256i sum, __m256i w, __m256i x) {
 }
 
 // as multiply_generic
-template <int N>
-void multiply_avx2(int64_t nb, const block_kt4x16 * w, const char * panel, float * const * dst) {
+template <int N, int BLOCK>
+void multiply_avx2(int64_t nb, const group_block<BLOCK> * w, const char * panel, float * const * dst) {
     const __m256i mask = _mm256_set1_epi8(0x0F);
     const auto word = [](const char * p) {
         int32_t x;
@@ -36,14 +36,14 @@ void multiply_avx2(int64_t nb, const block_kt4x16 * w, const char * panel, float
     for (int c = 0; c < N; ++c) {
         acc[c][0] = acc[c][1] = _mm256_setzero_ps();
     }
-    for (int64_t b = 0; b < nb; ++b, panel += N*COLUMN_BLOCK) {
+    for (int64_t b = 0; b < nb; ++b, panel += N*column_block(BLOCK)) {
         const char * q = panel + (sizeof(float) + sizeof(int32_t))*N;
         __m256i sum[N][2];
         for (int c = 0; c < N; ++c) {
             sum[c][0] = sum[c][1] = word(panel + 4*(N + c));
         }
 #pragma GCC unroll 8
-        for (int p = 0; p < QK_KT4/8; ++p) {
+        for (int p = 0; p < BLOCK/8; ++p) {
             const __m256i v0 = _mm256_loadu_si256((const __m256i *) (w[b].qs + 64*p));
             const __m256i v1 = _mm256_loadu_si256((const __m256i *) (w[b].qs + 64*p + 32));
             const __m256i lo0 = _mm256_and_si256(v0, mask);
@@ -56,7 +56,7 @@ void multiply_avx2(int64_t nb, const block_kt4x16 * w, const char * panel, float
             const __m256i hi0 = _mm256_and_si256(_mm256_srli_epi16(v0, 4), mask);
             const __m256i hi1 = _mm256_and_si256(_mm256_srli_epi16(v1, 4), mask);
             for (int c = 0; c < N; ++c) {
-                const __m256i x = word(q + 4*((p + 8)*N + c));
+                const __m256i x = word(q + 4*((p + BLOCK/8)*N + c));
                 sum[c][0] = dot4(sum[c][0], hi0, x);
                 sum[c][1] = dot4(sum[c][1], hi1, x);
             }

@@ -11,8 +11,8 @@
 namespace ggml::cpu::kt4 {
 
 // as multiply_generic
-template <int N>
-void multiply_avx512(int64_t nb, const block_kt4x16 * w, const char * panel, float * const * dst) {
+template <int N, int BLOCK>
+void multiply_avx512(int64_t nb, const group_block<BLOCK> * w, const char * panel, float * const * dst) {
     constexpr int CHAINS = N == 1 ? 4 : N == 2 ? 2 : 1; // vpdpbusd takes 4 cycles: so many sums in flight at least
     const __m512i mask = _mm512_set1_epi8(0x0F);
 
@@ -20,7 +20,7 @@ void multiply_avx512(int64_t nb, const block_kt4x16 * w, const char * panel, flo
     for (int c = 0; c < N; ++c) {
         acc[c] = _mm512_setzero_ps();
     }
-    for (int64_t b = 0; b < nb; ++b, panel += N*COLUMN_BLOCK) {
+    for (int64_t b = 0; b < nb; ++b, panel += N*column_block(BLOCK)) {
         const char * q = panel + (sizeof(float) + sizeof(int32_t))*N;
         const auto word = [](const char * p) {
             int32_t x;
@@ -36,7 +36,7 @@ void multiply_avx512(int64_t nb, const block_kt4x16 * w, const char * panel, flo
             }
         }
 #pragma GCC unroll 8
-        for (int p = 0; p < QK_KT4/8; ++p) {
+        for (int p = 0; p < BLOCK/8; ++p) {
             const __m512i v  = _mm512_loadu_si512(w[b].qs + 64*p);
             const __m512i lo = _mm512_and_si512(v, mask);
             const __m512i hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
@@ -46,7 +46,7 @@ void multiply_avx512(int64_t nb, const block_kt4x16 * w, const char * panel, flo
             }
             for (int c = 0; c < N; ++c) {
                 __m512i & s = sum[c][(2*p + 1) % CHAINS];
-                s = _mm512_dpbusd_epi32(s, hi, word(q + 4*((p + 8)*N + c)));
+                s = _mm512_dpbusd_epi32(s, hi, word(q + 4*((p + BLOCK/8)*N + c)));
             }
         }
         const __m512 dw = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) w[b].d));
