@@ -134,6 +134,33 @@ static void pack_keys(const char * k, size_t stride, int n, int64_t nb, group_bl
     }
 }
 
+// upstream's conversion is compiled for the baseline
+static void expand_block(const block_q4_0 * block, float * out) {
+    const float d = GGML_CPU_FP16_TO_FP32(block->d);
+#if defined(__AVX2__) && defined(__FMA__)
+    const __m128i q    = _mm_loadu_si128((const __m128i *) block->qs);
+    const __m128i mask = _mm_set1_epi8(0x0F);
+    const __m128i half[2] = { _mm_and_si128(q, mask), _mm_and_si128(_mm_srli_epi16(q, 4), mask) };
+    for (int i = 0; i < 2; ++i) {
+        // one rounding, as (q - 8)*d: 8*d is exact
+#if defined(__AVX512F__)
+        const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(half[i]));
+        _mm512_storeu_ps(out + 16*i, _mm512_fmsub_ps(x, _mm512_set1_ps(d), _mm512_set1_ps(8.0f*d)));
+#else
+        const __m256 lo = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(half[i]));
+        const __m256 hi = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(half[i], 8)));
+        _mm256_storeu_ps(out + 16*i,     _mm256_fmsub_ps(lo, _mm256_set1_ps(d), _mm256_set1_ps(8.0f*d)));
+        _mm256_storeu_ps(out + 16*i + 8, _mm256_fmsub_ps(hi, _mm256_set1_ps(d), _mm256_set1_ps(8.0f*d)));
+#endif
+    }
+#else
+    for (int j = 0; j < BLOCK/2; ++j) {
+        out[j]           = ((block->qs[j] & 0x0F) - 8)*d;
+        out[j + BLOCK/2] = ((block->qs[j] >>   4) - 8)*d;
+    }
+#endif
+}
+
 static void expand_values(const ggml_tensor * v, const char * rows, int n, float * out) {
     const int64_t dv = v->ne[0];
     const ggml_to_float_t to_float = ggml_get_type_traits(v->type)->to_float;
@@ -143,19 +170,18 @@ static void expand_values(const ggml_tensor * v, const char * rows, int n, float
             to_float(row, out, dv);
             continue;
         }
-        for (int64_t b = 0; b < dv/BLOCK; ++b) { // upstream's conversion is compiled for the baseline
-            const block_q4_0 * block = (const block_q4_0 *) row + b;
-            const float d = GGML_CPU_FP16_TO_FP32(block->d);
-            float * lo = out + b*BLOCK;
-            float * hi = lo + BLOCK/2;
-            for (int j = 0; j < BLOCK/2; ++j) {
-                lo[j] = ((block->qs[j] & 0x0F) - 8)*d;
-                hi[j] = ((block->qs[j] >>   4) - 8)*d;
-            }
+        for (int64_t b = 0; b < dv/BLOCK; ++b) {
+            expand_block((const block_q4_0 *) row + b, out + b*BLOCK);
         }
     }
     memset(out, 0, (KEYS - n)*dv*sizeof(float));
 }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define KEEP_IN_REGISTER(x) asm("" : "+v"(x))
+#else
+#define KEEP_IN_REGISTER(x) (void) (x)
+#endif
 
 // --- sums: [R rows][dv] = sums * rescale[row] + weights: [R][KEYS] times values: [KEYS][dv], for N vectors of columns
 
@@ -171,6 +197,7 @@ static void add_values(const float * weights, const float * values, int64_t dv, 
         vec v[N];
         for (int i = 0; i < N; ++i) {
             v[i] = *(const vec *) (values + key*dv + i*LANES);
+            KEEP_IN_REGISTER(v[i]); // GCC would load it again for each row, and loads are what is short
         }
         for (int r = 0; r < R; ++r) {
             for (int i = 0; i < N; ++i) {
@@ -202,8 +229,11 @@ static void add_values_all(int64_t n, const float * weights, const float * value
     for (; r + 4 <= n; r += 4) {
         add_values_rows<4>(weights + r*KEYS, values, dv, rescale + r, sums + r*dv);
     }
-    for (; r < n; ++r) {
-        add_values_rows<1>(weights + r*KEYS, values, dv, rescale + r, sums + r*dv);
+    switch (n - r) {
+        case 3: add_values_rows<3>(weights + r*KEYS, values, dv, rescale + r, sums + r*dv); break;
+        case 2: add_values_rows<2>(weights + r*KEYS, values, dv, rescale + r, sums + r*dv); break;
+        case 1: add_values_rows<1>(weights + r*KEYS, values, dv, rescale + r, sums + r*dv); break;
+        default: break;
     }
 }
 
