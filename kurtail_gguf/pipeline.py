@@ -45,6 +45,7 @@ from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
+from kurtail_gguf.memory import memory_available
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.hadamard import random_rotation
 from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
@@ -53,7 +54,7 @@ from kurtail_gguf.rotation.spinquant import Rounding, learn_spinquant
 from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
-from kurtail_gguf.tuning import memory_available, memory_needed, tune
+from kurtail_gguf.tuning import memory_needed, tune
 from kurtail_gguf.workdir import filling, open_work_dir
 
 #: Tokens that rotations are learned from, at most: a few thousand of them are kept at each site.

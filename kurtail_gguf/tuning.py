@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from safetensors.numpy import load_file, save_file
 
@@ -19,6 +18,7 @@ from kurtail_gguf.distill.teacher import Teacher, run_teacher
 from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.memory import memory_available
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.workdir import filling
@@ -40,11 +40,6 @@ def memory_needed(checkpoint: Checkpoint, block: int, recompute: bool = True) ->
         + 16 * STEP_TOKENS * spec.vocab_size
         + 12 * layer
     )
-
-
-def memory_available(device: torch.device) -> int:
-    """Bytes free on the device, as far as one process can know."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def tune(

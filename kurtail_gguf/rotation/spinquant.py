@@ -24,13 +24,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.memory import memory_available
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.cayley_sgd import CayleySGD
 from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
@@ -126,7 +126,7 @@ def check_memory(checkpoint: Checkpoint, tokens: int, device: torch.device) -> N
     # logits, their softmax and their gradient; inputs of layers; a layer's own are smaller than the logits
     values += tokens * (3 * spec.vocab_size + spec.layers * spec.hidden_size)
     needed = 4 * values
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = memory_available(device)
     if needed > free:
         raise KurtailError(
             f"--rotation spinquant needs the whole model in memory: {checkpoint.directory} takes "

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -14,6 +11,7 @@ from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.rotation import spinquant
 from kurtail_gguf.rotation.hadamard import random_orthogonal, random_rotation
 from kurtail_gguf.rotation.spinquant import Rounding, RotatedNetwork, learn_spinquant
 from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
@@ -162,7 +160,7 @@ def test_same_seed_same_bytes(tiny_checkpoint):
 def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(tiny_checkpoint, monkeypatch):
     checkpoint = open_checkpoint(tiny_checkpoint())
     ids = np.zeros((1, 32), np.int32)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=900_000))
+    monkeypatch.setattr(spinquant, "memory_available", lambda device: 900_000)
     with pytest.raises(KurtailError, match=r"whole model in memory.*0\.0 GB free; use --rotation kurtail"):
         _learned(checkpoint, ids)
 
