@@ -6,7 +6,6 @@ result is already there; the layers of the last stage count one by one.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -39,6 +38,7 @@ from kurtail_gguf.config import (
 )
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.export import check_vocabulary, write_gguf
+from kurtail_gguf.files import file_sha256
 from kurtail_gguf.fold.layer import balance_channels
 from kurtail_gguf.formats.hadamard import MAX_R4, r4_size
 from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
@@ -213,7 +213,7 @@ def _text_hashes(config: ConvertConfig) -> dict[str, str]:
     if not config.needs_calibration:
         return {}
     files = (name for name in config.calibration if name != "self" and not name.startswith("hf:"))
-    return {name: _file_sha256(Path(name)) for name in files}
+    return {name: file_sha256(Path(name), "calibration text", CalibrationError) for name in files}
 
 
 def _settings(
@@ -236,14 +236,6 @@ def _settings(
         "seed": config.seed,
         "device": device.type,
     }
-
-
-def _file_sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CalibrationError(f"calibration text {path} cannot be read: {error.strerror}") from error
 
 
 def _tokens(

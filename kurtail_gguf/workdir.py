@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.files import write_atomically
 
 _SETTINGS = "settings.json"
 
@@ -44,13 +45,6 @@ def open_work_dir(directory: Path, settings: Mapping[str, object]) -> None:
             f"{directory} holds a run with other settings ({'; '.join(differing)}): remove it, or give "
             "another --work-dir"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text so that ``path`` is either as before or complete."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
 
 
 @contextmanager
