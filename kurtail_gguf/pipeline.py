@@ -45,7 +45,6 @@ from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
-from kurtail_gguf.memory import memory_available
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.hadamard import random_rotation
 from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
@@ -54,7 +53,7 @@ from kurtail_gguf.rotation.spinquant import Rounding, learn_spinquant
 from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
-from kurtail_gguf.tuning import memory_needed, tune
+from kurtail_gguf.tuning import memory_shortage, tune
 from kurtail_gguf.workdir import filling, open_work_dir
 
 #: Tokens that rotations are learned from, at most: a few thousand of them are kept at each site.
@@ -383,12 +382,8 @@ def _calibrated_on(
 
 def _check_damage_fits(checkpoint: Checkpoint, plan: _Plan, device: torch.device) -> None:
     """Refuse to measure damage where the quantized model does not fit, before hours of quantizing it."""
-    needed, available = memory_needed(checkpoint, plan.format.block), memory_available(device)
-    if needed > available:
-        raise KurtailError(
-            f"--activations auto needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}: "
-            "give --activations 4 or 8, or use a larger machine"
-        )
+    if shortage := memory_shortage(checkpoint, plan.format.block, device):
+        raise KurtailError(f"--activations auto {shortage}: give --activations 4 or 8, or use a larger machine")
 
 
 def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
@@ -406,13 +401,12 @@ def _tuning_steps(
 ) -> int:
     """Steps of tuning; 0 where it was not asked for by name and the model is too large for it."""
     steps = config.tuning_steps
-    needed, available = memory_needed(checkpoint, plan.format.block), memory_available(device)
-    if not steps or needed <= available:
+    shortage = memory_shortage(checkpoint, plan.format.block, device) if steps else None
+    if shortage is None:
         return steps
-    sizes = f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}"
     if config.tune is not None:
-        raise KurtailError(f"--tune {steps} {sizes}: give --tune 0 or use a larger machine")
-    with progress.stage(f"tuning of scales left out: it {sizes}", 1) as stage:
+        raise KurtailError(f"--tune {steps} {shortage}: give --tune 0 or use a larger machine")
+    with progress.stage(f"tuning of scales left out: it {shortage}", 1) as stage:
         stage.advance()
     return 0
 

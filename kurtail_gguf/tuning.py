@@ -42,6 +42,14 @@ def memory_needed(checkpoint: Checkpoint, block: int, recompute: bool = True) ->
     )
 
 
+def memory_shortage(checkpoint: Checkpoint, block: int, device: torch.device) -> str | None:
+    """For a message: how :func:`memory_needed` exceeds what the device has; None where all fits."""
+    needed, available = memory_needed(checkpoint, block), memory_available(device)
+    if needed <= available:
+        return None
+    return f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}"
+
+
 def tune(
     checkpoint: Checkpoint,
     ids: npt.NDArray[np.int32],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from kurtail_gguf import pipeline
+from kurtail_gguf import pipeline, tuning
 from kurtail_gguf.config import ConvertConfig, Provenance
 from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
@@ -335,6 +336,31 @@ def test_the_default_gives_the_same_bytes_again(tiny_checkpoint, tmp_path, expor
         )
     assert exported[0] == exported[1]
     assert exported[0][1].tune_steps == 3
+
+
+def test_tuning_that_does_not_fit_is_refused_where_it_was_asked_for(
+    tiny_checkpoint, tmp_path, exported, text, monkeypatch
+):
+    monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
+    options = {"rotation": "hadamard", "calibration": (str(text),)}
+    told = _refused(_config(tiny_checkpoint(), tmp_path / "o.gguf", tune=3, **options))
+    assert re.fullmatch(r"--tune 3 needs about \d+\.\d GB, 0\.0 GB are free on cpu: give --tune 0 or .*", told)
+    assert not exported
+    pipeline.convert(_config(tiny_checkpoint(), tmp_path / "o.gguf", tune=0, **options), NullProgress())
+
+
+def test_tuning_that_does_not_fit_is_left_out_by_default_and_the_user_told(
+    tiny_checkpoint, tmp_path, exported, text, few_steps, monkeypatch, recorder
+):
+    monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
+    config = _config(
+        tiny_checkpoint(), tmp_path / "o.gguf", rotation="output", weights="gptq", calibration=(str(text),)
+    )
+    assert config.tuning_steps > 0
+    assert pipeline.convert(config, recorder).provenance.tune_steps == 0
+    name, total, done = recorder.stages[-1]
+    assert re.fullmatch(r"tuning of scales left out: it needs about .* GB, 0\.0 GB are free on cpu", name)
+    assert total == done == 1
 
 
 @pytest.mark.parametrize("lost", [(0, 1), (1,)])
