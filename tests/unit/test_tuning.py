@@ -60,13 +60,11 @@ def _quantized(checkpoint, directory: Path) -> Path:
 
 
 def _student(checkpoint, quantized: Path, recompute: bool = True) -> Student:
-    stored = [tuning._Stored(path, FORMAT) for path in sorted(quantized.glob("layer-*.safetensors"))]
-    prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
-    parts = [
-        [getattr(layer, what)(prefix, CPU) for layer, prefix in zip(stored, prefixes, strict=True)]
-        for what in ("codes", "scales", "rest")
+    layers = [
+        tuning.read_layer(quantized / f"layer-{layer:05d}.safetensors", checkpoint.spec.layer_prefix(layer), FORMAT, CPU)
+        for layer in range(checkpoint.spec.layers)
     ]
-    return Student(checkpoint, *parts, ROUNDING, CPU, IDS.shape[1], recompute)
+    return Student(checkpoint, layers, ROUNDING, CPU, IDS.shape[1], recompute)
 
 
 def _tune(checkpoint, quantized: Path, target: Path, steps: int, progress=None) -> Path:
