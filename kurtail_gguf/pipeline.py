@@ -49,9 +49,10 @@ from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.hadamard import random_rotation
 from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
 from kurtail_gguf.rotation.objectives import OBJECTIVES
-from kurtail_gguf.rotation.spinquant import Rounding, learn_spinquant
+from kurtail_gguf.rotation.spinquant import learn_spinquant
 from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
+from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.tuning import memory_shortage, tune
 from kurtail_gguf.workdir import filling, open_work_dir
@@ -323,11 +324,11 @@ def _spinquant(
 ) -> Rotations:
     """From the rotations of ``--rotation hadamard``, so that the two differ by the learning alone."""
     plan, start = _Plan.of(config, checkpoint), random_rotations(checkpoint, config.seed)
-    rounding = _rounding(config, plan, checkpoint)
+    # for --target stock too, whose own blocks are of 32: what that changes has not been measured
+    rounding = replace(_rounding(config, plan, checkpoint), activation_block=ACTIVATION_BLOCK)
     r1, r2 = learn_spinquant(
-        checkpoint, tokens.ids, (start.r1, start.r2), Rounding(rounding.activation_bits, rounding.cache), plan.r4,
-        config.seed, device, progress,
-    )  # fmt: skip
+        checkpoint, tokens.ids, (start.r1, start.r2), rounding, config.seed, device, progress
+    )
     return Rotations("learned", "learned", r1, r2)
 
 

@@ -152,8 +152,7 @@ class QuantizedPrefix:
             handle.remove()
 
     def _rotated(self, x: Tensor, writer: str) -> Tensor:
-        r4 = self._rounding.r4
-        return rotated(x, r4) if writer == self._spec.family.ffn_writer and r4 > 1 else x
+        return rotated(x, self._rounding.r4) if writer == self._spec.family.ffn_writer else x
 
     def _add(self, values: np.memmap, weights: dict[str, Tensor], writer: str) -> None:
         """Add the writer's output to the residual stream."""

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.simulation.attention import CacheSettings, use_simulated_attention
+from kurtail_gguf.simulation.hooks import round_cache
 
 
 class LayerRunner:
@@ -49,8 +50,7 @@ class LayerRunner:
         self._device = device
         self._layers = model.model.layers.eval()
         if cache is not None:
-            for layer in self._layers:
-                layer.self_attn.kurtail_cache = cache
+            round_cache(self._layers, cache)
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
 

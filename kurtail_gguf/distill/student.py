@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
-from kurtail_gguf.simulation.attention import rotated
+from kurtail_gguf.simulation.hooks import round_input
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.simulation.straight_through import round_through
 
@@ -75,7 +75,7 @@ class Student:
             for name in family.linears:
                 r4 = rounding.r4 if name == family.ffn_writer else 0
                 weight = f"{checkpoint.spec.layer_prefix(layer)}{name}.weight"
-                module.get_submodule(name).register_forward_pre_hook(self._hook(weight, r4))
+                round_input(module.get_submodule(name), self._rounds(weight), r4)
 
     @property
     def scales(self) -> list[dict[str, Tensor]]:
@@ -95,13 +95,9 @@ class Student:
         weights = {f"{name}.weight": _Scaled.apply(codes[name], scale) for name, scale in zip(names, scales, strict=True)}
         return self._runner.run(layer, weights | self.layers[layer].rest, hidden, self._rotary)
 
-    def _hook(self, weight: str, r4: int) -> Any:
+    def _rounds(self, weight: str) -> Callable[[Tensor], Tensor]:
         bits, block = self._rounding.bits_of(weight), self._rounding.activation_block
-
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            return (self._rounded(rotated(inputs[0], r4) if r4 > 1 else inputs[0], weight, bits, block),)
-
-        return hook
+        return lambda x: self._rounded(x, weight, bits, block)
 
 
 class _Scaled(torch.autograd.Function):
