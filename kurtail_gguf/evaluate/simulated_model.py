@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_gguf import ggml
+from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.formats import kt4
 from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, write_header
@@ -29,9 +30,6 @@ from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK, CACHE_BLOCK, roun
 
 #: What the runtime rounds the input of the head to 8 bits in, by the head's type (q8_0 and q8_K).
 _HEAD_BLOCK = {ggml.Q8_0: 32, ggml.Q6_K: 256}
-
-#: Architectures whose q and k rows upstream's converter reorders from halves to pairs of RoPE.
-_PAIRED_ROPE = frozenset({"llama"})
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
@@ -63,19 +61,20 @@ def load_model(info: GgufInfo, library: ggml.GgmlBase) -> PreTrainedModel:
 
     Raises:
         SimulationError: a tensor that has no counterpart in transformers' model.
+        UnsupportedArchitecture: a family that cannot be converted: how its q and k lie in the file is not known.
     """
     config = _config(info)
     config.tie_word_embeddings = not any(tensor.name == "output.weight" for tensor in info.tensors)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=use_simulated_attention())
-    _load_weights(model, info, library)
+    paired = find_family(type(model).__name__).rope_pairs
+    _load_weights(model, info, library, paired)
     _simulate_linears(model, info)
-    round_cache(model.model.layers, _cache_settings(info))
+    round_cache(model.model.layers, _cache_settings(info, paired))
     return model.eval()
 
 
-def _cache_settings(info: GgufInfo) -> CacheSettings:
+def _cache_settings(info: GgufInfo, paired: bool) -> CacheSettings:
     provenance = info.provenance
-    paired = info.architecture in _PAIRED_ROPE
     if provenance is None:
         return CacheSettings(bits=16, rotation=0, rotate_v=False, paired=paired)
     head_dim = int(info.hyper("attention.value_length"))
@@ -106,7 +105,7 @@ def _simulate_linears(model: PreTrainedModel, info: GgufInfo) -> None:
         round_input(linear, partial(round_to, bits=bits, block=block), rotation)
 
 
-def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase) -> None:
+def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase, paired: bool) -> None:
     missing = set(dict(model.named_parameters()))
     data = np.memmap(info.path, dtype=np.uint8, mode="r")
     for tensor in info.tensors:
@@ -114,7 +113,7 @@ def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase
         if name not in missing:
             raise SimulationError(f"{tensor.name} of {info.path} has no place in {type(model).__name__}")
         values = _read(tensor, data, library)
-        if info.architecture in _PAIRED_ROPE and re.search(r"\.(q|k)_proj\.", name):
+        if paired and re.search(r"\.(q|k)_proj\.", name):
             heads = info.hyper("attention.head_count" if ".q_proj." in name else "attention.head_count_kv")
             values = _pairs_to_halves(values, int(heads))
         parameter = model.get_parameter(name)
