@@ -31,20 +31,7 @@ IDS = np.random.default_rng(0).integers(3, 320, (8, 24)).astype(np.int32)
 FORMAT = BLOCK_FORMATS["kurtail"]
 ROUNDING = RuntimeRounding(4, 64, 64, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
 
-
-@pytest.fixture(autouse=True)
-def plain_embedding(monkeypatch):
-    """Rows of the embedding without the runtime's q4_0: these tests need no runtime."""
-
-    class Rows:
-        def __init__(self, path: Path) -> None:
-            self._rows = np.load(path)
-
-        def __call__(self, ids):
-            return self._rows[ids]
-
-    for module in (tuning, tables, __import__("kurtail_gguf.layerwise", fromlist=["layerwise"])):
-        monkeypatch.setattr(module, "EmbeddingRows", Rows)
+pytestmark = pytest.mark.usefixtures("plain_embedding")
 
 
 def _quantized(checkpoint, directory: Path) -> Path:
