@@ -20,7 +20,7 @@ LAYERS = (
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
     ("distill",),
     ("layerwise", "tuning"),
-    ("activation_choice",),
+    ("activation_choice", "rotation_choice"),
     ("pipeline", "measurement"),
     ("comparison", "card"),
     ("cli",),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from kurtail_gguf import pipeline, tuning
+from kurtail_gguf import pipeline, rotation_choice, tuning
 from kurtail_gguf.config import ConvertConfig, Provenance
 from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
@@ -39,8 +39,8 @@ def _config(model: Path, out: Path, **changes) -> ConvertConfig:
 def few_steps(monkeypatch):
     """Learning is tested elsewhere; two hundred steps on a tiny model prove nothing here."""
     for learn in ("learn_r1", "learn_r2", "learn_spinquant"):
-        original = getattr(pipeline, learn)
-        monkeypatch.setattr(pipeline, learn, lambda *a, original=original: original(*a, steps=3))
+        original = getattr(rotation_choice, learn)
+        monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=3))
 
 
 def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
