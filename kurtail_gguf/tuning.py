@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -25,27 +26,46 @@ from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.workdir import filling
 
 
-def memory_needed(checkpoint: Checkpoint, block: int, recompute: bool = True) -> int:
-    """Bytes that tuning takes at its peak, all layers' codes being in memory at once (:class:`Student`)."""
+class Kept(IntEnum):
+    """What stays in memory of all layers, beside their scales: each step keeps what the ones before it do."""
+
+    NOTHING = 0  #: codes are read from their files whenever their layer runs
+    CODES = 1  #: a byte a weight
+    ALL = 2  #: weights in single precision and activations: nothing is computed twice
+
+
+def memory_needed(checkpoint: Checkpoint, block: int, kept: Kept) -> int:
+    """Bytes that the :class:`Student` and the learning of its scales take at their peak."""
     spec = checkpoint.spec
     layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
-    # weights in single precision, and about twelve activations of each kind of width
-    kept = 0 if recompute else spec.layers * (4 * layer + 48 * STEP_TOKENS * (spec.hidden_size + spec.intermediate_size))
-    # int8 codes; scale, gradient and Adam's two averages; residual streams; head twice; logits of both, and gradients
+    each = {
+        Kept.NOTHING: 0,
+        Kept.CODES: layer,
+        # about twelve activations of each kind of width
+        Kept.ALL: 5 * layer + 48 * STEP_TOKENS * (spec.hidden_size + spec.intermediate_size),
+    }[kept]
+    # scale, gradient and Adam's two averages; residual streams; head twice; logits of both, and gradients; one layer
     return (
-        kept
-        + spec.layers * layer
+        spec.layers * each
         + 16 * spec.layers * layer // block
         + 4 * STEP_TOKENS * spec.hidden_size * spec.layers
         + 8 * spec.vocab_size * spec.hidden_size
         + 16 * STEP_TOKENS * spec.vocab_size
-        + 12 * layer
+        + 13 * layer
     )
 
 
+def what_fits(checkpoint: Checkpoint, block: int, device: torch.device) -> Kept:
+    """As much as the memory has room for; half of it at most where codes alone would do."""
+    available = memory_available(device)
+    if memory_needed(checkpoint, block, Kept.ALL) <= available // 2:
+        return Kept.ALL
+    return Kept.CODES if memory_needed(checkpoint, block, Kept.CODES) <= available else Kept.NOTHING
+
+
 def memory_shortage(checkpoint: Checkpoint, block: int, device: torch.device) -> str | None:
-    """For a message: how :func:`memory_needed` exceeds what the device has; None where all fits."""
-    needed, available = memory_needed(checkpoint, block), memory_available(device)
+    """For a message: how the least that is possible exceeds what the device has; None where that fits."""
+    needed, available = memory_needed(checkpoint, block, Kept.NOTHING), memory_available(device)
     if needed <= available:
         return None
     return f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}"
@@ -120,13 +140,10 @@ def open_student(
     **options: Rounded,
 ) -> tuple[Student, Outside]:
     """The quantized model of a directory, for sequences of ``length``; ``options`` are :class:`Student`'s."""
+    kept = what_fits(checkpoint, block_format.block, device)
     files = _layer_files(quantized, checkpoint.spec)
-    layers = [read_layer(path, prefix, block_format, device) for prefix, path in files]
-    student = Student(
-        checkpoint, layers, rounding, device, length,
-        recompute=memory_needed(checkpoint, block_format.block, recompute=False) > memory_available(device) // 2,
-        **options,
-    )  # fmt: skip
+    layers = [read_layer(path, prefix, block_format, device, kept > Kept.NOTHING) for prefix, path in files]
+    student = Student(checkpoint, layers, rounding, device, length, recompute=kept < Kept.ALL, **options)
     head = torch.from_numpy(np.load(quantized / HEAD)).to(device)
     return student, Outside(EmbeddingRows(quantized / EMBEDDING), head, checkpoint.config.rms_norm_eps)
 
@@ -137,8 +154,10 @@ def _layer_files(quantized: Path, spec: ModelSpec) -> list[tuple[str, Path]]:
     return list(zip(prefixes, sorted(quantized.glob("layer-*.safetensors")), strict=True))
 
 
-def read_layer(path: Path, prefix: str, block_format: BlockFormat, device: torch.device) -> QuantizedLayer:
-    """One layer's file; ``prefix`` is what its names begin with."""
+def read_layer(
+    path: Path, prefix: str, block_format: BlockFormat, device: torch.device, keep_codes: bool = True
+) -> QuantizedLayer:
+    """One layer's file; ``prefix`` is what its names begin with. Its codes are kept, or read again when asked for."""
     codes, scales, rest = {}, {}, {}
     for full, value in load_file(path).items():
         name = full.removeprefix(prefix)
@@ -147,9 +166,12 @@ def read_layer(path: Path, prefix: str, block_format: BlockFormat, device: torch
             continue
         linear = name.removesuffix(".weight")
         own_codes, own_scales = block_format.unpack(value)
-        codes[linear] = torch.from_numpy(own_codes).to(device)
+        if keep_codes:
+            codes[linear] = torch.from_numpy(own_codes).to(device)
         scales[linear] = torch.from_numpy(own_scales.astype(np.float32)).to(device)
-    return QuantizedLayer(codes, scales, rest)
+    if keep_codes:
+        return QuantizedLayer(lambda: codes, scales, rest)
+    return QuantizedLayer(lambda: read_layer(path, prefix, block_format, device).codes(), scales, rest)
 
 
 def _packed(
@@ -157,7 +179,7 @@ def _packed(
 ) -> dict[str, npt.NDArray]:
     """The tensors of the layer's file with other scales, float32, under the same codes."""
     tensors = {f"{prefix}{name}": value.cpu().numpy() for name, value in layer.rest.items()}
-    for name, codes in layer.codes.items():
+    for name, codes in layer.codes().items():
         halves = scales[name].cpu().numpy().astype(np.float16)
         tensors[f"{prefix}{name}.weight"] = block_format.pack(codes.cpu().numpy(), halves)
     return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ class LayerRunner:
             )
         attention = "sdpa" if cache is None else use_simulated_attention()
         with torch.device("meta"):
+            # a copy: the modules ask their config for the attention, which the next runner would change under them
             model = AutoModelForCausalLM.from_config(
-                checkpoint.config, attn_implementation=attention, dtype=torch.float32
+                copy.deepcopy(checkpoint.config), attn_implementation=attention, dtype=torch.float32
             )
         self._checkpoint = checkpoint
         self._device = device

@@ -26,12 +26,12 @@ class QuantizedLayer:
     """One layer's tensors by name below the layer's prefix, on the device they are used on.
 
     Args:
-        codes: of the linears, int8 ``[out, in]``, by the linears' names.
-        scales: likewise, float32 ``[out, in/block]``.
+        codes: answers with the linears' codes, int8 ``[out, in]``, by the linears' names; asked whenever the layer runs.
+        scales: by the same names, float32 ``[out, in/block]``.
         rest: norms and biases, float32, by their own names.
     """
 
-    codes: dict[str, Tensor]
+    codes: Callable[[], dict[str, Tensor]]
     scales: dict[str, Tensor]
     rest: dict[str, Tensor]
 
@@ -39,10 +39,10 @@ class QuantizedLayer:
 class Student:
     """The file's layers over transformers' own modules, rounding what the runtime rounds.
 
-    Codes are held as int8 and become weights only while their layer runs. With ``recompute`` what a layer computes is
-    computed again in the backward pass; memory is then a byte a weight, the scales with what the optimiser keeps of
-    them, and the residual stream at every layer. Without it weights and activations of all layers are kept as well, and
-    a step is a quarter faster.
+    Codes become weights only while their layer runs. With ``recompute`` what a layer computes is computed again in the
+    backward pass; memory is then one layer, the scales of all with what the optimiser keeps of them, the residual
+    stream at every layer, and the codes if what answers with them keeps them. Without it weights and activations of all
+    layers are kept as well, and a step is a quarter faster.
 
     Args:
         checkpoint: the model's shapes and configuration.
@@ -91,7 +91,7 @@ class Student:
         return hidden
 
     def _layer(self, layer: int, names: list[str], hidden: Tensor, *scales: Tensor) -> Tensor:
-        codes = self.layers[layer].codes
+        codes = self.layers[layer].codes()
         weights = {f"{name}.weight": _Scaled.apply(codes[name], scale) for name, scale in zip(names, scales, strict=True)}
         return self._runner.run(layer, weights | self.layers[layer].rest, hidden, self._rotary)
 

@@ -18,6 +18,7 @@ stream at every layer, one layer's activations and the logits.
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import ExitStack
 
@@ -208,8 +209,9 @@ def _load(
 
     spec = checkpoint.spec
     attention = "sdpa" if rounding is None else use_simulated_attention()
+    config = copy.deepcopy(checkpoint.config)  # from_config writes the attention into it
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation=attention, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     weights = {name: checkpoint.tensor(name, check=True).to(device, dtype) for name in spec.top_shapes()}
     weights[f"{spec.family.head}.weight"] = weights[checkpoint.head_name]
     for layer in range(spec.layers):
