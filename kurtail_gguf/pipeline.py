@@ -100,7 +100,7 @@ def _convert(
     block_format, rounding = BLOCK_FORMATS[config.target], _rounding(config, checkpoint)
     if config.activations == "auto":
         _check_damage_fits(checkpoint, block_format, device)
-    open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
+    resumed = open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
     tokens = None
     if config.needs_calibration:
         with clock.measure("calibration"):
@@ -133,7 +133,8 @@ def _convert(
     provenance = _provenance(config, checkpoint, rotations, rounding, tokens, steps)
     with clock.measure("export"):
         write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions)
-    return ConvertResult(config.out, provenance, clock.seconds)
+    weights = sum(_multiply_accumulates(checkpoint).values())
+    return ConvertResult(config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed)
 
 
 def check_out(out: Path) -> None:

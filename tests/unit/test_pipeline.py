@@ -54,6 +54,9 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
     ]  # fmt: skip
     assert result.out == tmp_path / "o.gguf"
     assert result.provenance == provenance
+    assert list(result.seconds) == ["source", "calibration", "rotations", "quantize", "export"]
+    # q, k, v and o of heads of 32, and three of the FFN
+    assert (result.layers, result.weights) == (2, 2 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 192))
     assert not (tmp_path / "o.gguf.work").exists()
     assert provenance == Provenance(
         rotation="kurtail", objective="kurtosis", weights="rtn", tune_steps=0, seed=7,
@@ -174,9 +177,9 @@ def test_same_seed_same_bytes(tiny_checkpoint, tmp_path, exported, few_steps):
 
 def test_a_rerun_skips_what_is_finished_and_gives_the_same(tiny_checkpoint, tmp_path, exported, few_steps, recorder):
     config = _config(tiny_checkpoint(), tmp_path / "o.gguf", work_dir=tmp_path / "w")
-    pipeline.convert(config, NullProgress())
+    assert not pipeline.convert(config, NullProgress()).resumed
     (tmp_path / "w" / "quantized" / "layer-00001.safetensors").unlink()  # as if interrupted there
-    pipeline.convert(config, recorder)
+    assert pipeline.convert(config, recorder).resumed
     assert exported[0] == exported[1]
     assert [name for name, *_ in recorder.stages] == ["fold and quantize"]
     assert (tmp_path / "w" / "settings.json").exists()
