@@ -37,8 +37,8 @@ def _config(model: Path, out: Path, **changes) -> ConvertConfig:
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    """Learning is tested elsewhere; two hundred steps on a tiny model prove nothing here."""
-    for learn in ("learn_r1", "learn_r2", "learn_spinquant"):
+    """Learning is tested elsewhere; hundreds of steps on a tiny model prove nothing here."""
+    for learn in ("learn_r1", "learn_r1_by_output_error", "learn_r2", "learn_spinquant"):
         original = getattr(rotation_choice, learn)
         monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=3))
 
