@@ -98,8 +98,7 @@ def _convert(
         checkpoint = open_checkpoint(source)
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
     block_format, rounding = BLOCK_FORMATS[config.target], _rounding(config, checkpoint)
-    if config.activations == "auto":
-        _check_damage_fits(checkpoint, block_format, device)
+    _check_memory(config, checkpoint, block_format, device)
     resumed = open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
     tokens = None
     if config.needs_calibration:
@@ -264,10 +263,15 @@ def _tokens(
     return CalibrationTokens(ids, name)
 
 
-def _check_damage_fits(checkpoint: Checkpoint, block_format: BlockFormat, device: torch.device) -> None:
-    """Refuse to measure damage where the quantized model does not fit, before hours of quantizing it."""
-    if shortage := memory_shortage(checkpoint, block_format.block, device):
+def _check_memory(
+    config: ConvertConfig, checkpoint: Checkpoint, block_format: BlockFormat, device: torch.device
+) -> None:
+    """Refuse what was asked for and does not fit once the model is quantized, before the hours that takes."""
+    shortage = memory_shortage(checkpoint, block_format.block, device)
+    if shortage and config.activations == "auto":
         raise KurtailError(f"--activations auto {shortage}: give --activations 4 or 8, or use a larger machine")
+    if shortage and config.tune:
+        raise KurtailError(f"--tune {config.tune} {shortage}: give --tune 0 or use a larger machine")
 
 
 def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
@@ -283,13 +287,11 @@ def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
 def _tuning_steps(
     config: ConvertConfig, checkpoint: Checkpoint, block_format: BlockFormat, device: torch.device, progress: Progress
 ) -> int:
-    """Steps of tuning; 0 where it was not asked for by name and the model is too large for it."""
+    """Steps of tuning; 0 where nobody asked for it by name and the model is too large for it."""
     steps = config.tuning_steps
-    shortage = memory_shortage(checkpoint, block_format.block, device) if steps else None
+    shortage = memory_shortage(checkpoint, block_format.block, device) if steps and config.tune is None else None
     if shortage is None:
         return steps
-    if config.tune is not None:
-        raise KurtailError(f"--tune {steps} {shortage}: give --tune 0 or use a larger machine")
     with progress.stage(f"tuning of scales left out: it {shortage}", 1) as stage:
         stage.advance()
     return 0

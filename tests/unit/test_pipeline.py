@@ -323,14 +323,14 @@ def test_the_default_gives_the_same_bytes_again(tiny_checkpoint, tmp_path, expor
     assert exported[0].provenance.tune_steps == 3
 
 
-def test_tuning_that_does_not_fit_is_refused_where_it_was_asked_for(
+def test_tuning_that_does_not_fit_is_refused_before_any_work_where_it_was_asked_for(
     tiny_checkpoint, tmp_path, exported, text, monkeypatch
 ):
     monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
     options = {"rotation": "hadamard", "calibration": (str(text),)}
     told = _refused(_config(tiny_checkpoint(), tmp_path / "o.gguf", tune=3, **options))
     assert re.fullmatch(r"--tune 3 needs about \d+\.\d GB, 0\.0 GB are free on cpu: give --tune 0 or .*", told)
-    assert not exported
+    assert not exported and not (tmp_path / "o.gguf.work").exists()
     pipeline.convert(_config(tiny_checkpoint(), tmp_path / "untuned.gguf", tune=0, **options), NullProgress())
 
 
