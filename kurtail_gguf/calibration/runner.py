@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch.func import functional_call
 
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint
-from kurtail_gguf.simulation.attention import CacheSettings, use_simulated_attention
-from kurtail_gguf.simulation.hooks import round_cache
+from kurtail_gguf.simulation.attention import CacheSettings
+from kurtail_gguf.simulation.hooks import empty_model
 
 
 class LayerRunner:
@@ -34,25 +33,16 @@ class LayerRunner:
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, max_length: int, cache: CacheSettings | None = None
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         window = checkpoint.spec.window
         if window and window < max_length:
             raise SourceError(
                 f"{checkpoint.directory}: sliding_window {window} is below the calibration length "
                 f"{max_length}"
             )
-        attention = "sdpa" if cache is None else use_simulated_attention()
-        with torch.device("meta"):
-            # a copy: the modules ask their config for the attention, which the next runner would change under them
-            model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(checkpoint.config), attn_implementation=attention, dtype=torch.float32
-            )
+        model = empty_model(checkpoint.config, cache)
         self._checkpoint = checkpoint
         self._device = device
         self._layers = model.model.layers.eval()
-        if cache is not None:
-            round_cache(self._layers, cache)
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
 

@@ -18,7 +18,6 @@ stream at every layer, one layer's activations and the logits.
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import ExitStack
 
@@ -33,8 +32,8 @@ from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.memory import memory_available
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.cayley_sgd import CayleySGD
-from kurtail_gguf.simulation.attention import rotated, use_simulated_attention
-from kurtail_gguf.simulation.hooks import round_cache
+from kurtail_gguf.simulation.attention import rotated
+from kurtail_gguf.simulation.hooks import empty_model
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.simulation.straight_through import round_through
 
@@ -206,13 +205,8 @@ def _load(
     checkpoint: Checkpoint, rounding: RuntimeRounding | None, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """The model with its weights, frozen; float32 weights on the CPU stay views of the mapped file."""
-    from transformers import AutoModelForCausalLM
-
     spec = checkpoint.spec
-    attention = "sdpa" if rounding is None else use_simulated_attention()
-    config = copy.deepcopy(checkpoint.config)  # from_config writes the attention into it
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    model = empty_model(checkpoint.config, None if rounding is None else rounding.cache, dtype)
     weights = {name: checkpoint.tensor(name, check=True).to(device, dtype) for name in spec.top_shapes()}
     weights[f"{spec.family.head}.weight"] = weights[checkpoint.head_name]
     for layer in range(spec.layers):
@@ -221,8 +215,6 @@ def _load(
     model.load_state_dict(weights, assign=True)
     # Rotary frequencies are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
-    if rounding is not None:
-        round_cache(model.model.layers, rounding.cache)
     return model.requires_grad_(False).eval()
 
 

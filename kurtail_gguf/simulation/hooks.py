@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kurtail_gguf.simulation.attention import CacheSettings, rotated
+from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
 
 
 def round_input(linear: nn.Module, rounded: Callable[[Tensor], Tensor], r4: int = 0) -> RemovableHandle:
@@ -26,6 +29,25 @@ def round_input(linear: nn.Module, rounded: Callable[[Tensor], Tensor], r4: int 
         return (rounded(rotated(inputs[0], r4)),)
 
     return linear.register_forward_pre_hook(hook)
+
+
+def empty_model(config: Any, cache: CacheSettings | None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """transformers' model of a config without any storage, on the meta device.
+
+    Args:
+        config: transformers' own; it stays as it is.
+        cache: what attention rounds; None for transformers' own attention.
+        dtype: of weights and activations.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention = "sdpa" if cache is None else use_simulated_attention()
+    with torch.device("meta"):
+        # a copy: from_config writes the attention into it, and modules made before would ask it for theirs
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
+    if cache is not None:
+        round_cache(model.model.layers, cache)
+    return model
 
 
 def round_cache(layers: Iterable[nn.Module], cache: CacheSettings) -> None:
