@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 
 from kurtail_gguf.distill.damage import DamageMeter, measure
+from kurtail_gguf.files import write_atomically
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.tuning import open_student, open_teacher
-from kurtail_gguf.workdir import write_atomically
 
 #: Tokens that damage is measured on, as far as whole sequences go.
 DAMAGE_TOKENS = 4096

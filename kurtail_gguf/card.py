@@ -15,8 +15,8 @@ from typing import Any
 from kurtail_gguf.config import TOOL
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.evaluate.mmlu import Accuracy
+from kurtail_gguf.files import file_sha256, write_atomically
 from kurtail_gguf.measurement import ModelResult, Request
-from kurtail_gguf.workdir import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +97,6 @@ def describe_machine() -> str:
     """The processor's name and how many CPUs the process may use."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return f"{_cpu_name()}, {cpus} thread{'s' if cpus > 1 else ''}, {platform.system()}"
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise KurtailError(f"cannot read {path}: {error.strerror}") from None
 
 
 def mmlu_sha256(directory: Path) -> str:

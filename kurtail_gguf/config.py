@@ -196,8 +196,14 @@ class ConvertResult:
         out: the GGUF file written.
         provenance: what the file says about itself.
         seconds: wall-clock seconds by stage name, in order.
+        layers: of the model.
+        weights: of its block linears, all layers together.
+        resumed: whether results of an earlier run were taken over, and so are not in ``seconds``.
     """
 
     out: Path
     provenance: Provenance
     seconds: dict[str, float]
+    layers: int
+    weights: int
+    resumed: bool

@@ -6,21 +6,19 @@ result is already there; the layers of the last stage count one by one.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kurtail_gguf.activation_choice import choose, measure_damage
-from kurtail_gguf.calibration.capture import Capture, capture
 from kurtail_gguf.calibration.generate import generate
 from kurtail_gguf.calibration.texts import read_texts
 from kurtail_gguf.calibration.tokens import (
@@ -39,30 +37,22 @@ from kurtail_gguf.config import (
 )
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.export import check_vocabulary, write_gguf
-from kurtail_gguf.fold.layer import balance_channels
+from kurtail_gguf.files import file_sha256
 from kurtail_gguf.formats.hadamard import MAX_R4, r4_size
-from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
+from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.rotation.hadamard import random_rotation
-from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
-from kurtail_gguf.rotation.objectives import OBJECTIVES
-from kurtail_gguf.rotation.spinquant import Rounding, learn_spinquant
-from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
+from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.rotation_choice import choose_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
-from kurtail_gguf.tuning import memory_available, memory_needed, tune
-from kurtail_gguf.workdir import filling, open_work_dir
-
-#: Tokens that rotations are learned from, at most: a few thousand of them are kept at each site.
-CAPTURED_TOKENS = 8192
+from kurtail_gguf.tuning import memory_shortage, tune
+from kurtail_gguf.workdir import open_work_dir
 
 #: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
 OBJECTIVE = {"output": "output-error", "kurtail": "kurtosis", "spinquant": "cross-entropy"}
-#: Which side of it counts: R1 must leave flat tokens flat, values have none (rotation/objectives.py).
-R1_OBJECTIVE, R2_OBJECTIVE = "kurtosis", "absolute-kurtosis"
 
 
 def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
@@ -107,41 +97,43 @@ def _convert(
         source = resolve_source(config.model, work_dir, progress)
         checkpoint = open_checkpoint(source)
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
-    plan = _Plan.of(config, checkpoint)
-    if config.activations == "auto":
-        _check_damage_fits(checkpoint, plan, device)
-    open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
+    block_format, rounding = BLOCK_FORMATS[config.target], _rounding(config, checkpoint)
+    _check_memory(config, checkpoint, block_format, device)
+    resumed = open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
     tokens = None
     if config.needs_calibration:
         with clock.measure("calibration"):
             tokens = _tokens(config, checkpoint, work_dir, device, progress)
     with clock.measure("rotations"):
-        rotations = _rotations(config, checkpoint, tokens, work_dir, device, progress)
+        rotations = choose_rotations(config, checkpoint, tokens, rounding, work_dir, device, progress)
+    calibrated_on = None
+    if config.weights == "gptq":
+        assert tokens is not None
+        calibrated_on = CalibratedOn(tokens.ids, rounding)
     with clock.measure("quantize"):
         quantized = fold_and_quantize(
-            checkpoint, rotations, plan.r4, plan.format, _calibrated_on(config, plan, checkpoint, tokens),
-            work_dir / "quantized", device, progress,
-        )  # fmt: skip
-    rounding = _rounding(config, plan, checkpoint)
+            checkpoint, rotations, rounding.r4, block_format, calibrated_on, work_dir / "quantized", device, progress
+        )
     if config.activations == "auto":
         assert tokens is not None
         with clock.measure("measure damage"):
             damages = measure_damage(
-                checkpoint, tokens.ids, quantized, plan.format, rounding, work_dir / "damage.json", device, progress
+                checkpoint, tokens.ids, quantized, block_format, rounding, work_dir / "damage.json", device, progress
             )
         chosen = choose(damages, _multiply_accumulates(checkpoint), config.activation_budget)
         rounding = replace(rounding, exceptions=dict.fromkeys(chosen, 8))
-    steps = _tuning_steps(config, checkpoint, plan, device, progress)
+    steps = _tuning_steps(config, checkpoint, block_format, device, progress)
     if steps:
         assert tokens is not None
         with clock.measure("tune"):
             quantized = tune(
-                checkpoint, tokens.ids, quantized, plan.format, rounding, steps, work_dir / "tuned", device, progress
+                checkpoint, tokens.ids, quantized, block_format, rounding, steps, work_dir / "tuned", device, progress
             )
-    provenance = _provenance(config, checkpoint, rotations, plan, tokens, steps)
+    provenance = _provenance(config, checkpoint, rotations, rounding, tokens, steps)
     with clock.measure("export"):
         write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions)
-    return ConvertResult(config.out, provenance, clock.seconds)
+    weights = sum(_multiply_accumulates(checkpoint).values())
+    return ConvertResult(config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed)
 
 
 def check_out(out: Path) -> None:
@@ -171,29 +163,32 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """The online rotations' sizes, 0 for none, and what the block linears are stored as."""
+def _rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRounding:
+    """What the runtime will round and rotate while it runs the file."""
+    stock = config.target == "stock"
+    block = BLOCK_FORMATS[config.target].block
+    bits, kv = (STOCK_ACTIVATION_BITS, STOCK_KV_BITS) if stock else (config.activation_bits, config.kv)
+    r3, r4 = 0, 0
+    # Stock llama.cpp has no R4, and rotates K by itself where its cache is quantized.
+    if config.rotation != "none" and not stock:
+        r3, r4 = _r3(checkpoint.spec.head_dim, kv), _r4(config.rotation, checkpoint.spec.intermediate_size, block)
+    # where R2 is not folded, upstream rotates V by itself; in our files it does not
+    cache = CacheSettings(bits=kv, rotation=r3, rotate_v=False, paired=checkpoint.spec.family.rope_pairs)
+    return RuntimeRounding(bits, block, r4, cache)
 
-    r3: int
-    r4: int
-    format: BlockFormat
 
-    @classmethod
-    def of(cls, config: ConvertConfig, checkpoint: Checkpoint) -> _Plan:
-        block_format = BLOCK_FORMATS[config.target]
-        # Stock llama.cpp has no R4, and rotates K by itself where its cache is quantized.
-        if config.rotation == "none" or config.target == "stock":
-            return cls(0, 0, block_format)
-        head_dim = checkpoint.spec.head_dim
-        # Upstream rotates only heads that are multiples of 64, and only for a quantized cache.
-        r3 = head_dim if head_dim % 64 == 0 and head_dim & (head_dim - 1) == 0 and config.kv < 16 else 0
-        # Spreading an outlier over more values than share a scale only carries it into more blocks: with one Hadamard a
-        # block the divergence that rounding this input causes was a third lower than with 512 (docs/quality.md). The
-        # other methods have R4 as their papers do.
-        limit = block_format.block if config.rotation == "output" else MAX_R4
-        r4 = r4_size(checkpoint.spec.intermediate_size, limit)
-        return cls(r3, r4 if r4 > 1 else 0, block_format)
+def _r3(head_dim: int, kv: int) -> int:
+    """Size of R3, 0 for none: upstream rotates only heads that are multiples of 64, and only for a quantized cache."""
+    return head_dim if head_dim % 64 == 0 and head_dim & (head_dim - 1) == 0 and kv < 16 else 0
+
+
+def _r4(rotation: str, intermediate_size: int, block: int) -> int:
+    """Size of R4's Hadamard blocks, 0 for none."""
+    # Spreading an outlier over more values than share a scale only carries it into more blocks: with one Hadamard a
+    # block the divergence that rounding this input causes was a third lower than with 512 (docs/quality.md). The
+    # other methods have R4 as their papers do.
+    size = r4_size(intermediate_size, block if rotation == "output" else MAX_R4)
+    return size if size > 1 else 0
 
 
 class _Clock:
@@ -212,7 +207,7 @@ def _text_hashes(config: ConvertConfig) -> dict[str, str]:
     if not config.needs_calibration:
         return {}
     files = (name for name in config.calibration if name != "self" and not name.startswith("hf:"))
-    return {name: _file_sha256(Path(name)) for name in files}
+    return {name: file_sha256(Path(name), "calibration text", CalibrationError) for name in files}
 
 
 def _settings(
@@ -235,14 +230,6 @@ def _settings(
         "seed": config.seed,
         "device": device.type,
     }
-
-
-def _file_sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CalibrationError(f"calibration text {path} cannot be read: {error.strerror}") from error
 
 
 def _tokens(
@@ -276,126 +263,15 @@ def _tokens(
     return CalibrationTokens(ids, name)
 
 
-def _rotations(
-    config: ConvertConfig,
-    checkpoint: Checkpoint,
-    tokens: CalibrationTokens | None,
-    work_dir: Path,
-    device: torch.device,
-    progress: Progress,
-) -> Rotations:
-    if config.rotation == "none":
-        return Rotations()
-    path = work_dir / "rotations.safetensors"
-    if path.exists():
-        return load_rotations(path)
-    if config.rotation == "hadamard":
-        rotations = random_rotations(checkpoint, config.seed)
-    elif config.rotation == "spinquant":
-        rotations = _spinquant(config, checkpoint, tokens, device, progress)
-    else:
-        samples = _capture(checkpoint, tokens, work_dir / "capture", config.seed, device, progress)
-        rotations = _learn(config, checkpoint, samples, device, progress)
-    save_rotations(rotations, path)
-    return rotations
-
-
-def _learn(
-    config: ConvertConfig, checkpoint: Checkpoint, samples: Capture, device: torch.device, progress: Progress
-) -> Rotations:
-    """R1 and R2 from captured activations, layer by layer."""
-    values = [samples.values(layer) for layer in range(samples.layers)]
-    scales = None
-    if config.rotation == "output":
-        r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), config.seed, device, progress)
-        down = f"{checkpoint.spec.family.ffn_writer}.weight"
-        scales = np.stack([
-            balance_channels(
-                torch.from_numpy(samples.channels(layer)),
-                checkpoint.tensor(checkpoint.spec.layer_prefix(layer) + down),
-            ).numpy()
-            for layer in range(samples.layers)
-        ])  # fmt: skip
-    else:
-        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
-    r2 = learn_r2(values, OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
-    return Rotations("learned", "learned", r1, r2, scales)
-
-
-def _spinquant(
-    config: ConvertConfig,
-    checkpoint: Checkpoint,
-    tokens: CalibrationTokens,
-    device: torch.device,
-    progress: Progress,
-) -> Rotations:
-    """From the rotations of ``--rotation hadamard``, so that the two differ by the learning alone."""
-    plan, start = _Plan.of(config, checkpoint), random_rotations(checkpoint, config.seed)
-    rounding = _rounding(config, plan, checkpoint)
-    r1, r2 = learn_spinquant(
-        checkpoint, tokens.ids, (start.r1, start.r2), Rounding(rounding.activation_bits, rounding.cache), plan.r4,
-        config.seed, device, progress,
-    )  # fmt: skip
-    return Rotations("learned", "learned", r1, r2)
-
-
-def random_rotations(checkpoint: Checkpoint, seed: int) -> Rotations:
-    """R1 and R2 at random, as ``--rotation hadamard`` folds them: no calibration is needed."""
-    spec = checkpoint.spec
-    rng = np.random.default_rng((seed, 0))
-    r1_kind, r1 = random_rotation(spec.hidden_size, rng)
-    heads = [random_rotation(spec.head_dim, rng) for _ in range(spec.layers * spec.kv_heads)]
-    shape = (spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
-    r2 = np.stack([matrix for _, matrix in heads]).reshape(shape)
-    return Rotations(r1_kind, heads[0][0], r1, r2)
-
-
-def _capture(
-    checkpoint: Checkpoint,
-    tokens: CalibrationTokens,
-    target: Path,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> Capture:
-    if not target.exists():
-        with filling(target) as directory:
-            sequences = -(-CAPTURED_TOKENS // tokens.ids.shape[1])
-            capture(checkpoint, tokens.ids[:sequences], directory, seed, device, progress)
-    return Capture(target, checkpoint.spec.layers)
-
-
-def _rounding(config: ConvertConfig, plan: _Plan, checkpoint: Checkpoint) -> RuntimeRounding:
-    """What the runtime will round while it runs the file."""
-    stock = config.target == "stock"
-    cache = CacheSettings(
-        bits=STOCK_KV_BITS if stock else config.kv,
-        rotation=plan.r3,
-        # where R2 is not folded, upstream rotates V by itself; in our files it does not
-        rotate_v=False,
-        paired=checkpoint.spec.family.rope_pairs,
-    )
-    bits = STOCK_ACTIVATION_BITS if stock else config.activation_bits
-    return RuntimeRounding(bits, plan.format.block, plan.r4, cache)
-
-
-def _calibrated_on(
-    config: ConvertConfig, plan: _Plan, checkpoint: Checkpoint, tokens: CalibrationTokens | None
-) -> CalibratedOn | None:
-    if config.weights != "gptq":
-        return None
-    assert tokens is not None
-    return CalibratedOn(tokens.ids, _rounding(config, plan, checkpoint))
-
-
-def _check_damage_fits(checkpoint: Checkpoint, plan: _Plan, device: torch.device) -> None:
-    """Refuse to measure damage where the quantized model does not fit, before hours of quantizing it."""
-    needed, available = memory_needed(checkpoint, plan.format.block), memory_available(device)
-    if needed > available:
-        raise KurtailError(
-            f"--activations auto needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}: "
-            "give --activations 4 or 8, or use a larger machine"
-        )
+def _check_memory(
+    config: ConvertConfig, checkpoint: Checkpoint, block_format: BlockFormat, device: torch.device
+) -> None:
+    """Refuse what was asked for and does not fit once the model is quantized, before the hours that takes."""
+    shortage = memory_shortage(checkpoint, block_format.block, device)
+    if shortage and config.activations == "auto":
+        raise KurtailError(f"--activations auto {shortage}: give --activations 4 or 8, or use a larger machine")
+    if shortage and config.tune:
+        raise KurtailError(f"--tune {config.tune} {shortage}: give --tune 0 or use a larger machine")
 
 
 def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
@@ -409,17 +285,14 @@ def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _tuning_steps(
-    config: ConvertConfig, checkpoint: Checkpoint, plan: _Plan, device: torch.device, progress: Progress
+    config: ConvertConfig, checkpoint: Checkpoint, block_format: BlockFormat, device: torch.device, progress: Progress
 ) -> int:
-    """Steps of tuning; 0 where it was not asked for by name and the model is too large for it."""
+    """Steps of tuning; 0 where nobody asked for it by name and the model is too large for it."""
     steps = config.tuning_steps
-    needed, available = memory_needed(checkpoint, plan.format.block), memory_available(device)
-    if not steps or needed <= available:
+    shortage = memory_shortage(checkpoint, block_format.block, device) if steps and config.tune is None else None
+    if shortage is None:
         return steps
-    sizes = f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}"
-    if config.tune is not None:
-        raise KurtailError(f"--tune {steps} {sizes}: give --tune 0 or use a larger machine")
-    with progress.stage(f"tuning of scales left out: it {sizes}", 1) as stage:
+    with progress.stage(f"tuning of scales left out: it {shortage}", 1) as stage:
         stage.advance()
     return 0
 
@@ -428,12 +301,11 @@ def _provenance(
     config: ConvertConfig,
     checkpoint: Checkpoint,
     rotations: Rotations,
-    plan: _Plan,
+    rounding: RuntimeRounding,
     tokens: CalibrationTokens | None,
     tune_steps: int,
 ) -> Provenance:
     spec = checkpoint.spec
-    stock = config.target == "stock"
     return Provenance(
         target=config.target,
         rotation=config.rotation,
@@ -445,14 +317,14 @@ def _provenance(
         r1_size=0 if rotations.r1 is None else spec.hidden_size,
         r2_kind=rotations.r2_kind,
         r2_size=0 if rotations.r2 is None else spec.head_dim,
-        r3_kind="hadamard" if plan.r3 else "none",
-        r3_size=plan.r3,
-        r4_kind="hadamard" if plan.r4 else "none",
-        r4_size=plan.r4,
-        activation_bits=STOCK_ACTIVATION_BITS if stock else config.activation_bits,
+        r3_kind="hadamard" if rounding.cache.rotation else "none",
+        r3_size=rounding.cache.rotation,
+        r4_kind="hadamard" if rounding.r4 else "none",
+        r4_size=rounding.r4,
+        activation_bits=rounding.activation_bits,
         activation_choice="auto" if config.activations == "auto" else "fixed",
         activation_budget=float(np.float32(config.activation_budget)),
-        kv_bits=STOCK_KV_BITS if stock else config.kv,
+        kv_bits=rounding.cache.bits,
         calibration_name="" if tokens is None else tokens.name,
         calibration_tokens=0 if tokens is None else int(tokens.ids.size),
         calibration_sha256="" if tokens is None else tokens.sha256,

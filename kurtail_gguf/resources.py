@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def run_measured(command: Sequence[str], on_line: Callable[[str], None] = lambda
     if not told:
         raise RuntimeError(f"the process that runs {command[0]} ended with status {status} and no answer")
     return Measured(**json.loads(told))
+
+
+def peak_memory() -> int:
+    """The largest resident memory, in bytes, of this process so far, or of one that it started and waited for."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * _MAXRSS_UNIT
 
 
 def _search_path() -> str:

@@ -5,46 +5,70 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from safetensors.numpy import load_file, save_file
 
+from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.distill.scales import STEP_TOKENS, Outside, tune_scales
-from kurtail_gguf.distill.student import Rounded, Student
+from kurtail_gguf.distill.student import QuantizedLayer, Rounded, Student
 from kurtail_gguf.distill.teacher import Teacher, run_teacher
 from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.memory import memory_available
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.workdir import filling
 
 
-def memory_needed(checkpoint: Checkpoint, block: int, recompute: bool = True) -> int:
-    """Bytes that tuning takes at its peak, all layers' codes being in memory at once (:class:`Student`)."""
+class Kept(IntEnum):
+    """What stays in memory of all layers, beside their scales: each step keeps what the ones before it do."""
+
+    NOTHING = 0  #: codes are read from their files whenever their layer runs
+    CODES = 1  #: a byte a weight
+    ALL = 2  #: weights in single precision and activations: nothing is computed twice
+
+
+def memory_needed(checkpoint: Checkpoint, block: int, kept: Kept) -> int:
+    """Bytes that the :class:`Student` and the learning of its scales take at their peak."""
     spec = checkpoint.spec
     layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
-    # weights in single precision, and about twelve activations of each kind of width
-    kept = 0 if recompute else spec.layers * (4 * layer + 48 * STEP_TOKENS * (spec.hidden_size + spec.intermediate_size))
-    # int8 codes; scale, gradient and Adam's two averages; residual streams; head twice; logits of both, and gradients
+    each = {
+        Kept.NOTHING: 0,
+        Kept.CODES: layer,
+        # about twelve activations of each kind of width
+        Kept.ALL: 5 * layer + 48 * STEP_TOKENS * (spec.hidden_size + spec.intermediate_size),
+    }[kept]
+    # scale, gradient and Adam's two averages; residual streams; head twice; logits of both, and gradients; one layer
     return (
-        kept
-        + spec.layers * layer
+        spec.layers * each
         + 16 * spec.layers * layer // block
         + 4 * STEP_TOKENS * spec.hidden_size * spec.layers
         + 8 * spec.vocab_size * spec.hidden_size
         + 16 * STEP_TOKENS * spec.vocab_size
-        + 12 * layer
+        + 13 * layer
     )
 
 
-def memory_available(device: torch.device) -> int:
-    """Bytes free on the device, as far as one process can know."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+def what_fits(checkpoint: Checkpoint, block: int, device: torch.device) -> Kept:
+    """As much as the memory has room for; half of it at most where codes alone would do."""
+    available = memory_available(device)
+    if memory_needed(checkpoint, block, Kept.ALL) <= available // 2:
+        return Kept.ALL
+    return Kept.CODES if memory_needed(checkpoint, block, Kept.CODES) <= available else Kept.NOTHING
+
+
+def memory_shortage(checkpoint: Checkpoint, block: int, device: torch.device) -> str | None:
+    """For a message: how the least that is possible exceeds what the device has; None where that fits."""
+    needed, available = memory_needed(checkpoint, block, Kept.NOTHING), memory_available(device)
+    if needed <= available:
+        return None
+    return f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free on {device}"
 
 
 def tune(
@@ -82,16 +106,15 @@ def tune(
     scratch = target.with_name("tuning")
     scratch.mkdir(exist_ok=True)
     teacher = open_teacher(checkpoint, ids, scratch / "teacher.npy", device, progress)
-    layers = _stored(quantized, block_format)
-    prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
     student, outside = open_student(checkpoint, quantized, block_format, rounding, device, ids.shape[1])
     scales = tune_scales(student, teacher, outside, ids, steps, scratch / "state.safetensors", device, progress)
     with filling(target) as directory:
         for path in quantized.iterdir():
             if not path.name.startswith("layer-"):
                 _link(path, directory / path.name)
-        for layer, prefix, tuned in zip(layers, prefixes, scales, strict=True):
-            save_file(layer.with_scales(prefix, tuned), directory / layer.path.name)
+        files = _layer_files(quantized, checkpoint.spec)
+        for (prefix, path), layer, tuned in zip(files, student.layers, scales, strict=True):
+            save_file(_packed(layer, tuned, prefix, block_format), directory / path.name)
     shutil.rmtree(scratch)
     return target
 
@@ -117,62 +140,49 @@ def open_student(
     **options: Rounded,
 ) -> tuple[Student, Outside]:
     """The quantized model of a directory, for sequences of ``length``; ``options`` are :class:`Student`'s."""
-    layers = _stored(quantized, block_format)
-    prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
-    student = Student(
-        checkpoint,
-        [layer.codes(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
-        [layer.scales(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
-        [layer.rest(prefix, device) for layer, prefix in zip(layers, prefixes, strict=True)],
-        rounding, device, length,
-        recompute=memory_needed(checkpoint, block_format.block, recompute=False) > memory_available(device) // 2,
-        **options,
-    )  # fmt: skip
+    kept = what_fits(checkpoint, block_format.block, device)
+    files = _layer_files(quantized, checkpoint.spec)
+    layers = [read_layer(path, prefix, block_format, device, kept > Kept.NOTHING) for prefix, path in files]
+    student = Student(checkpoint, layers, rounding, device, length, recompute=kept < Kept.ALL, **options)
     head = torch.from_numpy(np.load(quantized / HEAD)).to(device)
     return student, Outside(EmbeddingRows(quantized / EMBEDDING), head, checkpoint.config.rms_norm_eps)
 
 
-def _stored(quantized: Path, block_format: BlockFormat) -> list[_Stored]:
-    return [_Stored(path, block_format) for path in sorted(quantized.glob("layer-*.safetensors"))]
+def _layer_files(quantized: Path, spec: ModelSpec) -> list[tuple[str, Path]]:
+    """Each layer's prefix and file."""
+    prefixes = map(spec.layer_prefix, range(spec.layers))
+    return list(zip(prefixes, sorted(quantized.glob("layer-*.safetensors")), strict=True))
 
 
-class _Stored:
-    """One layer's file, by name below the layer's prefix."""
+def read_layer(
+    path: Path, prefix: str, block_format: BlockFormat, device: torch.device, keep_codes: bool = True
+) -> QuantizedLayer:
+    """One layer's file; ``prefix`` is what its names begin with. Its codes are kept, or read again when asked for."""
+    codes, scales, rest = {}, {}, {}
+    for full, value in load_file(path).items():
+        name = full.removeprefix(prefix)
+        if value.dtype != np.uint8:
+            rest[name] = torch.from_numpy(value).to(device)
+            continue
+        linear = name.removesuffix(".weight")
+        own_codes, own_scales = block_format.unpack(value)
+        if keep_codes:
+            codes[linear] = torch.from_numpy(own_codes).to(device)
+        scales[linear] = torch.from_numpy(own_scales.astype(np.float32)).to(device)
+    if keep_codes:
+        return QuantizedLayer(lambda: codes, scales, rest)
+    return QuantizedLayer(lambda: read_layer(path, prefix, block_format, device).codes(), scales, rest)
 
-    def __init__(self, path: Path, block_format: BlockFormat) -> None:
-        self.path = path
-        self._format = block_format
 
-    def codes(self, prefix: str, device: torch.device) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(codes).to(device) for name, (codes, _) in self._linears(prefix).items()}
-
-    def scales(self, prefix: str, device: torch.device) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.from_numpy(scales.astype(np.float32)).to(device)
-            for name, (_, scales) in self._linears(prefix).items()
-        }
-
-    def rest(self, prefix: str, device: torch.device) -> dict[str, torch.Tensor]:
-        tensors = load_file(self.path)
-        return {
-            name.removeprefix(prefix): torch.from_numpy(value).to(device)
-            for name, value in tensors.items()
-            if value.dtype != np.uint8
-        }
-
-    def with_scales(self, prefix: str, scales: dict[str, torch.Tensor]) -> dict[str, npt.NDArray]:
-        """The file's tensors with other scales under the same codes."""
-        tensors = load_file(self.path)
-        for name, (codes, _) in self._linears(prefix).items():
-            tensors[f"{prefix}{name}.weight"] = self._format.pack(codes, scales[name].cpu().numpy().astype(np.float16))
-        return tensors
-
-    def _linears(self, prefix: str) -> dict[str, tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]]:
-        return {
-            name.removeprefix(prefix).removesuffix(".weight"): self._format.unpack(value)
-            for name, value in load_file(self.path).items()
-            if value.dtype == np.uint8
-        }
+def _packed(
+    layer: QuantizedLayer, scales: dict[str, torch.Tensor], prefix: str, block_format: BlockFormat
+) -> dict[str, npt.NDArray]:
+    """The tensors of the layer's file with other scales, float32, under the same codes."""
+    tensors = {f"{prefix}{name}": value.cpu().numpy() for name, value in layer.rest.items()}
+    for name, codes in layer.codes().items():
+        halves = scales[name].cpu().numpy().astype(np.float16)
+        tensors[f"{prefix}{name}.weight"] = block_format.pack(codes.cpu().numpy(), halves)
+    return tensors
 
 
 def _link(source: Path, target: Path) -> None:

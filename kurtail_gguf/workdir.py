@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.files import write_atomically
 
 _SETTINGS = "settings.json"
 
 
-def open_work_dir(directory: Path, settings: Mapping[str, object]) -> None:
+def open_work_dir(directory: Path, settings: Mapping[str, object]) -> bool:
     """Create the directory, or make sure that it belongs to a run with the same settings.
 
     Args:
         directory: the work directory.
         settings: everything a stage's result depends on, as JSON values.
+
+    Returns:
+        Whether it belongs to an earlier run, whose results are taken over.
 
     Raises:
         KurtailError: it was made with other settings (the message names them), or cannot be written.
@@ -30,7 +34,7 @@ def open_work_dir(directory: Path, settings: Mapping[str, object]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_atomically(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
-            return
+            return False
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KurtailError(f"work directory {directory} cannot be used: {error}") from error
@@ -44,13 +48,7 @@ def open_work_dir(directory: Path, settings: Mapping[str, object]) -> None:
             f"{directory} holds a run with other settings ({'; '.join(differing)}): remove it, or give "
             "another --work-dir"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text so that ``path`` is either as before or complete."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    return True
 
 
 @contextmanager

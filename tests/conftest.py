@@ -131,6 +131,19 @@ def recorder() -> Recorder:
     return Recorder()
 
 
+@pytest.fixture(scope="session")
+def write_mmlu() -> Callable[[Path, str, str, str], None]:
+    """``write_mmlu(directory, subject, dev, test)``: a subject's two files of MMLU, from the rows below the header."""
+
+    def write(directory: Path, subject: str, dev: str, test: str) -> None:
+        for kind, rows in (("dev", dev), ("test", test)):
+            (directory / kind).mkdir(exist_ok=True)
+            path = directory / kind / f"{subject}_{kind}.csv"
+            path.write_text("question,choice0,choice1,choice2,choice3,answer\n" + rows, encoding="utf-8")
+
+    return write
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny models are slower on more threads, and tests may share the machine."""

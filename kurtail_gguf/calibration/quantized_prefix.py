@@ -5,12 +5,13 @@ before it in its own layer, rounded to the bits of the runtime's activations and
 four stops, at the inputs of q/k/v, o, gate/up and down; at each the Hessian of its input is handed out, and what
 comes back are the weights that the tokens go on with.
 
-The residual stream of all tokens, and what waits for the stop's weights, lie in memory-mapped files.
+The residual stream of all tokens, and what waits for the stop's weights, lie in memory-mapped files; the latter is
+rounded already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,12 +60,12 @@ class QuantizedPrefix:
             raise ValueError("linears with activation bits of their own are chosen after quantization, not before")
         self._spec, self._rounding, self._device = checkpoint.spec, rounding, device
         self._directory = directory
-        sequences, length = ids.shape
+        self._shape = sequences, length = ids.shape
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
         self._rotary = self._runner.rotary(0, length)
         self._eps = checkpoint.config.rms_norm_eps
         self._batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]
-        self._hidden = self._scratch("hidden", sequences, length, self._spec.hidden_size)
+        self._hidden = self._scratch("hidden", self._spec.hidden_size)
         for batch in self._batches:
             part = ids[batch].astype(np.int64)
             self._hidden[batch] = embed(part.reshape(-1)).reshape(*part.shape, -1)
@@ -80,87 +81,91 @@ class QuantizedPrefix:
         family = self._spec.family
         weights = {name: tensor.float() for name, tensor in folded.items()}
 
-        def stop(names: tuple[str, ...], inputs: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
-            for name, weight in quantize(names, lambda: self._hessian(inputs())).items():
+        def stop(names: tuple[str, ...], seen: np.memmap, weights_of: Callable[[slice], Tensor] | None = None) -> None:
+            for name, weight in quantize(names, lambda: self._hessian(seen, weights_of)).items():
                 weights[f"{name}.weight"] = weight.to(self._device)
 
         module = self._runner.module(layer)
-        sequences, length, _ = self._hidden.shape
-        stop(family.attention_readers, self._normed)
-        heads = self._scratch("heads", sequences, length, self._spec.heads * self._spec.head_dim)
-        self._run_to(module, family.attention_writer, weights, heads, {"position_embeddings": self._rotary, "attention_mask": None})
-        stop((family.attention_writer,), lambda: self._stored(heads))
+        normed = self._normed()
+        stop(family.attention_readers, normed)
+        arguments = {"position_embeddings": self._rotary, "attention_mask": None}
+        heads = self._scratch("heads", self._spec.heads * self._spec.head_dim)
+        self._run_to(module, family.attention_writer, weights, normed, heads, arguments)
+        stop((family.attention_writer,), heads, self._token_weights)
         self._add(heads, weights, family.attention_writer)
-        stop(family.ffn_readers, self._normed)
-        gated = self._scratch("gated", sequences, length, self._spec.intermediate_size)
-        self._run_to(module, family.ffn_writer, weights, gated, {})
-        stop((family.ffn_writer,), lambda: self._stored(gated))
+        normed = self._normed()
+        stop(family.ffn_readers, normed)
+        gated = self._scratch("gated", self._spec.intermediate_size)
+        self._run_to(module, family.ffn_writer, weights, normed, gated, {})
+        stop((family.ffn_writer,), gated, self._token_weights)
         self._add(gated, weights, family.ffn_writer)
 
     def close(self) -> None:
         """Remove the memory-mapped files."""
         del self._hidden
-        for name in ("hidden", "heads", "gated"):
+        for name in ("hidden", "normed", "heads", "gated"):
             (self._directory / f"prefix-{name}.npy").unlink(missing_ok=True)
 
-    def _scratch(self, name: str, *shape: int) -> np.memmap:
-        return np.lib.format.open_memmap(self._directory / f"prefix-{name}.npy", "w+", np.float32, shape)
+    def _scratch(self, name: str, width: int) -> np.memmap:
+        """A file of float32 ``[sequences, length, width]``."""
+        path = self._directory / f"prefix-{name}.npy"
+        return np.lib.format.open_memmap(path, "w+", np.float32, (*self._shape, width))
 
     def _load(self, values: np.memmap, batch: slice) -> Tensor:
         return torch.from_numpy(values[batch]).to(self._device)
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
-
-    def _normed(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of what the readers of the residual stream see, all tokens weighing the same."""
+    def _normed(self) -> np.memmap:
+        """What the readers of the residual stream see, rounded: the Hessian and the way on have it from here."""
+        seen = self._scratch("normed", self._spec.hidden_size)
         for batch in self._batches:
-            x = self._norm(self._load(self._hidden, batch))
-            yield x, x.new_ones(x.shape[:-1])
+            x = self._load(self._hidden, batch)
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+            seen[batch] = self._rounding.activations(x).cpu().numpy()
+        return seen
 
-    def _stored(self, values: np.memmap) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a writer's input, each token weighed by how much its error will matter.
+    def _token_weights(self, batch: slice) -> Tensor:
+        """How much an error of a writer's output will matter at each token, ``[batch, length]``.
 
         What a writer adds is seen through the next norm, hence relative to the residual stream's length; without
         the weight a few massive sequence-first tokens are all that the Hessian knows.
         """
-        for batch in self._batches:
-            residual = self._load(self._hidden, batch)
-            yield self._load(values, batch), 1 / (residual.square().mean(-1) + self._eps)
+        return 1 / (self._load(self._hidden, batch).square().mean(-1) + self._eps)
 
-    def _hessian(self, inputs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    def _hessian(self, seen: np.memmap, weights_of: Callable[[slice], Tensor] | None) -> Tensor:
+        """Σ w x xᵀ over the tokens' inputs x of a linear; without ``weights_of`` all tokens weigh the same."""
         total: Tensor | float = 0.0
-        for x, weight in inputs:
-            seen = self._rounding.activations(x).reshape(-1, x.shape[-1])
-            total = total + seen.T @ (seen * weight.reshape(-1, 1))
+        for batch in self._batches:
+            x = self._load(seen, batch).flatten(0, 1)
+            weighted = x if weights_of is None else x * weights_of(batch).reshape(-1, 1)
+            total = total + x.T @ weighted
         return total
 
-    def _run_to(self, layer: nn.Module, writer: str, weights: dict[str, Tensor], out: np.memmap, arguments: dict) -> None:
-        """Run the module that the writer closes, attention or FFN, and keep what the writer would read."""
+    def _run_to(
+        self, layer: nn.Module, writer: str, weights: dict[str, Tensor], seen: np.memmap, out: np.memmap, arguments: dict
+    ) -> None:
+        """Run the module that the writer closes, attention or FFN, and keep what the writer will read, rounded."""
         name = writer.rpartition(".")[0]
         part = layer.get_submodule(name)
         own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         handle = layer.get_submodule(writer).register_forward_pre_hook(_stop)
         try:
             for batch in self._batches:
-                x = self._rounding.activations(self._norm(self._load(self._hidden, batch)))
                 try:
-                    functional_call(part, own, (x,), arguments)
+                    functional_call(part, own, (self._load(seen, batch),), arguments)
                 except _Reached as reached:
-                    out[batch] = self._rotated(reached.value, writer).cpu().numpy()
+                    x = self._rotated(reached.value, writer)
+                    out[batch] = self._rounding.activations(x).cpu().numpy()
         finally:
             handle.remove()
 
     def _rotated(self, x: Tensor, writer: str) -> Tensor:
-        r4 = self._rounding.r4
-        return rotated(x, r4) if writer == self._spec.family.ffn_writer and r4 > 1 else x
+        return rotated(x, self._rounding.r4) if writer == self._spec.family.ffn_writer else x
 
     def _add(self, values: np.memmap, weights: dict[str, Tensor], writer: str) -> None:
         """Add the writer's output to the residual stream."""
         weight, bias = weights[f"{writer}.weight"], weights.get(f"{writer}.bias")
         for batch in self._batches:
-            x = self._rounding.activations(self._load(values, batch))
-            self._hidden[batch] += nn.functional.linear(x, weight, bias).cpu().numpy()
+            self._hidden[batch] += nn.functional.linear(self._load(values, batch), weight, bias).cpu().numpy()
 
 
 class _Reached(Exception):

@@ -9,7 +9,8 @@ from torch.func import functional_call
 
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint
-from kurtail_gguf.simulation.attention import CacheSettings, use_simulated_attention
+from kurtail_gguf.simulation.attention import CacheSettings
+from kurtail_gguf.simulation.hooks import empty_model
 
 
 class LayerRunner:
@@ -32,25 +33,16 @@ class LayerRunner:
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, max_length: int, cache: CacheSettings | None = None
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
         window = checkpoint.spec.window
         if window and window < max_length:
             raise SourceError(
                 f"{checkpoint.directory}: sliding_window {window} is below the calibration length "
                 f"{max_length}"
             )
-        attention = "sdpa" if cache is None else use_simulated_attention()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                checkpoint.config, attn_implementation=attention, dtype=torch.float32
-            )
+        model = empty_model(checkpoint.config, cache)
         self._checkpoint = checkpoint
         self._device = device
         self._layers = model.model.layers.eval()
-        if cache is not None:
-            for layer in self._layers:
-                layer.self_attn.kurtail_cache = cache
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from kurtail_gguf.config import (
     TARGETS,
     WEIGHTS,
     ConvertConfig,
+    ConvertResult,
     not_with_stock,
 )
+from kurtail_gguf.resources import peak_memory
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ConvertConfig)}
 
@@ -104,12 +107,23 @@ def convert_command(model: str, out: Path, calibration: tuple[str, ...], **optio
     result = convert(config, make_progress(Console(stderr=True)))
     info = read_gguf(result.out)
     size = os.path.getsize(result.out) / 1e6
-    spent = format_seconds(sum(result.seconds.values()))
-    click.echo(
-        f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight "
-        f"({info.runs_as}), in {spent}"
-    )
+    click.echo(f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight ({info.runs_as})")
+    for line in _cost(result, peak_memory()):
+        click.echo(line)
     click.echo(f"run it with: llama-cli -m {click.format_filename(result.out)}")
+
+
+def _cost(result: ConvertResult, peak_bytes: int) -> Iterator[str]:
+    """Where the time went; by layer and weight only where all of it went into this run."""
+    stages = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result.seconds.items() if seconds >= 0.5)
+    spent = format_seconds(sum(result.seconds.values()))
+    yield f"took {spent} ({stages or 'no stage half a second'}); peak memory {peak_bytes / 1e9:.1f} GB"
+    if not result.resumed:
+        seconds = result.seconds["rotations"] + result.seconds["quantize"]
+        yield (
+            f"rotations and {result.provenance.weights} together: {seconds / result.layers:.2f} s a layer, "
+            f"{seconds / result.weights * 1e6:.2f} s a million weights"
+        )
 
 
 def _refuse_with_stock(target: str) -> None:

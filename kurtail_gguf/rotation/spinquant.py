@@ -20,21 +20,21 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.memory import memory_available
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.cayley_sgd import CayleySGD
-from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
-from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK
+from kurtail_gguf.simulation.attention import rotated
+from kurtail_gguf.simulation.hooks import empty_model
+from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.simulation.straight_through import round_through
 
 #: The paper's steps and first step size, which falls linearly to zero.
@@ -42,29 +42,16 @@ STEPS, LR = 100, 1.5
 #: SpinQuant's published code has none. With so few tokens a step the gradient is mostly noise: at 0.9, steps
 #: overshot, and the loss on other text ended above its start (SmolLM2-135M, one run each).
 MOMENTUM = 0.0
-#: Tokens of a sequence and sequences of a step; the paper has 2048 and 8, for hours of GPU time.
-SEQUENCE, BATCH = 256, 1
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """What the network rounds.
-
-    Args:
-        activations: bits of what enters a block linear, 4 or 8.
-        cache: bits of the KV cache and R3; V is not rotated there, R2 does it.
-    """
-
-    activations: int
-    cache: CacheSettings
+#: Tokens of a sequence and sequences of a step; the paper has 2048 and 8, for hours of GPU time. A hundred steps of this
+#: take a quarter of an hour for SmolLM2-135M on two cores.
+SEQUENCE, BATCH = 256, 4
 
 
 def learn_spinquant(
     checkpoint: Checkpoint,
     ids: npt.NDArray[np.int32],
     start: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
-    rounding: Rounding,
-    r4: int,
+    rounding: RuntimeRounding,
     seed: int,
     device: torch.device,
     progress: Progress,
@@ -76,8 +63,8 @@ def learn_spinquant(
         checkpoint: the model; weights are checked for NaN as they are loaded.
         ids: calibration tokens, int32 ``[sequences, length]``; cut into pieces of :data:`SEQUENCE`.
         start: orthogonal R1 ``[hidden, hidden]`` and R2 ``[layers, kv_heads, head_dim, head_dim]``.
-        rounding: what the network rounds while R1 and R2 are learned.
-        r4: size of R4's Hadamard blocks, 0 for none.
+        rounding: what the network rounds while R1 and R2 are learned, all linears alike. The cache does not rotate V:
+            R2 does.
         seed: seed of the order of the pieces.
         device: where to compute.
         progress: advanced once a step, with the step's loss.
@@ -93,7 +80,7 @@ def learn_spinquant(
     length = min(SEQUENCE, ids.shape[1], checkpoint.spec.window or SEQUENCE)
     pieces = torch.from_numpy(ids[:, : ids.shape[1] // length * length].reshape(-1, length).astype(np.int64))
     check_memory(checkpoint, BATCH * length, device)
-    network = RotatedNetwork(checkpoint, rounding, r4, device)
+    network = RotatedNetwork(checkpoint, rounding, device)
     parameters = [torch.from_numpy(matrix).to(device, torch.float64, copy=True) for matrix in start]
     r1, r2 = (parameter.requires_grad_() for parameter in parameters)
     optimiser = CayleySGD([r1, r2], LR, MOMENTUM)
@@ -126,7 +113,7 @@ def check_memory(checkpoint: Checkpoint, tokens: int, device: torch.device) -> N
     # logits, their softmax and their gradient; inputs of layers; a layer's own are smaller than the logits
     values += tokens * (3 * spec.vocab_size + spec.layers * spec.hidden_size)
     needed = 4 * values
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = memory_available(device)
     if needed > free:
         raise KurtailError(
             f"--rotation spinquant needs the whole model in memory: {checkpoint.directory} takes "
@@ -140,8 +127,7 @@ class RotatedNetwork:
 
     Args:
         checkpoint: the model.
-        rounding: what to round; None for nothing, and then rotations change nothing.
-        r4: size of R4's Hadamard blocks, 0 for none.
+        rounding: what to round, and R4; None for nothing, and then rotations change nothing.
         device: where to compute.
         dtype: of weights and activations.
     """
@@ -149,15 +135,13 @@ class RotatedNetwork:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        rounding: Rounding | None,
-        r4: int,
+        rounding: RuntimeRounding | None,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._spec = checkpoint.spec
         self._eps = checkpoint.config.rms_norm_eps
         self._rounding = rounding
-        self._r4 = r4
         self._device = device
         self._dtype = dtype
         self._model = _load(checkpoint, rounding, device, dtype)
@@ -200,9 +184,8 @@ class RotatedNetwork:
             return (_by_head(self._rounded(inputs[0]), group.mT),)
 
         def ffn_out(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            if not self._r4:
-                return (self._rounded(inputs[0]),)
-            return (rotated(self._rounded(rotated(inputs[0], self._r4)), self._r4),)
+            r4 = 0 if self._rounding is None else self._rounding.r4
+            return (rotated(self._rounded(rotated(inputs[0], r4)), r4),)
 
         with ExitStack() as hooks:
             for name in (family.attention_norm, family.ffn_norm):
@@ -214,19 +197,16 @@ class RotatedNetwork:
         return output[0] if isinstance(output, tuple) else output
 
     def _rounded(self, x: Tensor) -> Tensor:
-        return x if self._rounding is None else round_through(x, self._rounding.activations, ACTIVATION_BLOCK)
+        rounding = self._rounding
+        return x if rounding is None else round_through(x, rounding.activation_bits, rounding.activation_block)
 
 
 def _load(
-    checkpoint: Checkpoint, rounding: Rounding | None, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, rounding: RuntimeRounding | None, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """The model with its weights, frozen; float32 weights on the CPU stay views of the mapped file."""
-    from transformers import AutoModelForCausalLM
-
     spec = checkpoint.spec
-    attention = "sdpa" if rounding is None else use_simulated_attention()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(checkpoint.config, attn_implementation=attention, dtype=dtype)
+    model = empty_model(checkpoint.config, None if rounding is None else rounding.cache, dtype)
     weights = {name: checkpoint.tensor(name, check=True).to(device, dtype) for name in spec.top_shapes()}
     weights[f"{spec.family.head}.weight"] = weights[checkpoint.head_name]
     for layer in range(spec.layers):
@@ -235,9 +215,6 @@ def _load(
     model.load_state_dict(weights, assign=True)
     # Rotary frequencies are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
-    if rounding is not None:
-        for layer in model.model.layers:
-            layer.get_submodule(spec.family.value.rpartition(".")[0]).kurtail_cache = rounding.cache
     return model.requires_grad_(False).eval()
 
 

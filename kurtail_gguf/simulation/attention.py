@@ -36,7 +36,7 @@ class CacheSettings:
 
 
 def use_simulated_attention() -> str:
-    """The name to give as ``attn_implementation``; every attention module needs ``kurtail_cache``, its CacheSettings."""
+    """The name to give as ``attn_implementation``; ``hooks.round_cache`` tells every layer what to round."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, simulated_attention)
@@ -50,7 +50,7 @@ def simulated_attention(
     """Causal attention over a rounded cache, as llama.cpp's CPU flash attention computes it.
 
     Args:
-        module: the attention layer; carries its CacheSettings.
+        module: the attention layer; carries its CacheSettings as ``kurtail_cache``.
         query: ``[batch, heads, tokens, head_dim]``, after RoPE; key and value with the KV heads.
         attention_mask: unused: chunks are whole and start empty, so causality is all there is.
         scaling: of the scores.
@@ -62,8 +62,7 @@ def simulated_attention(
     if cache.bits < 16:
         if cache.paired:
             query, key = _halves_to_pairs(query), _halves_to_pairs(key)
-        if cache.rotation:
-            query, key = rotated(query, cache.rotation), rotated(key, cache.rotation)
+        query, key = rotated(query, cache.rotation), rotated(key, cache.rotation)
         if cache.rotate_v:
             value = rotated(value, V_ROTATION)
         # the kernel multiplies a quantized K by a query rounded to q8_0, whatever K's own bits are
@@ -91,8 +90,8 @@ class _Rotated(torch.autograd.Function):
 
 
 def rotated(x: Tensor, size: int) -> Tensor:
-    """``x`` with each of its pieces of ``size`` multiplied by the normalised Sylvester matrix."""
-    return _Rotated.apply(x, size)
+    """``x`` with each of its pieces of ``size`` multiplied by the normalised Sylvester matrix; as it is for 0 or 1."""
+    return _Rotated.apply(x, size) if size > 1 else x
 
 
 def _halves_to_pairs(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kurtail_gguf import native
+from kurtail_gguf.bindings import BindingsError, require_bindings
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.export import export_reference
 from kurtail_gguf.loading.source import resolve_source
@@ -227,3 +228,20 @@ def tiny_reference(tmp_path_factory, tiny_spm) -> Path:
     path = tmp_path_factory.mktemp("reference") / "tiny.gguf"
     export_reference(tiny_spm, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bpe_reference(tmp_path_factory, tiny_bpe) -> Path:
+    """The same of the tiny model with SmolLM2's tokenizer."""
+    path = tmp_path_factory.mktemp("reference") / "tiny-bpe.gguf"
+    export_reference(tiny_bpe, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bindings() -> None:
+    """Skips where the bindings are not installed."""
+    try:
+        require_bindings()
+    except BindingsError as error:
+        pytest.skip(str(error))

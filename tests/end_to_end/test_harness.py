@@ -14,13 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_gguf.bindings import BindingsError, require_bindings
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate import mmlu
 from kurtail_gguf.evaluate.harness import TasksRequest, check_tasks
-from kurtail_gguf.export import export_reference
 
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
+pytestmark = pytest.mark.usefixtures("bindings")
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-eval is not installed (extra eval)")
 
 TASKS = "kurtail_choices,kurtail_rolling,kurtail_text"
@@ -60,22 +58,6 @@ doc_to_target: "{{{{goes_on}}}}"
 generation_kwargs: {{max_gen_toks: 3, until: ["\\n\\n"], do_sample: false}}
 metric_list: [{{metric: exact_match}}]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bindings() -> None:
-    try:
-        require_bindings()
-    except BindingsError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_bpe, tmp_path_factory) -> Path:
-    """The tiny model with SmolLM2's tokenizer as an unquantized file."""
-    path = tmp_path_factory.mktemp("plain") / "plain.gguf"
-    export_reference(tiny_bpe, path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +102,13 @@ def tasks(tiny_bpe, text, tmp_path_factory) -> Path:
 
 
 @needs_harness
-def test_the_same_as_lm_evals_own_model(cli, plain, tiny_bpe, tasks, offline, tmp_path, monkeypatch):
+def test_the_same_as_lm_evals_own_model(cli, tiny_bpe_reference, tiny_bpe, tasks, offline, tmp_path, monkeypatch):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     report = tmp_path / "r.json"
     options = ("--tasks", TASKS, "--include-path", tasks, "--json", report)
-    done = cli("eval", plain, *options, env=offline)
+    done = cli("eval", tiny_bpe_reference, *options, env=offline)
     assert done.status == 0, done.stderr
     (model,) = json.loads(report.read_text(encoding="utf-8"))["models"]
     assert model["perplexity"] is None and "mmlu" not in model
@@ -144,41 +126,41 @@ def test_the_same_as_lm_evals_own_model(cli, plain, tiny_bpe, tasks, offline, tm
     assert rolling["byte_perplexity,none"] == pytest.approx(expected["kurtail_rolling"]["byte_perplexity,none"], rel=2e-3)
     assert found["kurtail_text"]["exact_match,none"] == expected["kurtail_text"]["exact_match,none"] == 0.5
     assert all(name in done.stdout for name in ("kurtail_choices", "acc, none", "lm-eval"))
-    assert "log-likelihoods of plain.gguf" in done.stderr and "texts of plain.gguf" in done.stderr
+    assert "log-likelihoods of tiny-bpe.gguf" in done.stderr and "texts of tiny-bpe.gguf" in done.stderr
 
 
 @needs_harness
-def test_the_same_questions_by_our_own_mmlu(cli, plain, tasks, offline, tmp_path):
+def test_the_same_questions_by_our_own_mmlu(cli, tiny_bpe_reference, tasks, offline, write_mmlu, tmp_path):
     """The prompt of --mmlu is lm-eval's, so the answers are."""
-    for kind, name in (("dev", "examples"), ("test", "choices")):
-        (tmp_path / kind).mkdir()
-        rows = map(json.loads, (tasks / f"{name}.json").read_text(encoding="utf-8").splitlines())
-        lines = [",".join(mmlu.HEADER)] + [",".join([r["question"], *r["choices"], str(r["answer"])]) for r in rows]
-        (tmp_path / kind / f"file_formats_{kind}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    def rows(name: str) -> str:
+        asked = map(json.loads, (tasks / f"{name}.json").read_text(encoding="utf-8").splitlines())
+        return "".join(",".join([row["question"], *row["choices"], str(row["answer"])]) + "\n" for row in asked)
+
+    write_mmlu(tmp_path, "file_formats", rows("examples"), rows("choices"))
     report = tmp_path / "r.json"
     ours = ("--mmlu", tmp_path, "--shots", "4")
     theirs = ("--tasks", "kurtail_choices", "--include-path", tasks, "--task-shots", "4", "--card")
-    done = cli("eval", plain, *ours, *theirs, "--json", report, env=offline)
+    done = cli("eval", tiny_bpe_reference, *ours, *theirs, "--json", report, env=offline)
     assert done.status == 0, done.stderr
     (model,) = json.loads(report.read_text(encoding="utf-8"))["models"]
     accuracy = model["tasks"]["results"]["kurtail_choices"]
     assert model["mmlu"]["micro"]["questions"] == 20
     assert model["mmlu"]["micro"]["accuracy"] == accuracy["acc,none"]
     assert model["mmlu"]["micro"]["stderr"] == pytest.approx(accuracy["acc_stderr,none"])
-    card = Path(f"{plain}.md").read_text(encoding="utf-8")
+    card = Path(f"{tiny_bpe_reference}.md").read_text(encoding="utf-8")
     assert f"| kurtail_choices: acc, none | {accuracy['acc,none']:.4f} ± " in card and "Tasks of lm-eval 0" in card
 
 
 @needs_harness
-def test_errors_are_one_line(cli, plain, tasks, offline, tmp_path):
-    assert "lm-eval knows no task no_such_task" in cli("eval", plain, "--tasks", "no_such_task", env=offline).error
+def test_errors_are_one_line(cli, tiny_bpe_reference, tasks, offline, tmp_path):
+    assert "lm-eval knows no task no_such_task" in cli("eval", tiny_bpe_reference, "--tasks", "no_such_task", env=offline).error
     for name in ("choices", "examples"):
         (tmp_path / f"{name}.yaml").write_text(CHOICES.format(directory=tmp_path / "gone"), encoding="utf-8")
-    gone = cli("eval", plain, "--tasks", "kurtail_choices", "--include-path", tmp_path, env=offline).error
+    gone = cli("eval", tiny_bpe_reference, "--tasks", "kurtail_choices", "--include-path", tmp_path, env=offline).error
     assert "kurtail_choices cannot be loaded, is the data at hand?" in gone
     sampled = TEXT.format(directory=tasks).replace("do_sample: false", "do_sample: true")
     (tmp_path / "text.yaml").write_text(sampled, encoding="utf-8")
-    refused = cli("eval", plain, "--tasks", "kurtail_text", "--include-path", tmp_path, env=offline).error
+    refused = cli("eval", tiny_bpe_reference, "--tasks", "kurtail_text", "--include-path", tmp_path, env=offline).error
     assert "sampled text" in refused
 
 

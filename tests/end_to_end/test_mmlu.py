@@ -15,23 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kurtail_gguf import vendored
 from kurtail_gguf.bindings import BindingsError, require_bindings
 from kurtail_gguf.evaluate import mmlu
-from kurtail_gguf.export import export_reference
 
-HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
+pytestmark = pytest.mark.usefixtures("bindings")
 #: The last is as long as any other thing a model may be asked to go on with.
 CONTINUATIONS = [*(f" {letter}" for letter in mmlu.LETTERS), " Anything else, said in several words"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bindings() -> None:
-    try:
-        require_bindings()
-    except BindingsError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> Path:
+def questions(tmp_path_factory, write_mmlu) -> Path:
     """Two subjects: a short one, and one whose examples do not all fit into the tiny model's 1024 tokens."""
     directory = tmp_path_factory.mktemp("mmlu")
     long = "a block of sixty-four integers and one half-precision scale " * 15
@@ -46,10 +37,7 @@ def questions(tmp_path_factory) -> Path:
         ),
     }
     for name, (dev, test) in subjects.items():
-        for kind, rows in (("dev", dev), ("test", test)):
-            (directory / kind).mkdir(exist_ok=True)
-            path = directory / kind / f"{name}_{kind}.csv"
-            path.write_text(HEADER + "\n".join(rows) + "\n", encoding="utf-8")
+        write_mmlu(directory, name, "\n".join(dev) + "\n", "\n".join(test) + "\n")
     return directory
 
 
@@ -74,13 +62,11 @@ def _told(path: Path, directory: Path) -> tuple[list[dict], int, list[tuple[mmlu
     return messages, computed, [(subject, question) for subject in subjects for question in subject.questions]
 
 
-def test_log_likelihoods_are_transformers_own(tiny_bpe, questions, tmp_path):
+def test_log_likelihoods_are_transformers_own(tiny_bpe, tiny_bpe_reference, questions):
     """The plain export against the checkpoint with its own tokenizer: few-shot prompts, answers of several tokens."""
-    path = tmp_path / "plain.gguf"
-    export_reference(tiny_bpe, path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_bpe)
     model = AutoModelForCausalLM.from_pretrained(tiny_bpe, dtype=torch.float32).eval()
-    messages, computed, asked = _told(path, questions)
+    messages, computed, asked = _told(tiny_bpe_reference, questions)
     assert len(messages) == len(asked) == 10
     prompts, pairs = 0, []
     shots = {subject.name: set() for subject, _ in asked}

@@ -1,4 +1,4 @@
-"""Format kt4: packing, the reference quantizer's formula, and its traps."""
+"""Format kt4: the reference quantizer's formula, and its traps."""
 
 from __future__ import annotations
 
@@ -16,56 +16,6 @@ from hypothesis.extra import numpy as hnp
 from kurtail_gguf.formats import kt4
 
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
-BLOCKS = st.integers(1, 3)
-
-
-@st.composite
-def packed_parts(draw):
-    rows, blocks = draw(st.integers(1, 3)), draw(BLOCKS)
-    codes = draw(hnp.arrays(np.int8, (rows, blocks * 64), elements=st.integers(-8, 7)))
-    scales = draw(hnp.arrays(np.float16, (rows, blocks), elements=st.floats(-65504, 65504, width=16)))
-    return codes, scales
-
-
-@given(packed_parts())
-def test_unpack_inverts_pack_bit_for_bit(parts):
-    codes, scales = parts
-    data = kt4.pack(codes, scales)
-    assert data.shape == (len(codes), scales.shape[1] * 34)
-    back_codes, back_scales = kt4.unpack(data)
-    assert np.array_equal(back_codes, codes)
-    assert back_scales.tobytes() == scales.tobytes()
-    assert np.array_equal(kt4.pack(back_codes, back_scales), data)
-
-
-@given(hnp.arrays(np.uint8, 68))
-def test_every_byte_pattern_with_a_finite_scale_survives(data):
-    data[[1, 35]] &= 0xBF  # exponent below 31: neither NaN nor infinite
-    assert np.array_equal(kt4.pack(*kt4.unpack(data)), data)
-
-
-def test_layout_is_the_documents():
-    codes = np.zeros((1, 64), np.int8)
-    codes[0, [0, 31, 32, 63]] = -8, 7, -1, 3
-    data = kt4.pack(codes, np.array([[-0.5]], np.float16))[0]
-    assert data[:2].tobytes() == np.array(-0.5, "<f2").tobytes()
-    assert data[2] == 0xF8  # element 0 low (-8), element 32 high (-1)
-    assert data[33] == 0x37  # element 31 low (7), element 63 high (3)
-
-
-@pytest.mark.parametrize(
-    ("codes", "scales", "message"),
-    [
-        (np.zeros((1, 63), np.int8), np.zeros((1, 1), np.float16), "63"),
-        (np.full((1, 64), 8, np.int8), np.ones((1, 1), np.float16), "-8…7"),
-        (np.zeros((1, 64), np.int8), np.full((1, 1), np.nan, np.float16), "NaN"),
-        (np.zeros((1, 64), np.int8), np.full((1, 1), np.inf, np.float16), "infinite"),
-        (np.zeros((1, 128), np.int8), np.zeros((1, 1), np.float16), "do not fit"),
-    ],
-)
-def test_pack_refuses(codes, scales, message):
-    with pytest.raises(ValueError, match=message):
-        kt4.pack(codes, scales)
 
 
 def _scalar_reference(block: np.ndarray) -> tuple[list[int], np.float16]:

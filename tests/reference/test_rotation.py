@@ -14,7 +14,7 @@ from kurtail_gguf.formats.hadamard import r4_size, sylvester, walsh_hadamard_
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.rotation.cayley import cayley, optimise
 from kurtail_gguf.rotation.hadamard import hadamard_matrix, random_orthogonal, random_rotation
-from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
+from kurtail_gguf.rotation.learn import _some_rows, learn_r1, learn_r1_by_output_error, learn_r2
 from kurtail_gguf.rotation.objectives import (
     absolute_kurtosis_loss,
     kurtosis_loss,
@@ -223,6 +223,16 @@ def test_r1_by_output_error_lowers_it_on_unseen_tokens(recorder):
 
     assert loss(torch.from_numpy(r1)) < 0.9 * loss(start)
     assert recorder.stages == [["learn R1", 60, 60]]
+
+
+def test_some_rows_of_a_sketch_have_the_energy_of_all():
+    rng = np.random.default_rng(9)
+    rows = (rng.standard_normal((40, 96)) * rng.uniform(0.1, 3, 96)).astype(np.float32)
+    drawn = [_some_rows(rows, 4, rng) for _ in range(2000)]
+    assert all(some.shape == (10, 96) for some in drawn)
+    energy = np.mean([np.square(some).sum(0) for some in drawn], 0)
+    assert np.abs(energy / np.square(rows).sum(0) - 1).max() < 0.1
+    assert np.array_equal(_some_rows(rows[:3], 4, rng), rows[:3])
 
 
 def test_balanced_channels_are_the_least_product():

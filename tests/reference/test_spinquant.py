@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -14,16 +11,18 @@ from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.rotation import spinquant
 from kurtail_gguf.rotation.hadamard import random_orthogonal, random_rotation
-from kurtail_gguf.rotation.spinquant import Rounding, RotatedNetwork, learn_spinquant
+from kurtail_gguf.rotation.spinquant import RotatedNetwork, learn_spinquant
 from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
 from kurtail_gguf.simulation.rounding import round_to
+from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.simulation.straight_through import round_through
 
 CPU = torch.device("cpu")
 KINDS = ["llama", "llama-tied", "llama-biases", "mistral", "qwen2"]
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 320, (2, 24)))
-W4A4KV4 = Rounding(4, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
+W4A4KV4 = RuntimeRounding(4, 64, 64, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
 
 
 def _rotations(spec, seed: int = 3, make=random_orthogonal) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +45,7 @@ def _as_stored(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_rounding_it_is_transformers_loss_under_any_rotation(kind, tiny_model, tiny_checkpoint):
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
-    network = RotatedNetwork(checkpoint, None, 64, CPU, torch.float64)
+    network = RotatedNetwork(checkpoint, None, CPU, torch.float64)
     model = _as_stored(tiny_model(kind))
     with torch.no_grad():
         expected = float(model(IDS, labels=IDS).loss)  # transformers takes the cross-entropy in float32
@@ -60,7 +59,7 @@ def test_without_rounding_it_is_transformers_loss_under_any_rotation(kind, tiny_
 def test_without_rounding_nothing_is_to_be_learned(tiny_checkpoint):
     """The gradient along every rotation vanishes, in R1 and in each R2."""
     checkpoint = open_checkpoint(tiny_checkpoint("llama"))
-    network = RotatedNetwork(checkpoint, None, 64, CPU, torch.float64)
+    network = RotatedNetwork(checkpoint, None, CPU, torch.float64)
     r1, r2 = (matrix.requires_grad_() for matrix in _rotations(checkpoint.spec))
     network.loss(r1, r2, IDS).backward()
     for rotation in (r1, r2):
@@ -75,11 +74,11 @@ def test_with_rounding_it_is_the_loss_of_the_folded_model(kind, bits, tiny_model
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
     spec, prefix = checkpoint.spec, "model.layers.{}.".format
     r3 = 64 if spec.head_dim == 64 else 0
-    rounding = Rounding(bits, CacheSettings(bits, r3, rotate_v=False, paired=False))
+    rounding = RuntimeRounding(bits, 64, 64, CacheSettings(bits, r3, rotate_v=False, paired=False))
     r1, r2 = _rotations(spec)
     with torch.no_grad():
-        found = float(RotatedNetwork(checkpoint, rounding, 64, CPU, torch.float64).loss(r1, r2, IDS))
-        exact = float(RotatedNetwork(checkpoint, None, 64, CPU, torch.float64).loss(r1, r2, IDS))
+        found = float(RotatedNetwork(checkpoint, rounding, CPU, torch.float64).loss(r1, r2, IDS))
+        exact = float(RotatedNetwork(checkpoint, None, CPU, torch.float64).loss(r1, r2, IDS))
 
     model = _as_stored(tiny_model(kind))
     gain, head = model.model.norm.weight.detach().clone(), model.lm_head.weight.detach().clone()
@@ -125,7 +124,7 @@ def test_online_hadamard_has_its_gradient():
 
 def _learned(checkpoint, ids, seed=0, steps=20, progress=None, make=_hadamard):
     start = tuple(matrix.numpy() for matrix in _rotations(checkpoint.spec, 5, make))
-    learned = learn_spinquant(checkpoint, ids, start, W4A4KV4, 64, seed, CPU, progress or NullProgress(), steps)
+    learned = learn_spinquant(checkpoint, ids, start, W4A4KV4, seed, CPU, progress or NullProgress(), steps)
     return start, learned
 
 
@@ -137,7 +136,7 @@ def test_learning_lowers_the_loss_and_keeps_rotations(tiny_checkpoint, recorder)
 
     def loss(rotations, rounding) -> float:
         with torch.no_grad():
-            network = RotatedNetwork(checkpoint, rounding, 64, CPU)
+            network = RotatedNetwork(checkpoint, rounding, CPU)
             return float(network.loss(*map(torch.from_numpy, rotations), torch.from_numpy(ids).long()))
 
     exact = loss(start, None)
@@ -162,7 +161,7 @@ def test_same_seed_same_bytes(tiny_checkpoint):
 def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(tiny_checkpoint, monkeypatch):
     checkpoint = open_checkpoint(tiny_checkpoint())
     ids = np.zeros((1, 32), np.int32)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=900_000))
+    monkeypatch.setattr(spinquant, "memory_available", lambda device: 900_000)
     with pytest.raises(KurtailError, match=r"whole model in memory.*0\.0 GB free; use --rotation kurtail"):
         _learned(checkpoint, ids)
 

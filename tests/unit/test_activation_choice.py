@@ -74,36 +74,9 @@ def test_a_large_linear_that_does_not_fit_leaves_its_turn():
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    return path
-
-
-@pytest.fixture
-def exported(monkeypatch):
-    """What the exporter was given: provenance and the names for 8 bits, for each call."""
-    calls = []
-
-    def write_gguf(source, quantized, out, provenance, progress, eight_bit):
-        calls.append((provenance, tuple(eight_bit)))
-        out.write_bytes(b"GGUF")
-
-    monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
-    monkeypatch.setattr(pipeline, "check_vocabulary", lambda source: None)
+def exported(exported, plain_embedding, monkeypatch):
     monkeypatch.setattr(activation_choice, "DAMAGE_TOKENS", 512)
-    monkeypatch.setattr(tuning, "EmbeddingRows", _Rows)
-    return calls
-
-
-class _Rows:
-    """Rows of the embedding without the runtime's q4_0, so that no runtime is needed."""
-
-    def __init__(self, path: Path) -> None:
-        self._rows = np.load(path)
-
-    def __call__(self, ids):
-        return self._rows[ids]
+    return exported
 
 
 def _config(model: Path, tmp_path: Path, text: Path, **changes) -> ConvertConfig:
@@ -120,7 +93,7 @@ def test_the_choice_reaches_file_and_provenance_and_is_taken_over(tiny_checkpoin
     result = pipeline.convert(config, recorder)
     assert [name for name, *_ in recorder.stages] == ["fold and quantize", "run the unquantized model", "measure damage"]
     assert all(done == total for _, total, done in recorder.stages)
-    provenance, chosen = exported[0]
+    provenance, chosen = exported[0].provenance, tuple(exported[0].bits)
     assert (provenance.activation_bits, provenance.activation_choice) == (4, "auto")
     assert provenance.activation_budget == pytest.approx(0.3) == float(np.float32(0.3))
     assert provenance.calibration_tokens == 1024  # hadamard and rtn read no text by themselves
@@ -131,6 +104,7 @@ def test_the_choice_reaches_file_and_provenance_and_is_taken_over(tiny_checkpoin
     assert list(stored["damage"]) == list(costs)
     assert stored["tokens"] == 512 and stored["divergence"] > 0
     assert chosen == choose(stored["damage"], costs, 0.3)
+    assert set(exported[0].bits.values()) == {8}
     assert 0 < sum(costs[name] for name in chosen) <= 0.3 * sum(costs.values())
     assert not (tmp_path / "w" / "measuring").exists()
 
@@ -174,7 +148,7 @@ def test_tuning_runs_with_the_chosen_bits_and_leaves_codes_alone(tiny_checkpoint
     monkeypatch.setattr(pipeline, "tune", watched)
     pipeline.convert(_config(tiny_checkpoint("llama"), tmp_path, text, tune=2), NullProgress())
     (rounding,) = seen
-    provenance, chosen = exported[0]
+    provenance, chosen = exported[0].provenance, tuple(exported[0].bits)
     assert rounding.activation_bits == 4 and dict(rounding.exceptions) == dict.fromkeys(chosen, 8)
     assert provenance.tune_steps == 2
     from safetensors.numpy import load_file
@@ -199,12 +173,12 @@ def test_gptq_rounds_all_alike_while_it_calibrates(tiny_checkpoint, tmp_path, ex
         pipeline.convert(config, NullProgress())
         made[activations] = load_file(config.work_dir / "quantized" / "layer-00001.safetensors")
     assert all(np.array_equal(value, made[4][name]) for name, value in made["auto"].items())
-    assert [len(chosen) > 0 for _, chosen in exported] == [True, False]
-    assert [provenance.activation_choice for provenance, _ in exported] == ["auto", "fixed"]
+    assert [len(call.bits) > 0 for call in exported] == [True, False]
+    assert [call.provenance.activation_choice for call in exported] == ["auto", "fixed"]
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_work(tiny_checkpoint, tmp_path, exported, text, monkeypatch, recorder):
-    monkeypatch.setattr(pipeline, "memory_available", lambda device: 1000)
+    monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
     with pytest.raises(KurtailError, match=r"--activations auto needs about .* GB, 0.0 GB are free on cpu: give"):
         pipeline.convert(_config(tiny_checkpoint("llama"), tmp_path, text), recorder)
     assert not recorder.stages and not (tmp_path / "w").exists()

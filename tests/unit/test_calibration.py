@@ -11,6 +11,7 @@ import torch
 
 from kurtail_gguf.calibration.capture import SITES, capture, choose_tokens
 from kurtail_gguf.calibration.generate import generate
+from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.calibration.texts import read_texts
 from kurtail_gguf.calibration.tokens import (
     CalibrationTokens,
@@ -22,6 +23,7 @@ from kurtail_gguf.calibration.tokens import (
 from kurtail_gguf.errors import CalibrationError, SourceError
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.simulation.attention import CacheSettings
 
 CPU = torch.device("cpu")
 
@@ -208,3 +210,15 @@ def test_a_window_shorter_than_the_sequences_is_refused(tiny_checkpoint, tmp_pat
     (directory / "config.json").write_text(json.dumps(config | {"sliding_window": 16}))
     with pytest.raises(SourceError, match="sliding_window 16 is below the calibration length 24"):
         capture(open_checkpoint(directory), ids, tmp_path, 0, CPU, NullProgress())
+
+
+def test_runners_of_one_checkpoint_keep_their_own_attention(tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    weights = checkpoint.layer(0, CPU)
+    hidden = torch.randn(1, 24, 128, generator=torch.Generator().manual_seed(0))
+    rounding = LayerRunner(checkpoint, CPU, 24, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
+    rotary = rounding.rotary(0, 24)
+    rounded = rounding.run(0, weights, hidden, rotary)
+    exact = LayerRunner(checkpoint, CPU, 24).run(0, weights, hidden, rotary)
+    assert torch.equal(rounding.run(0, weights, hidden, rotary), rounded)
+    assert not torch.allclose(exact, rounded, atol=1e-3)

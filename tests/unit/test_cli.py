@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from kurtail_gguf import __version__
 from kurtail_gguf.cli.main import commands
 from kurtail_gguf.cli.output import write_json
-from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.config import ConvertConfig, ConvertResult
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.measurement import ModelResult, Report
 
@@ -186,3 +187,24 @@ def test_commands_are_documented():
         for parameter in command.params:
             if isinstance(parameter, click.Option) and parameter.name != "device":
                 assert parameter.help, (command.name, parameter.name)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_convert_says_what_it_took(run, monkeypatch, tmp_path, resumed):
+    out = tmp_path / "o.gguf"
+
+    def fake(config, progress):
+        config.out.write_bytes(b"x" * 3_000_000)
+        seconds = {"source": 0.2, "rotations": 40.0, "quantize": 80.0, "tune": 61.0}
+        return ConvertResult(config.out, SimpleNamespace(weights="gptq"), seconds, 30, 60_000_000, resumed)
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.25, runs_as="W4A4KV4"))
+    monkeypatch.setattr("kurtail_gguf.cli.convert.peak_memory", lambda: 1_500_000_000)
+    lines = run("convert", "M", out).stdout.splitlines()
+    assert lines[0] == f"wrote {out}: 3 MB, 4.25 bits a weight (W4A4KV4)"
+    assert lines[1] == "took 3:01 (rotations 40 s, quantize 1:20, tune 1:01); peak memory 1.5 GB"
+    # what an earlier run has done is in no clock of this one
+    each = [] if resumed else ["rotations and gptq together: 4.00 s a layer, 2.00 s a million weights"]
+    assert lines[2:-1] == each
+    assert lines[-1] == f"run it with: llama-cli -m {out}"

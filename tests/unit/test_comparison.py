@@ -70,13 +70,6 @@ def test_options_that_are_passed_on_are_fields_of_the_conversion():
     assert {"activations", "kv", "calibration", "calibration_tokens", "seed", "device"} <= names
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("words " * 100, encoding="utf-8")
-    return path
-
-
 def _config(words: Path, tmp_path: Path, **changes) -> CompareConfig:
     model = tmp_path / "my-model"
     model.mkdir(exist_ok=True)

@@ -33,20 +33,7 @@ CACHE = CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False)
 ROUNDING = RuntimeRounding(4, 64, 64, CACHE)
 ONE_EIGHT = "model.layers.0.mlp.down_proj.weight"
 
-
-class Rows:
-    """Rows of the embedding without the runtime's q4_0: these tests need no runtime."""
-
-    def __init__(self, path: Path) -> None:
-        self._rows = np.load(path)
-
-    def __call__(self, ids):
-        return self._rows[ids]
-
-
-@pytest.fixture(autouse=True)
-def plain_embedding(monkeypatch):
-    monkeypatch.setattr(tuning, "EmbeddingRows", Rows)
+pytestmark = pytest.mark.usefixtures("plain_embedding")
 
 
 @pytest.fixture
@@ -207,7 +194,7 @@ def test_exceptions_for_all_linears_are_the_other_general_rule(quantize, tmp_pat
     checkpoint, quantized = quantize("llama")
     names = checkpoint.spec.family.linears
     every = {f"model.layers.{layer}.{name}.weight": 8 for layer in range(2) for name in names}
-    embedded = torch.from_numpy(Rows(quantized / tables.EMBEDDING)(IDS.astype(np.int64)))
+    embedded = torch.from_numpy(tuning.EmbeddingRows(quantized / tables.EMBEDDING)(IDS.astype(np.int64)))
     hidden = []
     for rounding in (RuntimeRounding(8, 64, 64, CACHE), RuntimeRounding(4, 64, 64, CACHE, every), ROUNDING):
         student, _ = tuning.open_student(checkpoint, quantized, FORMAT, rounding, CPU, IDS.shape[1])
@@ -219,7 +206,7 @@ def test_quantization_knows_no_exceptions(quantize, tmp_path):
     checkpoint, quantized = quantize("llama")
     rounding = RuntimeRounding(4, 64, 64, CACHE, {ONE_EIGHT: 8})
     with pytest.raises(ValueError, match="after quantization"):
-        QuantizedPrefix(checkpoint, IDS, Rows(quantized / tables.EMBEDDING), rounding, tmp_path, CPU)
+        QuantizedPrefix(checkpoint, IDS, tuning.EmbeddingRows(quantized / tables.EMBEDDING), rounding, tmp_path, CPU)
 
 
 def test_a_divergence_that_is_not_finite_is_said(quantize, tmp_path):

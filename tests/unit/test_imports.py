@@ -13,14 +13,14 @@ ROOT = Path(kurtail_gguf.__file__).parent
 
 #: Lower layers first; a module imports only from lower layers or its own package.
 LAYERS = (
-    ("errors", "config", "progress", "formats", "workdir", "resources"),
+    ("errors", "config", "progress", "formats", "files", "workdir", "resources", "memory"),
     ("native", "vendored", "ggml", "gguf_info", "bindings"),  # where the runtime is, and its tables
     ("arch",),
     ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
     ("distill",),
     ("layerwise", "tuning"),
-    ("activation_choice",),
+    ("activation_choice", "rotation_choice"),
     ("pipeline", "measurement"),
     ("comparison", "card"),
     ("cli",),

@@ -14,18 +14,15 @@ from kurtail_gguf.evaluate import mmlu
 from kurtail_gguf.evaluate.mmlu import Accuracy, MmluError, Question, Subject
 from kurtail_gguf.evaluate.mmlu_worker import ask
 
-HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
+HEADER = ",".join(mmlu.HEADER) + "\n"
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, write_mmlu):
     """``files(subject, dev, test)`` writes the rows of a subject; returns the directory."""
 
     def write(subject: str, dev: str, test: str) -> Path:
-        for kind, rows in (("dev", dev), ("test", test)):
-            (tmp_path / kind).mkdir(exist_ok=True)
-            path = tmp_path / kind / f"{subject}_{kind}.csv"
-            path.write_text(HEADER + rows, encoding="utf-8")
+        write_mmlu(tmp_path, subject, dev, test)
         return tmp_path
 
     return write

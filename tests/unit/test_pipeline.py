@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from kurtail_gguf import pipeline
+from kurtail_gguf import pipeline, rotation_choice, tuning
 from kurtail_gguf.config import ConvertConfig, Provenance
 from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
@@ -23,20 +24,9 @@ from kurtail_gguf.rotation.store import load_rotations
 
 
 @pytest.fixture
-def exported(monkeypatch):
-    """What the exporter was given: one dict of bytes, and the provenance, for each call."""
-    calls = []
-
-    def write_gguf(source, quantized, out, provenance, progress, eight_bit):
-        assert not eight_bit  # --activations auto has tests of its own
-        files = {path.name: path.read_bytes() for path in sorted(quantized.iterdir())}
-        calls.append((files, provenance))
-        out.write_bytes(b"GGUF")
-
-    monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
-    # the tiny checkpoints have a byte tokenizer, which upstream does not know
-    monkeypatch.setattr(pipeline, "check_vocabulary", lambda source: None)
-    return calls
+def exported(exported):
+    yield exported
+    assert not any(call.bits for call in exported)  # --activations auto has tests of its own
 
 
 def _config(model: Path, out: Path, **changes) -> ConvertConfig:
@@ -46,31 +36,27 @@ def _config(model: Path, out: Path, **changes) -> ConvertConfig:
 
 
 @pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    return path
-
-
-@pytest.fixture
 def few_steps(monkeypatch):
-    """Learning is tested elsewhere; two hundred steps on a tiny model prove nothing here."""
-    for learn in ("learn_r1", "learn_r2", "learn_spinquant"):
-        original = getattr(pipeline, learn)
-        monkeypatch.setattr(pipeline, learn, lambda *a, original=original: original(*a, steps=3))
+    """Learning is tested elsewhere; hundreds of steps on a tiny model prove nothing here."""
+    for learn in ("learn_r1", "learn_r1_by_output_error", "learn_r2", "learn_spinquant"):
+        original = getattr(rotation_choice, learn)
+        monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=3))
 
 
 def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
     model = tiny_checkpoint("qwen2")
     config = _config(model, tmp_path / "o.gguf", calibration=(str(text),), seed=7)
     result = pipeline.convert(config, recorder)
-    files, provenance = exported[0]
+    files, provenance = exported[0].files, exported[0].provenance
     assert sorted(files) == [
         "embed_tokens.npy", "final.safetensors", "layer-00000.safetensors", "layer-00001.safetensors",
         "lm_head.npy",
     ]  # fmt: skip
     assert result.out == tmp_path / "o.gguf"
     assert result.provenance == provenance
+    assert list(result.seconds) == ["source", "calibration", "rotations", "quantize", "export"]
+    # q, k, v and o of heads of 32, and three of the FFN
+    assert (result.layers, result.weights) == (2, 2 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 192))
     assert not (tmp_path / "o.gguf.work").exists()
     assert provenance == Provenance(
         rotation="kurtail", objective="kurtosis", weights="rtn", tune_steps=0, seed=7,
@@ -138,7 +124,7 @@ def test_for_stock_the_linears_are_q4_0_and_nothing_is_left_online(tiny_checkpoi
     model = tiny_checkpoint("mistral")  # heads of 64: R3 would be possible
     config = _config(model, tmp_path / "o.gguf", rotation="hadamard", target="stock", work_dir=tmp_path / "w")
     provenance = pipeline.convert(config, NullProgress()).provenance
-    assert exported[0][1] == provenance
+    assert exported[0].provenance == provenance
     assert (provenance.target, provenance.activation_bits, provenance.kv_bits) == ("stock", 8, 16)
     kinds = (provenance.r1_kind, provenance.r2_kind, provenance.r3_kind, provenance.r4_kind)
     assert kinds == ("hadamard", "hadamard", "none", "none")
@@ -186,14 +172,14 @@ def test_same_seed_same_bytes(tiny_checkpoint, tmp_path, exported, few_steps):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         pipeline.convert(_config(model, tmp_path / f"{name}.gguf", seed=seed), NullProgress())
     assert exported[0] == exported[1]
-    assert exported[0][0] != exported[2][0]
+    assert exported[0].files != exported[2].files
 
 
 def test_a_rerun_skips_what_is_finished_and_gives_the_same(tiny_checkpoint, tmp_path, exported, few_steps, recorder):
     config = _config(tiny_checkpoint(), tmp_path / "o.gguf", work_dir=tmp_path / "w")
-    pipeline.convert(config, NullProgress())
+    assert not pipeline.convert(config, NullProgress()).resumed
     (tmp_path / "w" / "quantized" / "layer-00001.safetensors").unlink()  # as if interrupted there
-    pipeline.convert(config, recorder)
+    assert pipeline.convert(config, recorder).resumed
     assert exported[0] == exported[1]
     assert [name for name, *_ in recorder.stages] == ["fold and quantize"]
     assert (tmp_path / "w" / "settings.json").exists()
@@ -334,7 +320,32 @@ def test_the_default_gives_the_same_bytes_again(tiny_checkpoint, tmp_path, expor
             NullProgress(),
         )
     assert exported[0] == exported[1]
-    assert exported[0][1].tune_steps == 3
+    assert exported[0].provenance.tune_steps == 3
+
+
+def test_tuning_that_does_not_fit_is_refused_before_any_work_where_it_was_asked_for(
+    tiny_checkpoint, tmp_path, exported, text, monkeypatch
+):
+    monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
+    options = {"rotation": "hadamard", "calibration": (str(text),)}
+    told = _refused(_config(tiny_checkpoint(), tmp_path / "o.gguf", tune=3, **options))
+    assert re.fullmatch(r"--tune 3 needs about \d+\.\d GB, 0\.0 GB are free on cpu: give --tune 0 or .*", told)
+    assert not exported and not (tmp_path / "o.gguf.work").exists()
+    pipeline.convert(_config(tiny_checkpoint(), tmp_path / "untuned.gguf", tune=0, **options), NullProgress())
+
+
+def test_tuning_that_does_not_fit_is_left_out_by_default_and_the_user_told(
+    tiny_checkpoint, tmp_path, exported, text, few_steps, monkeypatch, recorder
+):
+    monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
+    config = _config(
+        tiny_checkpoint(), tmp_path / "o.gguf", rotation="output", weights="gptq", calibration=(str(text),)
+    )
+    assert config.tuning_steps > 0
+    assert pipeline.convert(config, recorder).provenance.tune_steps == 0
+    name, total, done = recorder.stages[-1]
+    assert re.fullmatch(r"tuning of scales left out: it needs about .* GB, 0\.0 GB are free on cpu", name)
+    assert total == done == 1
 
 
 @pytest.mark.parametrize("lost", [(0, 1), (1,)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
-from kurtail_gguf.resources import run_measured
+from kurtail_gguf.resources import peak_memory, run_measured
 
 MB = 1_000_000
 
@@ -46,3 +47,9 @@ def test_seconds_are_those_on_the_clock():
 def test_a_program_that_is_not_there():
     with pytest.raises(RuntimeError, match="no answer"):
         run_measured(["/no/such/program"])
+
+
+def test_peak_memory_outlives_what_took_it():
+    before = peak_memory()
+    subprocess.run([sys.executable, "-c", f"bytearray({before + 100 * MB})"], check=True)
+    assert before + 100 * MB <= peak_memory() < before + 200 * MB

@@ -31,20 +31,7 @@ IDS = np.random.default_rng(0).integers(3, 320, (8, 24)).astype(np.int32)
 FORMAT = BLOCK_FORMATS["kurtail"]
 ROUNDING = RuntimeRounding(4, 64, 64, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
 
-
-@pytest.fixture(autouse=True)
-def plain_embedding(monkeypatch):
-    """Rows of the embedding without the runtime's q4_0: these tests need no runtime."""
-
-    class Rows:
-        def __init__(self, path: Path) -> None:
-            self._rows = np.load(path)
-
-        def __call__(self, ids):
-            return self._rows[ids]
-
-    for module in (tuning, tables, __import__("kurtail_gguf.layerwise", fromlist=["layerwise"])):
-        monkeypatch.setattr(module, "EmbeddingRows", Rows)
+pytestmark = pytest.mark.usefixtures("plain_embedding")
 
 
 def _quantized(checkpoint, directory: Path) -> Path:
@@ -60,13 +47,11 @@ def _quantized(checkpoint, directory: Path) -> Path:
 
 
 def _student(checkpoint, quantized: Path, recompute: bool = True) -> Student:
-    stored = [tuning._Stored(path, FORMAT) for path in sorted(quantized.glob("layer-*.safetensors"))]
-    prefixes = [checkpoint.spec.layer_prefix(layer) for layer in range(checkpoint.spec.layers)]
-    parts = [
-        [getattr(layer, what)(prefix, CPU) for layer, prefix in zip(stored, prefixes, strict=True)]
-        for what in ("codes", "scales", "rest")
+    layers = [
+        tuning.read_layer(quantized / f"layer-{layer:05d}.safetensors", checkpoint.spec.layer_prefix(layer), FORMAT, CPU)
+        for layer in range(checkpoint.spec.layers)
     ]
-    return Student(checkpoint, *parts, ROUNDING, CPU, IDS.shape[1], recompute)
+    return Student(checkpoint, layers, ROUNDING, CPU, IDS.shape[1], recompute)
 
 
 def _tune(checkpoint, quantized: Path, target: Path, steps: int, progress=None) -> Path:
@@ -108,6 +93,44 @@ def test_recomputation_changes_no_gradient(tiny_checkpoint, tmp_path):
         student.hidden(rows.clone()).square().mean().backward()
         found.append([scale.grad for scale in student.scales[0].values()])
     assert all(torch.equal(first, second) and first.abs().max() > 0 for first, second in zip(*found, strict=True))
+
+
+def test_what_is_kept_in_memory_changes_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen2"))
+    quantized = _quantized(checkpoint, tmp_path)
+    found = []
+    for kept in tuning.Kept:
+        monkeypatch.setattr(tuning, "what_fits", lambda *_arguments, kept=kept: kept)
+        tuned = _tune(checkpoint, quantized, tmp_path / kept.name, 3)
+        found.append([(tuned / path.name).read_bytes() for path in sorted(quantized.glob("layer-*"))])
+    assert found[0] == found[1] == found[2] != [path.read_bytes() for path in sorted(quantized.glob("layer-*"))]
+
+
+def test_codes_that_are_not_kept_are_read_whenever_the_layer_runs(tiny_checkpoint, tmp_path):
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    path, prefix = _quantized(checkpoint, tmp_path) / "layer-00000.safetensors", checkpoint.spec.layer_prefix(0)
+    kept, read = (tuning.read_layer(path, prefix, FORMAT, CPU, keep_codes) for keep_codes in (True, False))
+    name = checkpoint.spec.family.ffn_writer
+    assert torch.equal(kept.codes()[name], read.codes()[name])
+    assert kept.codes()[name] is kept.codes()[name]
+    assert read.codes()[name] is not read.codes()[name]
+
+
+def test_more_is_kept_where_there_is_more_memory(tiny_checkpoint, monkeypatch):
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    needed = [tuning.memory_needed(checkpoint, 64, kept) for kept in tuning.Kept]
+    assert needed == sorted(needed) and len(set(needed)) == 3
+    for available, expected in (
+        (2 * needed[2], tuning.Kept.ALL),
+        (2 * needed[2] - 2, tuning.Kept.CODES),
+        (needed[1], tuning.Kept.CODES),
+        (needed[1] - 1, tuning.Kept.NOTHING),
+    ):
+        monkeypatch.setattr(tuning, "memory_available", lambda _device, available=available: available)
+        assert tuning.what_fits(checkpoint, 64, CPU) == expected
+    for available, short in ((needed[0], False), (needed[0] - 1, True)):
+        monkeypatch.setattr(tuning, "memory_available", lambda _device, available=available: available)
+        assert bool(tuning.memory_shortage(checkpoint, 64, CPU)) == short
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])

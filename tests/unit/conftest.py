@@ -1,0 +1,62 @@
+"""Fixtures of the unit tests: calibration text, and what stands in for the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kurtail_gguf import layerwise, pipeline, tuning
+from kurtail_gguf.config import Provenance
+from kurtail_gguf.fold import tables
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the exporter was given: the directory's files, provenance, and the linears with bits of their own."""
+
+    files: Mapping[str, bytes]
+    provenance: Provenance
+    bits: Mapping[str, int]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text of a thousand tokens and more, whatever the tokenizer."""
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 100, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def exported(monkeypatch) -> list[Exported]:
+    """A recorder in the exporter's place: the pipeline's calls of it."""
+    calls = []
+
+    def write_gguf(source, quantized, out, provenance, progress, bits):
+        files = {path.name: path.read_bytes() for path in sorted(quantized.iterdir())}
+        calls.append(Exported(files, provenance, dict(bits)))
+        out.write_bytes(b"GGUF")
+
+    monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
+    # the tiny checkpoints have a byte tokenizer, which upstream does not know
+    monkeypatch.setattr(pipeline, "check_vocabulary", lambda source: None)
+    return calls
+
+
+@pytest.fixture
+def plain_embedding(monkeypatch) -> None:
+    """Rows of the embedding without the runtime's q4_0, so that no runtime is needed."""
+
+    class Rows:
+        def __init__(self, path: Path) -> None:
+            self._rows = np.load(path)
+
+        def __call__(self, ids):
+            return self._rows[ids]
+
+    for module in (tables, layerwise, tuning):
+        monkeypatch.setattr(module, "EmbeddingRows", Rows)
