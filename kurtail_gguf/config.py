@@ -30,8 +30,8 @@ STOCK_KV_BITS = 16
 MIN_CALIBRATION_TOKENS = 1024
 #: ``kurtail.calibration.tokens`` is a uint32, and captured activations stay bounded well before this.
 MAX_CALIBRATION_TOKENS = 1 << 24
-#: Steps of tuning where nothing is said: about 16,000 tokens.
-DEFAULT_TUNE = 32
+#: Steps of tuning where nothing is said: about 49,000 tokens.
+DEFAULT_TUNE = 96
 MAX_TUNE = 1 << 20
 #: ``kurtail.seed`` is a uint64; torch's generators take seeds below 2**63.
 MAX_SEED = (1 << 63) - 1
@@ -70,7 +70,7 @@ class ConvertConfig:
             :data:`DEFAULT_BUDGET` (:attr:`activation_budget`).
         kv: bits of the KV cache (16 is f16).
         calibration: ``("self",)``, text or jsonl files, or ``hf:NAME``.
-        calibration_tokens: how many tokens to calibrate on.
+        calibration_tokens: how many tokens to calibrate on; tuning takes more of the same, 512 a step.
         tune: steps of tuning the block scales end to end; None lets the method decide (:attr:`tuning_steps`).
         seed: seed of everything random.
         device: where tensors are computed.

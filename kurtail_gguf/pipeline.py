@@ -35,6 +35,7 @@ from kurtail_gguf.config import (
     ConvertResult,
     Provenance,
 )
+from kurtail_gguf.distill.scales import STEP_TOKENS
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.export import check_vocabulary, write_gguf
 from kurtail_gguf.files import file_sha256
@@ -100,29 +101,30 @@ def _convert(
     block_format, rounding = BLOCK_FORMATS[config.target], _rounding(config, checkpoint)
     _check_memory(config, checkpoint, block_format, device)
     resumed = open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
-    tokens = None
+    steps = _tuning_steps(config, checkpoint, block_format, device, progress)
+    tokens = calibration = None
     if config.needs_calibration:
         with clock.measure("calibration"):
-            tokens = _tokens(config, checkpoint, work_dir, device, progress)
+            tokens = _tokens(config, steps * STEP_TOKENS, checkpoint, work_dir, device, progress)
+            calibration = tokens.first(config.calibration_tokens)
     with clock.measure("rotations"):
-        rotations = choose_rotations(config, checkpoint, tokens, rounding, work_dir, device, progress)
+        rotations = choose_rotations(config, checkpoint, calibration, rounding, work_dir, device, progress)
     calibrated_on = None
     if config.weights == "gptq":
-        assert tokens is not None
-        calibrated_on = CalibratedOn(tokens.ids, rounding)
+        assert calibration is not None
+        calibrated_on = CalibratedOn(calibration.ids, rounding)
     with clock.measure("quantize"):
         quantized = fold_and_quantize(
             checkpoint, rotations, rounding.r4, block_format, calibrated_on, work_dir / "quantized", device, progress
         )
     if config.activations == "auto":
-        assert tokens is not None
+        assert calibration is not None
         with clock.measure("measure damage"):
             damages = measure_damage(
-                checkpoint, tokens.ids, quantized, block_format, rounding, work_dir / "damage.json", device, progress
+                checkpoint, calibration.ids, quantized, block_format, rounding, work_dir / "damage.json", device, progress
             )
         chosen = choose(damages, _multiply_accumulates(checkpoint), config.activation_budget)
         rounding = replace(rounding, exceptions=dict.fromkeys(chosen, 8))
-    steps = _tuning_steps(config, checkpoint, block_format, device, progress)
     if steps:
         assert tokens is not None
         with clock.measure("tune"):
@@ -234,11 +236,13 @@ def _settings(
 
 def _tokens(
     config: ConvertConfig,
+    tuning_tokens: int,
     checkpoint: Checkpoint,
     work_dir: Path,
     device: torch.device,
     progress: Progress,
 ) -> CalibrationTokens:
+    """What is learned from: ``--calibration-tokens``, and more of the same for tuning, as far as there is more."""
     name = calibration_name(config.calibration)
     path = work_dir / "tokens.npy"
     if path.exists():
@@ -247,11 +251,12 @@ def _tokens(
     if config.calibration == ("self",):
         special = frozenset(tokenizer.all_special_ids)
         bos = tokenizer.bos_token_id
+        wanted = max(config.calibration_tokens, tuning_tokens)
         ids = generate(
-            checkpoint, config.calibration_tokens, bos, special, config.seed, device, progress
+            checkpoint, wanted, bos, special, config.seed, device, progress
         )
     else:
-        ids = tokenize(read_texts(config.calibration), tokenizer, config.calibration_tokens)
+        ids = tokenize(read_texts(config.calibration), tokenizer, config.calibration_tokens, tuning_tokens)
         if ids.max() >= checkpoint.spec.vocab_size:
             raise CalibrationError(
                 f"{checkpoint.directory}: the tokenizer's id {ids.max()} is outside the model's "

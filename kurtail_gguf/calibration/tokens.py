@@ -28,6 +28,10 @@ class CalibrationTokens:
         """Hex digest of the ids as little-endian int32 (``kurtail.calibration.sha256``)."""
         return hashlib.sha256(np.ascontiguousarray(self.ids, "<i4").tobytes()).hexdigest()
 
+    def first(self, n_tokens: int) -> CalibrationTokens:
+        """The sequences that hold the first ``n_tokens``."""
+        return CalibrationTokens(self.ids[: -(-n_tokens // self.ids.shape[1])], self.name)
+
 
 def calibration_name(sources: tuple[str, ...]) -> str:
     """``self``, ``hf:NAME``, or file names without their directories, joined by commas."""
@@ -53,42 +57,46 @@ def cut_sequences(
     n_tokens: int,
     bos: int | None,
     seq_len: int = SEQ_LEN,
+    at_most: int = 0,
 ) -> npt.NDArray[np.int32]:
     """Join tokenized documents and cut them into sequences that each start with BOS.
 
     Args:
         documents: token ids, int32 ``[n]`` each; only as many are taken as needed.
-        n_tokens: tokens wanted, rounded up to whole sequences.
+        n_tokens: tokens needed, rounded up to whole sequences.
         bos: id put first in every sequence; None where the model has none.
         seq_len: tokens in a sequence.
+        at_most: tokens of use, rounded up likewise: so many where there are so many, if that is more than is needed.
 
     Returns:
-        int32 ``[ceil(n_tokens / seq_len), seq_len]``.
+        int32 ``[sequences, seq_len]``.
 
     Raises:
         CalibrationError: the texts are too short; the message has both counts.
     """
     body = seq_len - (bos is not None)
-    sequences = -(-n_tokens // seq_len)
+    needed = -(-n_tokens // seq_len)
+    useful = max(needed, -(-at_most // seq_len))
     pieces: list[npt.NDArray[np.int32]] = []
     count = 0
     for document in documents:
         pieces.append(document)
         count += len(document)
-        if count >= sequences * body:
+        if count >= useful * body:
             break
-    if count < sequences * body:
+    if count < needed * body:
         raise CalibrationError(
-            f"the calibration text has {count} tokens, {sequences * body} are needed: give more text or "
+            f"the calibration text has {count} tokens, {needed * body} are needed: give more text or "
             "lower --calibration-tokens"
         )
+    sequences = min(useful, count // body)
     ids = np.concatenate(pieces)[: sequences * body].reshape(sequences, body)
     if bos is not None:
         ids = np.concatenate([np.full((sequences, 1), bos, np.int32), ids], axis=1)
     return np.ascontiguousarray(ids, np.int32)
 
 
-def tokenize(texts: Iterable[str], tokenizer: object, n_tokens: int) -> npt.NDArray[np.int32]:
+def tokenize(texts: Iterable[str], tokenizer: object, n_tokens: int, at_most: int = 0) -> npt.NDArray[np.int32]:
     """Sequences of :data:`SEQ_LEN` tokens from texts; see :func:`cut_sequences`."""
     # A long text is tokenized in pieces, so that a book is not tokenized for its first page.
     def documents() -> Iterable[npt.NDArray[np.int32]]:
@@ -97,4 +105,4 @@ def tokenize(texts: Iterable[str], tokenizer: object, n_tokens: int) -> npt.NDAr
                 piece = text[start : start + (1 << 16)]
                 yield np.asarray(tokenizer(piece, add_special_tokens=False)["input_ids"], np.int32)
 
-    return cut_sequences(documents(), n_tokens, tokenizer.bos_token_id)
+    return cut_sequences(documents(), n_tokens, tokenizer.bos_token_id, at_most=at_most)

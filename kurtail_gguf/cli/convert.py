@@ -79,7 +79,7 @@ class _Bits(click.Choice):
 )
 @click.option(
     "--calibration-tokens", type=int, default=_DEFAULTS["calibration_tokens"], show_default=True,
-    help="How many tokens to calibrate on.",
+    help="How many tokens to calibrate on. Tuning takes 512 of them a step, and more where there are more.",
 )
 @click.option(
     "--tune", type=int, default=None, metavar="STEPS",

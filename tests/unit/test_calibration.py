@@ -69,6 +69,19 @@ def test_sequences_are_the_joined_documents(bos):
     assert bos is None or (ids[:, 0] == bos).all()
 
 
+@pytest.mark.parametrize(("at_most", "sequences"), [(0, 2), (40, 2), (96, 3), (1000, 6)])
+def test_more_than_is_needed_is_taken_where_there_is_more(at_most, sequences):
+    documents = [np.arange(200, dtype=np.int32)]
+    ids = cut_sequences(documents, 64, None, seq_len=32, at_most=at_most)
+    assert np.array_equal(ids.ravel(), np.arange(32 * sequences))
+
+
+def test_the_first_tokens_are_whole_sequences():
+    tokens = CalibrationTokens(np.arange(96, dtype=np.int32).reshape(3, 32), "a.txt")
+    assert np.array_equal(tokens.first(33).ids, tokens.ids[:2])
+    assert (tokens.first(1000).ids.shape, tokens.first(1).name) == ((3, 32), "a.txt")
+
+
 def test_only_as_many_documents_are_taken_as_needed():
     taken = []
 

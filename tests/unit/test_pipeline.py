@@ -323,6 +323,19 @@ def test_the_default_gives_the_same_bytes_again(tiny_checkpoint, tmp_path, expor
     assert exported[0].provenance.tune_steps == 3
 
 
+def test_tuning_reads_more_text_than_what_comes_before_it(tiny_checkpoint, tmp_path, exported, text, few_steps):
+    model = tiny_checkpoint()
+    for steps in (0, 6):
+        config = _config(
+            model, tmp_path / "o.gguf", rotation="output", weights="gptq", calibration=(str(text),), tune=steps,
+            work_dir=tmp_path / f"w{steps}",
+        )  # fmt: skip
+        pipeline.convert(config, NullProgress())
+    assert [call.provenance.calibration_tokens for call in exported] == [1024, 6 * 512]
+    untuned, before_tuning = (tmp_path / name / "quantized" / "layer-00001.safetensors" for name in ("w0", "w6"))
+    assert untuned.read_bytes() == before_tuning.read_bytes()
+
+
 def test_tuning_that_does_not_fit_is_refused_before_any_work_where_it_was_asked_for(
     tiny_checkpoint, tmp_path, exported, text, monkeypatch
 ):
@@ -342,8 +355,9 @@ def test_tuning_that_does_not_fit_is_left_out_by_default_and_the_user_told(
         tiny_checkpoint(), tmp_path / "o.gguf", rotation="output", weights="gptq", calibration=(str(text),)
     )
     assert config.tuning_steps > 0
-    assert pipeline.convert(config, recorder).provenance.tune_steps == 0
-    name, total, done = recorder.stages[-1]
+    provenance = pipeline.convert(config, recorder).provenance
+    assert (provenance.tune_steps, provenance.calibration_tokens) == (0, 1024)
+    name, total, done = recorder.stages[0]
     assert re.fullmatch(r"tuning of scales left out: it needs about .* GB, 0\.0 GB are free on cpu", name)
     assert total == done == 1
 
