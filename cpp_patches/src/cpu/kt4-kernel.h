@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kt4-kernel-generic.h"
+#include "arm/kt4-kernel-i8mm.h"
 #include "arm/kt4-kernel-neon.h"
 #include "x86/kt4-kernel-avx2.h"
 #include "x86/kt4-kernel-avx512.h"
@@ -18,6 +19,12 @@ void multiply_fixed(int64_t nb, const group_block<BLOCK> * w, const char * panel
     multiply_avx512<N, BLOCK>(nb, w, panel, dst);
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
     multiply_avx2<N, BLOCK>(nb, w, panel, dst);
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_MATMUL_INT8)
+    if constexpr (N % 2 == 0) {
+        multiply_i8mm<N, BLOCK>(nb, w, panel, dst);
+    } else {
+        multiply_neon<N, BLOCK>(nb, w, panel, dst);
+    }
 #elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
     multiply_neon<N, BLOCK>(nb, w, panel, dst);
 #else
