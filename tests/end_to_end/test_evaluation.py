@@ -71,7 +71,7 @@ def test_the_deep_model_agrees_within_its_noise(converted, smollm2, wiki):
 
 
 def test_losses_read_back_are_the_programs_own(converted, tiny_spm, text):
-    path = converted(tiny_spm, *HADAMARD)
+    path = converted(tiny_spm, *HADAMARD, "--activations", "8", "--kv", "16")
     with reference(path, 400, text, 128, 8, NullProgress()) as opened:
         losses, tokens = scored_losses(opened), scored_tokens(opened)
     assert losses.shape == (8, 63) and tokens.shape == (8, 128)
