@@ -20,8 +20,8 @@ void quantize_row_kt4(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int
 void ggml_vec_dot_kt4_kt4(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 void ggml_vec_dot_kt4_kt4_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 
-// MUL_MAT and MUL_MAT_ID with kt4 weights and f32 activations, and the Hadamard transform. Both return false when the
-// op is not theirs.
+// MUL_MAT and MUL_MAT_ID with kt4 weights and f32 activations, the Hadamard transform, and attention over a q4_0 cache.
+// Both return false when the op is not theirs.
 bool ggml_kt4_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 bool ggml_kt4_work_size(int n_threads, const struct ggml_tensor * dst, size_t * size);
 
@@ -38,7 +38,7 @@ bool ggml_kt4_was_computed(struct ggml_kt4_ahead * ahead, const struct ggml_tens
 // quantize it once, and R4 needs no pass of its own. Returns false when there is nothing to join.
 bool ggml_kt4_compute_joined(struct ggml_kt4_ahead * ahead, const struct ggml_compute_params * params, const struct ggml_cgraph * graph, int n);
 
-// Weights repacked at load for the matrix kernels (kt4-layout.h); null where no kernel gains from it.
+// Weights repacked at load for the matrix kernels (kt4-layout.h).
 ggml_backend_buffer_type_t ggml_backend_cpu_kt4_buffer_type(void);
 
 #ifdef __cplusplus
