@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, lear
 from kurtail_gguf.rotation.objectives import OBJECTIVES
 from kurtail_gguf.rotation.spinquant import learn_spinquant
 from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
-from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.workdir import filling
 
@@ -101,8 +99,6 @@ def _spinquant(
 ) -> Rotations:
     """From the rotations of ``--rotation hadamard``, so that the two differ by the learning alone."""
     start = _random(checkpoint, seed)
-    # for --target stock too, whose own blocks are of 32: what that changes has not been measured
-    rounding = replace(rounding, activation_block=ACTIVATION_BLOCK)
     r1, r2 = learn_spinquant(checkpoint, tokens.ids, (start.r1, start.r2), rounding, seed, device, progress)
     return Rotations("learned", "learned", r1, r2)
 

@@ -142,6 +142,21 @@ def test_for_stock_the_linears_are_q4_0_and_nothing_is_left_online(tiny_checkpoi
         assert error < 0.01 * np.square(expected).mean()
 
 
+@pytest.mark.parametrize(("target", "rounded"), [("kurtail", (4, 64)), ("stock", (8, 32))])
+def test_spinquant_learns_on_what_the_target_rounds(tiny_checkpoint, tmp_path, exported, text, monkeypatch, target, rounded):
+    seen = []
+
+    def learn(checkpoint, ids, start, rounding, *_):
+        seen.append((rounding.activation_bits, rounding.activation_block))
+        return start
+
+    monkeypatch.setattr(rotation_choice, "learn_spinquant", learn)
+    model = tiny_checkpoint("mistral")
+    config = _config(model, tmp_path / "o.gguf", rotation="spinquant", target=target, calibration=(str(text),))
+    pipeline.convert(config, NullProgress())
+    assert seen == [rounded]
+
+
 def test_the_target_is_a_setting(tiny_checkpoint, tmp_path, exported):
     config = _config(tiny_checkpoint(), tmp_path / "o.gguf", rotation="none", work_dir=tmp_path / "w")
     pipeline.convert(config, NullProgress())
