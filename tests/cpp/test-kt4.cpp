@@ -176,6 +176,26 @@ static void test_mul_mat(int64_t k, int64_t rows, int64_t cols, int bits, int th
     check(distance > 1e-4 || rows*cols < 16, std::string(name) + ": differs from unquantized activations");
 }
 
+// every kernel adds a block's integer sum, exact, to the blocks before it, as the portable one does
+static void test_same_bits(int64_t k, int64_t rows, int64_t cols, int bits, layout where) {
+    const auto w = quantized(random_values(k*rows, 71), k);
+    const auto x = random_values(k*cols, 72, 20.0f);
+    const auto product = [&](bool ref) {
+        return compute([&](ggml_context * ctx, auto & inputs) {
+            ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
+            ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
+            inputs = { { a, w.data() }, { b, x.data() } };
+            ggml_tensor * out = ggml_mul_mat(ctx, a, b);
+            if (bits == 8) {
+                ggml_prec_set_src(out, GGML_PREC_Q8, 1);
+            }
+            return out;
+        }, 2, ref, where);
+    };
+    check(product(false) == product(true), "k=" + std::to_string(k) + " cols=" + std::to_string(cols) + " A" + std::to_string(bits) +
+          (where == REPACKED ? " repacked" : "") + ": the portable kernel's bits");
+}
+
 static void test_mul_mat_id(int64_t rows, int64_t tokens, int bits, int threads, bool ref, layout where) {
     const int64_t k = 128, experts = 5, used = 2;
     const auto w = quantized(random_values(k*rows*experts, 11), k);
@@ -472,6 +492,13 @@ int main() {
                 test_mul_mat_id(37, 1, bits, threads, ref, AS_IN_FILE);
                 test_mul_mat_id(48, 60, bits, threads, ref, REPACKED);
                 test_mul_mat_id(48, 1, bits, threads, ref, REPACKED);
+            }
+        }
+    }
+    for (int bits : { 4, 8 }) {
+        for (layout where : { AS_IN_FILE, REPACKED }) {
+            for (int64_t cols = 1; cols <= 9; ++cols) { // each width of a panel
+                test_same_bits(1536, 48, cols, bits, where);
             }
         }
     }

@@ -6,7 +6,18 @@
 #include "ggml-cpu-impl.h"
 #include "simd-mappings.h"
 
+#include <cmath>
+
 namespace ggml::cpu::kt4 {
+
+// One rounding where the hardware has that, as the vector kernels do it: then their results are these to the last bit.
+inline float multiply_add(float a, float b, float c) {
+#ifdef FP_FAST_FMAF
+    return fmaf(a, b, c);
+#else
+    return a*b + c;
+#endif
+}
 
 // dst[c][0..15] = 16 rows of weights times column c of a panel of N columns, nb blocks long
 template <int N, int BLOCK>
@@ -32,7 +43,7 @@ void multiply_generic(int64_t nb, const group_block<BLOCK> * w, const char * pan
         }
         for (int c = 0; c < N; ++c) {
             for (int r = 0; r < GROUP_ROWS; ++r) {
-                acc[c][r] += sum[c][r]*(GGML_CPU_FP16_TO_FP32(w[b].d[r])*d[c]);
+                acc[c][r] = multiply_add(sum[c][r], GGML_CPU_FP16_TO_FP32(w[b].d[r])*d[c], acc[c][r]);
             }
         }
     }
