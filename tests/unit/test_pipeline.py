@@ -64,8 +64,9 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
         r3_kind="none", r3_size=0, r4_kind="hadamard", r4_size=64,
         activation_bits=4, kv_bits=4,
         calibration_name="text.txt", calibration_tokens=1024,
-        calibration_sha256=provenance.calibration_sha256,
+        calibration_sha256=provenance.calibration_sha256, rotations_sha256=provenance.rotations_sha256,
     )  # fmt: skip
+    assert len(provenance.rotations_sha256) == 64
     assert len(provenance.calibration_sha256) == 64
     assert all(done == total for _, total, done in recorder.stages)
 
@@ -133,7 +134,7 @@ def test_for_stock_the_linears_are_q4_0_and_nothing_is_left_online(tiny_checkpoi
     rotations = load_rotations(tmp_path / "w" / "rotations.safetensors")
     folding = LayerRotations(torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]), 0)
     folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
-    for name in checkpoint.spec.family.linears:
+    for name in checkpoint.spec.linears:
         packed = layer[f"model.layers.1.{name}.weight"]
         out, columns = checkpoint.spec.linear_shape(name)
         assert packed.dtype == np.uint8 and packed.shape == (out, columns // 32 * 18)
@@ -300,7 +301,7 @@ def test_the_default_is_gptq_with_rotations_by_output_error(tiny_checkpoint, tmp
     )
     folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
     layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
-    for name in checkpoint.spec.family.linears:
+    for name in checkpoint.spec.linears:
         found = kt4.dequantize(*kt4.unpack(layer[f"model.layers.1.{name}.weight"]))
         expected = folded[f"{name}.weight"].numpy()
         error = np.square(found - expected).mean() / np.square(expected).mean()

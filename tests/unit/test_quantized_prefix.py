@@ -73,7 +73,7 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
     seen = {}
     runner = LayerRunner(checkpoint, CPU, IDS.shape[1], rounding.cache)
     module = runner.module(layer)
-    for name in family.linears:
+    for name in checkpoint.spec.linears:
         r4 = 64 if name == family.ffn_writer else 0
 
         def hook(_module, inputs, name=name, r4=r4):
