@@ -229,6 +229,20 @@ def check_vocabulary(request: dict[str, Any], send: Send) -> None:
     _model_class(source)(source, gguf.LlamaFileType.ALL_F32, source / "unwritten.gguf").set_vocab()
 
 
+def write_metadata(request: dict[str, Any], send: Send) -> None:
+    """Write a file ``out`` of all keys for ``source`` and no tensors."""
+    source, out = Path(request["source"]), Path(request["out"])
+    model = _model_class(source)(source, gguf.LlamaFileType.ALL_F32, out)
+    for _ in model.generate_extra_tensors():
+        pass  # some families add keys there
+    model.prepare_metadata(vocab_only=False)
+    model.gguf_writer.write_header_to_file(path=out)
+    model.gguf_writer.write_kv_data_to_file()
+    # a list of no tensors ends the file as the format wants it
+    model.gguf_writer.write_tensors_to_file()
+    model.gguf_writer.close()
+
+
 def _widest_matrix_type(model: Any) -> gguf.LlamaFileType:
     # Upstream's own guess stops at the first 16-bit tensor and takes float32 to float16: not a reference.
     dtypes = {tensor.dtype for _, tensor in model.get_tensors() if tensor.dim() >= 2}
@@ -261,7 +275,12 @@ def _write(model: Any, out: Path) -> None:
         raise KurtailError(f"{reason}: about {size} MB are needed there") from None
 
 
-_TASKS = {"quantized": write_quantized, "reference": write_reference, "vocabulary": check_vocabulary}
+_TASKS = {
+    "quantized": write_quantized,
+    "reference": write_reference,
+    "vocabulary": check_vocabulary,
+    "metadata": write_metadata,
+}
 
 
 def handle(request: dict[str, Any], send: Send) -> None:

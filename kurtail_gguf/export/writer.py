@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from kurtail_gguf import vendored
 from kurtail_gguf.config import Provenance
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.progress import Progress
 
 _WORKER = "kurtail_gguf.export.worker"
@@ -88,6 +89,21 @@ def check_vocabulary(source: Path) -> None:
     """
     request = {"task": "vocabulary", "source": str(source.resolve())}
     _run(request, f"the vocabulary of {source} cannot be written", lambda message: None)
+
+
+def read_metadata(source: Path, scratch: Path) -> Mapping[str, Any]:
+    """Every key that upstream's converter writes for an HF directory, as :func:`read_gguf` gives them.
+
+    Args:
+        source: HF directory.
+        scratch: a file to write them to; it stays.
+
+    Raises:
+        ExportError: a model or tokenizer that upstream's converter does not know.
+    """
+    request = {"task": "metadata", "source": str(source.resolve()), "out": str(scratch)}
+    _run(request, f"the metadata of {source} cannot be read", lambda message: None)
+    return read_gguf(scratch).metadata
 
 
 def _run(request: dict[str, Any], what: str, on_message: Any) -> None:
