@@ -83,6 +83,7 @@ class ConvertConfig:
         target: ``kurtail``, or ``stock``: a q4_0 file that stock llama.cpp runs, with folded rotations
             only. It rounds activations and cache by its own rules, so neither can be chosen then.
         work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
+        keep_rotations: a file for R1, R2 and the scales of FFN channels, which ``convert-lora`` needs; None for none.
     """
 
     model: str
@@ -99,6 +100,7 @@ class ConvertConfig:
     device: str = "auto"
     target: str = "kurtail"
     work_dir: Path | None = None
+    keep_rotations: Path | None = None
 
     def __post_init__(self) -> None:
         _one_of("--rotation", self.rotation, ROTATIONS)
@@ -166,7 +168,7 @@ class Provenance:
     """The ``kurtail.*`` keys of docs/format.md; a field ``r1_kind`` is the key ``kurtail.r1.kind``.
 
     Kinds are ``none``, ``hadamard``, ``random`` (orthogonal) or ``learned``; a size is 0 where the
-    kind is ``none``, and the hash of what was folded is empty where nothing was. Without calibration the name and hash are empty and the tokens 0. The budget is in
+    kind is ``none``; the hash of what was folded is empty in a file older than its key. Without calibration the name and hash are empty and the tokens 0. The budget is in
     single precision, as the file has it.
     """
 

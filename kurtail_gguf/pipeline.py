@@ -46,7 +46,7 @@ from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.rotation.store import Rotations, save_rotations
 from kurtail_gguf.rotation_choice import choose_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
@@ -71,6 +71,8 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
         KurtailError: anything that is wrong with model, text, options or OUT. OUT is then untouched.
     """
     check_out(config.out)
+    if config.keep_rotations is not None:
+        check_out(config.keep_rotations, "--keep-rotations")
     device = pick_device(config.device)
     texts = _text_hashes(config)
     work_dir = config.work_dir or config.out.with_name(config.out.name + ".work")
@@ -135,25 +137,27 @@ def _convert(
                 checkpoint, tokens.ids, quantized, block_format, rounding, steps, work_dir / "tuned", device, progress
             )
     provenance = _provenance(config, checkpoint, rotations, rounding, tokens, steps)
+    if config.keep_rotations is not None:
+        save_rotations(rotations, config.keep_rotations)
     with clock.measure("export"):
         write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions)
     weights = sum(_multiply_accumulates(checkpoint).values())
     return ConvertResult(config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed)
 
 
-def check_out(out: Path) -> None:
-    """Refuse an OUT that cannot be written, before any work.
+def check_out(out: Path, name: str = "OUT") -> None:
+    """Refuse an OUT (or what ``name`` is) that cannot be written, before any work.
 
     Raises:
         KurtailError: OUT is a directory, or its parent is missing or not writable.
     """
     if out.is_dir():
-        raise KurtailError(f"OUT {out} is a directory: give the name of a file")
+        raise KurtailError(f"{name} {out} is a directory: give the name of a file")
     parent = out.absolute().parent
     if not parent.is_dir():
-        raise KurtailError(f"OUT {out} cannot be written: {parent} is not a directory; create it first")
+        raise KurtailError(f"{name} {out} cannot be written: {parent} is not a directory; create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise KurtailError(f"OUT {out} cannot be written: no permission to write in {parent}")
+        raise KurtailError(f"{name} {out} cannot be written: no permission to write in {parent}")
 
 
 def pick_device(device: str) -> torch.device:

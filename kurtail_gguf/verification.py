@@ -32,12 +32,13 @@ from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
 
-#: What the two vocabularies are compared on.
+#: What the two vocabularies are compared on. Blanks at the start are left out: there transformers, reading a bare
+#: tokenizer.model, and SentencePiece itself disagree.
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
     "In 1969, 2 people walked on the Moon; 12 have been there since. It costs $3.50 (or 4,20 €)!",
     "def fold(weight, gain):\n    # one line\n    return weight * gain[None, :]  # another\n",
-    "  two blanks, a\ttab, and trailing ones  ",
+    "Two  blanks, a\ttab, and trailing ones  ",
     "naïve café, Übergröße, Москва, 東京, 한국어, שלום, مرحبا, 🙂🚀",
     "http://example.org/a?b=c&d=%20 user@example.org CamelCase snake_case ALLCAPS don't we'll",
 )
@@ -54,8 +55,9 @@ PROSE = (
 TOKENS = 256
 
 #: Relative error ‖W′ − W‖ / ‖W‖ above which a tensor is not what was folded, by its type. Tensors of the wrong basis or
-#: order are at √2, and one wrong head of sixteen at 0.35; GPTQ and tuning move weights farther than rounding does.
-BOUNDS = {ggml.F32: 1e-4, ggml.Q8_0: 0.02, ggml.Q6_K: 0.05, ggml.Q4_0: 0.3, ggml.KT4: 0.3}
+#: order are at √2, one wrong head of nine at 0.47. GPTQ and tuning move weights farther than rounding does: 0.24 is the
+#: most in SmolLM2-135M.
+BOUNDS = {ggml.F32: 1e-4, ggml.Q8_0: 0.02, ggml.Q6_K: 0.05, ggml.Q4_0: 0.4, ggml.KT4: 0.4}
 #: Divergence in nats a token that single precision accounts for.
 SAME = 1e-5
 #: Divergence of a quantized file as a share of that from what is said at the next position.

@@ -46,12 +46,13 @@ class BindingsModel:
     Args:
         path: GGUF file.
         exact_cache: cache keys and values in single precision and attend in it, whatever the file asks for.
+        adapter: GGUF file of a LoRA adapter to apply.
 
     Raises:
         KurtailError: the runtime refuses the file; with what it logged.
     """
 
-    def __init__(self, path: Path, exact_cache: bool = False) -> None:
+    def __init__(self, path: Path, exact_cache: bool = False, adapter: Path | None = None) -> None:
         self._exact_cache = exact_cache
         self._errors: list[str] = []
         # kept alive with the object: the library calls it until the process ends
@@ -63,6 +64,7 @@ class BindingsModel:
             raise KurtailError(f"the runtime cannot load {path}: {self._told()}")
         self._path = path
         self._model = model
+        self._adapter = None if adapter is None else self._load_adapter(adapter)
         self._vocabulary = llama_cpp.llama_model_get_vocab(model)
         self._n_vocabulary = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self._context: Any = None
@@ -135,6 +137,9 @@ class BindingsModel:
         context = llama_cpp.llama_init_from_model(self._model, params)
         if not context:
             raise KurtailError(f"no context of {tokens} tokens for {self._path}: {self._told()}")
+        if self._adapter is not None:
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
         self._context = context
         self._size = int(llama_cpp.llama_n_ctx(context))
         self._step = int(llama_cpp.llama_n_batch(context))
@@ -222,6 +227,12 @@ class BindingsModel:
             keep = 0
         del self._cached[keep:]
         return keep
+
+    def _load_adapter(self, path: Path) -> Any:
+        adapter = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise KurtailError(f"the runtime cannot apply {path}: {self._told()}")
+        return adapter
 
     def _piece(self, token: int) -> bytes:
         room = 256

@@ -17,7 +17,7 @@ _WORKER = "kurtail_gguf.evaluate.logits_worker"
 
 
 def runtime_log_probabilities(
-    path: Path, sequences: Sequence[Sequence[int]], exact_cache: bool = False
+    path: Path, sequences: Sequence[Sequence[int]], exact_cache: bool = False, adapter: Path | None = None
 ) -> npt.NDArray[np.float32]:
     """Log-probabilities of what follows each token of some sequences, each from an empty cache.
 
@@ -25,6 +25,7 @@ def runtime_log_probabilities(
         path: GGUF file.
         sequences: token ids, none of them empty.
         exact_cache: cache keys and values in single precision and attend in it, whatever the file asks for.
+        adapter: GGUF file of a LoRA adapter to apply.
 
     Returns:
         float32 ``[Σ tokens, vocabulary]``.
@@ -36,7 +37,7 @@ def runtime_log_probabilities(
     with tempfile.TemporaryDirectory(prefix="kurtail-logits-") as directory:
         out = Path(directory) / "rows.npy"
         request = {"sequences": [list(map(int, one)) for one in sequences], "texts": [], "out": str(out)}
-        _run(path, request, exact_cache)
+        _run(path, {**request, "exact_cache": exact_cache, "adapter": adapter and str(adapter.resolve())})
         return np.load(out)
 
 
@@ -47,11 +48,12 @@ def runtime_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
         KurtailError: no bindings, or a file that the runtime refuses.
     """
     require_bindings()
-    return _run(path, {"sequences": None, "texts": list(texts), "out": ""}, False)
+    request = {"sequences": None, "texts": list(texts), "out": "", "exact_cache": False, "adapter": None}
+    return _run(path, request)
 
 
-def _run(path: Path, request: dict, exact_cache: bool) -> list[list[int]]:
+def _run(path: Path, request: dict) -> list[list[int]]:
     try:
-        return vendored.run(_WORKER, {**request, "path": str(path.resolve()), "exact_cache": exact_cache})
+        return vendored.run(_WORKER, {**request, "path": str(path.resolve())})
     except vendored.WorkerError as error:
         raise KurtailError(f"{path}: {error}") from None

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kurtail_gguf import vendored
-from kurtail_gguf.config import Provenance
+from kurtail_gguf.config import TOOL, Provenance
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.progress import Progress
@@ -104,6 +104,23 @@ def read_metadata(source: Path, scratch: Path) -> Mapping[str, Any]:
     request = {"task": "metadata", "source": str(source.resolve()), "out": str(scratch)}
     _run(request, f"the metadata of {source} cannot be read", lambda message: None)
     return read_gguf(scratch).metadata
+
+
+def write_adapter(tensors: Path, architecture: str, rotations: str, out: Path) -> None:
+    """Write a LoRA adapter as a GGUF file.
+
+    Args:
+        tensors: safetensors of float32 matrices, named as in the file (``blk.0.attn_q.weight.lora_a``).
+        architecture: ``general.architecture`` of the model's file.
+        rotations: ``kurtail.rotations.sha256`` of the model's file.
+        out: the file to write; an existing one is replaced.
+    """
+    request = {"tensors": str(tensors.resolve()), "architecture": architecture, "rotations": rotations, "tool": TOOL}
+    with _whole_or_not_at_all(out) as beside:
+        try:
+            vendored.run("kurtail_gguf.export.adapter_worker", {**request, "out": str(beside)})
+        except vendored.WorkerError as error:
+            raise ExportError(f"cannot write {out}: {error}") from None
 
 
 def _run(request: dict[str, Any], what: str, on_message: Any) -> None:

@@ -123,13 +123,23 @@ def balance_channels(channels: torch.Tensor, down: torch.Tensor) -> torch.Tensor
 
 def _fold_r2(folded: dict[str, torch.Tensor], spec: ModelSpec, r2: torch.Tensor) -> None:
     (value, rows), out = spec.value_rows, spec.family.attention_writer
-    kv, group, dim = spec.kv_heads, spec.value_group, spec.head_dim
-    _change(folded, f"{value}.weight", rows, lambda weight: (r2.mT @ weight.reshape(kv, dim, -1)).reshape(kv * dim, -1))
+    _change(folded, f"{value}.weight", rows, lambda weight: rotate_values(weight, spec, r2))
     if f"{value}.bias" in folded:
-        _change(folded, f"{value}.bias", rows, lambda bias: (bias.reshape(kv, 1, dim) @ r2).reshape(kv * dim))
+        _change(folded, f"{value}.bias", rows, lambda bias: rotate_values(bias[:, None], spec, r2)[:, 0])
+    folded[f"{out}.weight"] = rotate_heads(folded[f"{out}.weight"], spec, r2)
+
+
+def rotate_values(rows: torch.Tensor, spec: ModelSpec, r2: torch.Tensor) -> torch.Tensor:
+    """R2ᵀ of each KV head times its rows of what computes values, ``[kv_heads head_dim, n]``."""
+    heads = rows.reshape(spec.kv_heads, spec.head_dim, -1)
+    return (r2.mT @ heads).reshape(rows.shape)
+
+
+def rotate_heads(weight: torch.Tensor, spec: ModelSpec, r2: torch.Tensor) -> torch.Tensor:
+    """The columns of each query head, of what reads attention's output ``[n, heads head_dim]``, times its R2."""
     # Query heads of a group are neighbours: head q reads KV head q // group.
-    columns = folded[f"{out}.weight"].reshape(-1, kv, group, dim)
-    folded[f"{out}.weight"] = torch.einsum("okgd,kde->okge", columns, r2).reshape(-1, kv * group * dim)
+    columns = weight.reshape(-1, spec.kv_heads, spec.value_group, spec.head_dim)
+    return torch.einsum("okgd,kde->okge", columns, r2).reshape(weight.shape)
 
 
 def _change(

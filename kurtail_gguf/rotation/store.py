@@ -35,9 +35,9 @@ class Rotations:
     ffn_scales: npt.NDArray[np.float64] | None = None
 
     def sha256(self, r4: int) -> str:
-        """Hex digest of everything that is folded, R4's size included; empty where that is nothing.
+        """Hex digest of everything that is folded beside the norm gains, R4's size included.
 
-        It says which adapters fit a file (``kurtail.rotations.sha256``). Norm gains are the checkpoint's own.
+        It says which adapters fit a file (``kurtail.rotations.sha256``).
         """
         digest = hashlib.sha256(f"r4 {r4}\n".encode())
         folded = {name: getattr(self, name) for name in ("r1", "r2", "ffn_scales")}
@@ -45,7 +45,7 @@ class Rotations:
             if value is not None:
                 digest.update(f"{name} {value.shape}\n".encode())
                 digest.update(np.ascontiguousarray(value, "<f8").tobytes())
-        return digest.hexdigest() if r4 or any(value is not None for value in folded.values()) else ""
+        return digest.hexdigest()
 
 
 def save_rotations(rotations: Rotations, path: Path) -> None:

@@ -21,7 +21,7 @@ LAYERS = (
     ("distill",),
     ("layerwise", "tuning", "basis"),
     ("activation_choice", "rotation_choice"),
-    ("pipeline", "measurement", "verification"),
+    ("pipeline", "measurement", "verification", "adapters"),
     ("comparison", "card"),
     ("cli",),
 )

@@ -121,6 +121,10 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     if (version < 1 || version > FORMAT_VERSION) {
         throw std::runtime_error(format("kurtail: kurtail.format_version is %u, this runtime reads up to %u: update it", version, FORMAT_VERSION));
     }
+    folded = true;
+    if (k.has("kurtail.rotations.sha256")) {
+        rotations = k.str("kurtail.rotations.sha256");
+    }
     // written for stock llama.cpp: it runs as it does there, with an explicit -ctk or -ctv too
     if (k.has("kurtail.target") && k.str_of("kurtail.target", { "kurtail", "stock" }) == "stock") {
         LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as there\n", __func__);
@@ -128,9 +132,6 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     }
     if (!is_checked(model.arch)) {
         throw std::runtime_error(format("kurtail: architecture %s has kurtail keys, but this runtime does not know whether its graph goes through the online rotations", llm_arch_name(model.arch)));
-    }
-    if (k.has("kurtail.rotations.sha256")) {
-        rotations = k.str("kurtail.rotations.sha256");
     }
     const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8, UNROUNDED_BITS });
     kv_bits = k.u32_of("kurtail.kv_bits", { 4, 8, 16 });
@@ -256,7 +257,7 @@ ggml_tensor * kurtail_model::online_rotation(ggml_context * ctx, const ggml_tens
 void kurtail_model::check_adapter(const gguf_context * adapter) const {
     const keys k(adapter);
     const bool ours = k.has("kurtail.adapter.rotations");
-    if (!active) {
+    if (!folded) {
         if (ours) {
             throw std::runtime_error("kurtail: the adapter was made by convert-lora for a rotated file, which this model is not: give the original adapter");
         }
@@ -265,7 +266,10 @@ void kurtail_model::check_adapter(const gguf_context * adapter) const {
     if (!ours) {
         throw std::runtime_error("kurtail: the adapter was made for the original checkpoint, this file is rotated: bring the adapter into its basis with kurtail-gguf convert-lora");
     }
-    if (k.str("kurtail.adapter.rotations") != rotations || rotations.empty()) {
+    if (rotations.empty()) {
+        throw std::runtime_error("kurtail: this file does not say by what it was rotated, so no adapter can be known to fit: convert the model again");
+    }
+    if (k.str("kurtail.adapter.rotations") != rotations) {
         throw std::runtime_error("kurtail: the adapter was made for a file with other rotations: run kurtail-gguf convert-lora with the rotations of this file");
     }
 }
