@@ -58,6 +58,8 @@ TOKENS = 256
 #: order are at √2, one wrong head of nine at 0.47. GPTQ and tuning move weights farther than rounding does: 0.24 is the
 #: most in SmolLM2-135M.
 BOUNDS = {ggml.F32: 1e-4, ggml.Q8_0: 0.02, ggml.Q6_K: 0.05, ggml.Q4_0: 0.4, ggml.KT4: 0.4}
+#: The same for biases and routers, which are not rounded, where the basis was found again from 4-bit tensors.
+FOUND_AGAIN = 0.2
 #: Divergence in nats a token that single precision accounts for.
 SAME = 1e-5
 #: Divergence of a quantized file as a share of that from what is said at the next position.
@@ -149,6 +151,7 @@ def _tensors(
     """Every tensor against the model's folded by the rotations found; what was found is left in ``rotated``."""
     spec, family = checkpoint.spec, checkpoint.spec.family
     worst = (0.0, "")
+    unrounded = BOUNDS[ggml.F32] if provenance.weights == "f32" else FOUND_AGAIN
     with progress.stage("compare tensors", spec.layers + 1) as stage:
         r1 = find_r1(checkpoint, file, provenance)
         gain = checkpoint.tensor(f"{family.final_norm}.weight").double()
@@ -166,10 +169,11 @@ def _tensors(
             for linear in (*spec.linears, *spec.unquantized_readers):
                 name, expert = file_tensor(spec, layer, linear)
                 rows = file_rows(spec, linear, folded[f"{linear}.weight"].numpy())
-                worst = max(worst, (_compare(file, name, rows, expert), name))
+                worst = max(worst, (_compare(file, name, rows, expert, unrounded), name))
                 if f"{linear}.bias" in folded:
                     bias = name.removesuffix("weight") + "bias"
-                    _compare(file, bias, file_rows(spec, linear, folded[f"{linear}.bias"].numpy()))
+                    rows = file_rows(spec, linear, folded[f"{linear}.bias"].numpy())
+                    _compare(file, bias, rows, unrounded=unrounded)
             for norm, stored in ((family.query_norm, "attn_q_norm"), (family.key_norm, "attn_k_norm")):
                 if norm:
                     _compare(file, f"blk.{layer}.{stored}.weight", weights[f"{norm}.weight"].numpy())
@@ -197,15 +201,20 @@ def _compare_table(
     return _bounded(file, stored, error, total), stored
 
 
-def _compare(file: FileTensors, name: str, expected: npt.NDArray, expert: int | None = None) -> float:
-    """Relative error of a tensor; `_Differs` where it is above its type's bound, or a scale is not usable."""
+def _compare(
+    file: FileTensors, name: str, expected: npt.NDArray, expert: int | None = None, unrounded: float = BOUNDS[ggml.F32]
+) -> float:
+    """Relative error of a tensor; `_Differs` where it is above its type's bound, or a scale is not usable.
+
+    ``unrounded`` is the bound of what is in single precision.
+    """
     if name not in file:
         raise _Differs(f"tensor {name} is missing")
     _check_shape(file, name, expected.shape, expert)
     if expected.ndim == 2:
         _check_scales(file, name, expected, expert)
     found = file.values(name, expert).astype(np.float64)
-    return _bounded(file, name, float(np.square(found - expected).sum()), float(np.square(expected).sum()), expert)
+    return _bounded(file, name, float(np.square(found - expected).sum()), float(np.square(expected).sum()), expert, unrounded)
 
 
 def _check_shape(file: FileTensors, name: str, shape: tuple[int, ...], expert: int | None = None) -> None:
@@ -233,10 +242,12 @@ def _check_scales(file: FileTensors, name: str, expected: npt.NDArray | None, ex
             raise _Differs(f"tensor {where}: the scale of row {row}, block {block} is 0, its weights reach {weight:.3g}")
 
 
-def _bounded(file: FileTensors, name: str, error: float, total: float, expert: int | None = None) -> float:
+def _bounded(
+    file: FileTensors, name: str, error: float, total: float, expert: int | None = None, unrounded: float = BOUNDS[ggml.F32]
+) -> float:
     relative = math.sqrt(error / total) if total > 0 else math.sqrt(error)
     info = file.info(name)
-    bound = BOUNDS.get(info.type_id)
+    bound = unrounded if info.type_id == ggml.F32 else BOUNDS.get(info.type_id)
     where = name if expert is None else f"{name} (expert {expert})"
     if bound is None:
         raise _Differs(f"tensor {where} has the type {info.type_name}, which convert does not write")

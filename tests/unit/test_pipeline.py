@@ -383,3 +383,60 @@ def test_hadamard_with_gptq_reads_text_but_learns_nothing(tiny_checkpoint, tmp_p
     provenance = pipeline.convert(config, NullProgress()).provenance
     assert (provenance.r1_kind, provenance.objective) == ("hadamard", "none")
     assert (provenance.calibration_name, provenance.calibration_tokens) == ("text.txt", 1024)
+
+
+def test_unquantized_layers_are_the_folded_ones(tiny_checkpoint, tmp_path, exported, recorder):
+    model = tiny_checkpoint("mixtral")
+    config = _config(model, tmp_path / "o.gguf", rotation="hadamard", weights="f32", work_dir=tmp_path / "w")
+    provenance = pipeline.convert(config, recorder).provenance
+    assert (provenance.weights, provenance.activation_bits, provenance.kv_bits) == ("f32", 32, 16)
+    assert (provenance.r3_kind, provenance.r4_size, provenance.runs_as) == ("none", 64, "f32")
+    checkpoint, rotations = open_checkpoint(model), load_rotations(tmp_path / "w" / "rotations.safetensors")
+    r1, r2 = (torch.from_numpy(value) for value in (rotations.r1, rotations.r2[1]))
+    folded = fold_layer(checkpoint.layer(1), checkpoint.spec, LayerRotations(r1, r2, 64))
+    found = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
+    assert found.keys() == {f"model.layers.1.{name}" for name in checkpoint.spec.layer_shapes()}
+    for name, value in folded.items():
+        assert np.array_equal(found[f"model.layers.1.{name}"], value.float().numpy())
+
+
+@pytest.mark.parametrize("changes", [{"activations": 8}, {"kv": 16}, {"tune": 3}])
+def test_nothing_is_rounded_with_unquantized_weights(changes, tmp_path):
+    with pytest.raises(ConfigError, match="no place with --weights f32"):
+        _config(tmp_path, tmp_path / "o.gguf", weights="f32", **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("mixtral", {"activations": "auto"}, "--activations auto is not offered for MixtralForCausalLM"),
+        ("qwen3-moe", {"tune": 4}, "--tune 4 is not offered for Qwen3MoeForCausalLM"),
+        ("mixtral", {"rotation": "spinquant"}, "--rotation spinquant is not offered for MixtralForCausalLM"),
+        ("granite", {"rotation": "spinquant"}, "--rotation spinquant is not offered for GraniteForCausalLM"),
+        ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not offered for Phi3ForCausalLM"),
+    ],
+)
+def test_what_does_not_know_a_family_is_refused(tiny_checkpoint, tmp_path, exported, kind, changes, told):
+    with pytest.raises(KurtailError, match=told):
+        pipeline.convert(_config(tiny_checkpoint(kind), tmp_path / "o.gguf", **changes), NullProgress())
+    assert exported == []
+
+
+def test_rotations_are_kept_where_asked_for(tiny_checkpoint, tmp_path, exported):
+    kept = tmp_path / "kept"
+    config = _config(tiny_checkpoint("qwen3"), tmp_path / "o.gguf", rotation="hadamard", keep_rotations=kept)
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert load_rotations(kept).sha256(provenance.r4_size) == provenance.rotations_sha256
+    assert load_rotations(kept).sha256(0) != provenance.rotations_sha256
+
+
+@pytest.mark.parametrize("kind", ["granite", "phi3", "smollm3", "mixtral"])
+def test_the_default_goes_through_for_other_families(kind, tiny_checkpoint, tmp_path, exported, text, few_steps, plain_embedding):
+    """Learned rotations, GPTQ and tuning; a mixture of experts is not tuned."""
+    config = ConvertConfig(
+        str(tiny_checkpoint(kind)), tmp_path / "o.gguf", calibration=(str(text),), calibration_tokens=1024, device="cpu",
+        tune=None if kind == "mixtral" else 2,
+    )  # fmt: skip
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert provenance.tune_steps == (0 if kind == "mixtral" else 2)
+    assert (provenance.rotation, provenance.weights) == ("output", "gptq")

@@ -121,7 +121,6 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     if (version < 1 || version > FORMAT_VERSION) {
         throw std::runtime_error(format("kurtail: kurtail.format_version is %u, this runtime reads up to %u: update it", version, FORMAT_VERSION));
     }
-    folded = true;
     if (k.has("kurtail.rotations.sha256")) {
         rotations = k.str("kurtail.rotations.sha256");
     }
@@ -257,7 +256,8 @@ ggml_tensor * kurtail_model::online_rotation(ggml_context * ctx, const ggml_tens
 void kurtail_model::check_adapter(const gguf_context * adapter) const {
     const keys k(adapter);
     const bool ours = k.has("kurtail.adapter.rotations");
-    if (!folded) {
+    // files for stock llama.cpp are not active, but rotated all the same
+    if (!active && rotations.empty()) {
         if (ours) {
             throw std::runtime_error("kurtail: the adapter was made by convert-lora for a rotated file, which this model is not: give the original adapter");
         }

@@ -38,8 +38,7 @@ struct kurtail_model {
 private:
     uint32_t kv_bits = 16;
     bool     r3      = false;
-    bool     folded  = false; // the file has kurtail keys, written for stock llama.cpp or not
-    std::string rotations;    // sha256 of what was folded; empty in a file without the key
+    std::string rotations; // sha256 of what was folded; empty in a file without the key
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> r4; // ffn_down -> Hadamard matrix
     std::vector<ggml_context_ptr>        contexts;
