@@ -66,7 +66,7 @@ def measure_damage(
     )
     measured, divergence = measure(student, meter, teacher, outside, ids, device, progress)
     spec = checkpoint.spec
-    weights = (f"{spec.layer_prefix(layer)}{name}.weight" for layer in range(spec.layers) for name in spec.family.linears)
+    weights = (f"{spec.layer_prefix(layer)}{name}.weight" for layer in range(spec.layers) for name in spec.linears)
     damages = {weight: measured[weight] for weight in weights}
     content = {"divergence": divergence, "tokens": int(ids.size), "damage": damages}
     write_atomically(target, json.dumps(content, indent=2) + "\n")

@@ -11,7 +11,8 @@ from kurtail_gguf.errors import ConfigError
 ROTATIONS = ("output", "kurtail", "spinquant", "hadamard", "none")
 #: Those that are learned, and so need calibration text.
 LEARNED_ROTATIONS = ("output", "kurtail", "spinquant")
-WEIGHTS = ("gptq", "rtn")
+#: ``f32``: not quantized at all, so that nothing but the folding can be wrong.
+WEIGHTS = ("gptq", "rtn", "f32")
 ACTIVATION_BITS = (4, 8)
 #: ``auto``: 4, and 8 for the linears that need it most.
 ACTIVATIONS = (*ACTIVATION_BITS, "auto")
@@ -25,6 +26,10 @@ TARGETS = ("kurtail", "stock")
 #: What stock llama.cpp does by itself with q4_0 linears: their inputs are rounded to q8_0, the cache is f16.
 STOCK_ACTIVATION_BITS = 8
 STOCK_KV_BITS = 16
+
+#: What a file of unquantized weights says of its activations and cache: nothing is rounded but keys and values to halves.
+UNROUNDED_BITS = 32
+UNROUNDED_KV_BITS = 16
 
 #: Fewest tokens that R1 can be learned from: below it the samples of a step repeat themselves.
 MIN_CALIBRATION_TOKENS = 1024
@@ -63,7 +68,8 @@ class ConvertConfig:
         out: the GGUF file to write.
         rotation: ``kurtail`` (R1, R2 learned layer by layer), ``spinquant`` (learned end to end),
             ``hadamard`` (R1, R2 random) or ``none``.
-        weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales.
+        weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales; ``f32``: rotations
+            are folded and nothing is quantized, activations and cache included.
         activations: bits of the activations that enter the block linears, or ``auto``: 8 for those where 4 do most
             damage, 4 for the others.
         budget: share of the block linears' multiply-accumulates that ``auto`` may give 8 bits; None is
@@ -77,6 +83,7 @@ class ConvertConfig:
         target: ``kurtail``, or ``stock``: a q4_0 file that stock llama.cpp runs, with folded rotations
             only. It rounds activations and cache by its own rules, so neither can be chosen then.
         work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
+        keep_rotations: a file for R1, R2 and the scales of FFN channels, which ``convert-lora`` needs; None for none.
     """
 
     model: str
@@ -93,6 +100,7 @@ class ConvertConfig:
     device: str = "auto"
     target: str = "kurtail"
     work_dir: Path | None = None
+    keep_rotations: Path | None = None
 
     def __post_init__(self) -> None:
         _one_of("--rotation", self.rotation, ROTATIONS)
@@ -103,6 +111,10 @@ class ConvertConfig:
         _one_of("--target", self.target, TARGETS)
         if self.target == "stock" and (self.activations, self.kv) != (4, 4):
             raise not_with_stock("--activations and --kv")
+        if self.weights == "f32" and (self.activations, self.kv) != (4, 4):
+            raise ConfigError("--activations and --kv have no place with --weights f32: nothing is rounded; leave them out")
+        if self.weights == "f32" and self.tune:
+            raise ConfigError(f"--tune {self.tune} has no place with --weights f32: there are no scales; leave it out")
         if self.budget is not None and self.activations != "auto":
             raise ConfigError(f"--budget {self.budget} is of no use with --activations {self.activations}: give auto")
         if self.budget is not None and not 0 < self.budget < 1:
@@ -132,6 +144,8 @@ class ConvertConfig:
     @property
     def activation_bits(self) -> int:
         """Bits of the activations, but for the linears that ``auto`` chooses."""
+        if self.weights == "f32":
+            return UNROUNDED_BITS
         return 4 if self.activations == "auto" else int(self.activations)
 
     @property
@@ -154,7 +168,7 @@ class Provenance:
     """The ``kurtail.*`` keys of docs/format.md; a field ``r1_kind`` is the key ``kurtail.r1.kind``.
 
     Kinds are ``none``, ``hadamard``, ``random`` (orthogonal) or ``learned``; a size is 0 where the
-    kind is ``none``. Without calibration the name and hash are empty and the tokens 0. The budget is in
+    kind is ``none``; the hash of what was folded is empty in a file older than its key. Without calibration the name and hash are empty and the tokens 0. The budget is in
     single precision, as the file has it.
     """
 
@@ -179,12 +193,15 @@ class Provenance:
     target: str = "kurtail"
     activation_choice: str = "fixed"
     activation_budget: float = 0.0
+    rotations_sha256: str = ""
     format_version: int = FORMAT_VERSION
     tool: str = TOOL
 
     @property
     def runs_as(self) -> str:
         """Bits of weights, activations and cache; those of the weights where the rest is stock llama.cpp's affair."""
+        if self.weights == "f32":
+            return "f32"
         return "stock W4" if self.target == "stock" else f"W4A{self.activation_bits}KV{self.kv_bits}"
 
 

@@ -35,6 +35,7 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("r3_size", "kurtail.r3.size", "uint32"),
     ("r4_kind", "kurtail.r4.kind", "string"),
     ("r4_size", "kurtail.r4.size", "uint32"),
+    ("rotations_sha256", "kurtail.rotations.sha256", "string"),
     ("activation_bits", "kurtail.activation_bits", "uint32"),
     ("activation_choice", "kurtail.activation_choice", "string"),
     ("activation_budget", "kurtail.activation_budget", "float32"),
@@ -46,7 +47,7 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
 
 #: what it means that a file lacks a key: it was written before there was one
 _BEFORE_THE_KEY: Mapping[str, Any] = MappingProxyType(
-    {"target": "kurtail", "activation_choice": "fixed", "activation_budget": 0.0}
+    {"target": "kurtail", "activation_choice": "fixed", "activation_budget": 0.0, "rotations_sha256": ""}
 )
 
 #: upstream's keys for activation bits of single tensors: names, and whether 4 bits are allowed
@@ -54,7 +55,7 @@ TENSOR_EXTRA_NAME = "general.tensor_extra.name"
 TENSOR_EXTRA_PREC_A4 = "general.tensor_extra.prec_a4"
 
 #: The linears of a block, kt4, or q4_0 with ``--target stock``.
-_BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
+_BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps)?)\.weight")
 
 
 class GgufError(KurtailError):
@@ -91,7 +92,7 @@ class TensorInfo:
 
     @property
     def is_block_linear(self) -> bool:
-        """Whether it is one of the seven linears of a block."""
+        """Whether it is one of the linears of a block, all experts of a layer together."""
         return _BLOCK_LINEAR.fullmatch(self.name) is not None
 
 
@@ -150,7 +151,7 @@ class GgufInfo:
     def runtime_bits(self) -> tuple[int | None, int]:
         """Bits of activations and of the default cache; None where llama.cpp's own kernels decide."""
         provenance = self.provenance
-        if provenance is not None and provenance.target != "stock":
+        if provenance is not None and provenance.target != "stock" and provenance.weights != "f32":
             return provenance.activation_bits, provenance.kv_bits
         from_llama_quantize = any(tensor.type_id == ggml.KT4 for tensor in self.tensors)
         return 4 if from_llama_quantize else None, STOCK_KV_BITS

@@ -39,7 +39,7 @@ def fold_and_quantize(
     checkpoint: Checkpoint,
     rotations: Rotations,
     r4: int,
-    block_format: BlockFormat,
+    block_format: BlockFormat | None,
     calibrated_on: CalibratedOn | None,
     target: Path,
     device: torch.device,
@@ -55,7 +55,7 @@ def fold_and_quantize(
         checkpoint: the model; weights are checked for NaN as they are read.
         rotations: R1 and R2.
         r4: size of R4's Hadamard blocks, 0 for none.
-        block_format: what the block linears are stored as.
+        block_format: what the block linears are stored as; None leaves them in single precision.
         calibrated_on: quantize with GPTQ on this; None rounds to nearest.
         target: directory of the results; what is there already is taken over.
         device: where to compute.
@@ -77,28 +77,46 @@ def fold_and_quantize(
         paths = [target / f"layer-{layer:05d}.safetensors" for layer in range(spec.layers)]
         if calibrated_on is not None and not all(path.exists() for path in paths):
             prefix = QuantizedPrefix(
-                checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING), calibrated_on.rounding, target.parent, device
-            )
+                checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING, spec.embedding_scale),
+                calibrated_on.rounding, target.parent, device,
+            )  # fmt: skip
         for layer, path in enumerate(paths):
             r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
+            note = ""
             if not path.exists():
                 weights = checkpoint.layer(layer, device, check=True)
                 scales = None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]).to(device)
                 folded = fold_layer(weights, spec, LayerRotations(r1, r2, r4, scales))
-                one = _Layer(checkpoint, layer, folded, block_format)
-                if prefix is None:
-                    one.round_to_nearest()
-                else:
-                    prefix.run_layer(layer, folded, one.gptq)
-                _save(one.results(), path)
+                results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
+                _save(results, path)
+                note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
             elif prefix is not None:
                 _replay(prefix, checkpoint, layer, path, block_format)
-            stage.advance(1, f"layer {layer}")
+            stage.advance(1, f"layer {layer}{note}")
     if prefix is not None:
         prefix.close()
     norm = f"{spec.family.final_norm}.weight"
     _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
     return target
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    layer: int,
+    folded: dict[str, torch.Tensor],
+    block_format: BlockFormat | None,
+    prefix: QuantizedPrefix | None,
+) -> tuple[dict[str, np.ndarray], int]:
+    """The layer's tensors as its file has them, and how many experts saw too few tokens."""
+    if block_format is None:
+        above = checkpoint.spec.layer_prefix(layer)
+        return {above + name: value.float().cpu().numpy() for name, value in folded.items()}, 0
+    one, starved = _Layer(checkpoint, layer, folded, block_format), 0
+    if prefix is None:
+        one.round_to_nearest()
+    else:
+        starved = prefix.run_layer(layer, folded, one.gptq)
+    return one.results(), starved
 
 
 class _Layer:
@@ -112,7 +130,7 @@ class _Layer:
         self, checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor], block_format: BlockFormat
     ) -> None:
         self._prefix = checkpoint.spec.layer_prefix(layer)
-        self._linears = checkpoint.spec.family.linears
+        self._linears = checkpoint.spec.linears
         self._folded = folded
         self._format = block_format
         self._packed: dict[str, np.ndarray] = {}

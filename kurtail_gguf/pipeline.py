@@ -31,6 +31,7 @@ from kurtail_gguf.config import (
     STOCK_ACTIVATION_BITS,
     STOCK_KV_BITS,
     TOOL,
+    UNROUNDED_KV_BITS,
     ConvertConfig,
     ConvertResult,
     Provenance,
@@ -45,7 +46,7 @@ from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.rotation.store import Rotations, save_rotations
 from kurtail_gguf.rotation_choice import choose_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
@@ -70,6 +71,8 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
         KurtailError: anything that is wrong with model, text, options or OUT. OUT is then untouched.
     """
     check_out(config.out)
+    if config.keep_rotations is not None:
+        check_out(config.keep_rotations, "--keep-rotations")
     device = pick_device(config.device)
     texts = _text_hashes(config)
     work_dir = config.work_dir or config.out.with_name(config.out.name + ".work")
@@ -98,6 +101,7 @@ def _convert(
         source = resolve_source(config.model, work_dir, progress)
         checkpoint = open_checkpoint(source)
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
+    _check_family(config, checkpoint)
     block_format, rounding = BLOCK_FORMATS[config.target], _rounding(config, checkpoint)
     _check_memory(config, checkpoint, block_format, device)
     resumed = open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
@@ -115,8 +119,9 @@ def _convert(
         calibrated_on = CalibratedOn(calibration.ids, rounding)
     with clock.measure("quantize"):
         quantized = fold_and_quantize(
-            checkpoint, rotations, rounding.r4, block_format, calibrated_on, work_dir / "quantized", device, progress
-        )
+            checkpoint, rotations, rounding.r4, None if config.weights == "f32" else block_format, calibrated_on,
+            work_dir / "quantized", device, progress,
+        )  # fmt: skip
     if config.activations == "auto":
         assert calibration is not None
         with clock.measure("measure damage"):
@@ -132,25 +137,27 @@ def _convert(
                 checkpoint, tokens.ids, quantized, block_format, rounding, steps, work_dir / "tuned", device, progress
             )
     provenance = _provenance(config, checkpoint, rotations, rounding, tokens, steps)
+    if config.keep_rotations is not None:
+        save_rotations(rotations, config.keep_rotations)
     with clock.measure("export"):
         write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions)
     weights = sum(_multiply_accumulates(checkpoint).values())
     return ConvertResult(config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed)
 
 
-def check_out(out: Path) -> None:
-    """Refuse an OUT that cannot be written, before any work.
+def check_out(out: Path, name: str = "OUT") -> None:
+    """Refuse an OUT (or what ``name`` is) that cannot be written, before any work.
 
     Raises:
         KurtailError: OUT is a directory, or its parent is missing or not writable.
     """
     if out.is_dir():
-        raise KurtailError(f"OUT {out} is a directory: give the name of a file")
+        raise KurtailError(f"{name} {out} is a directory: give the name of a file")
     parent = out.absolute().parent
     if not parent.is_dir():
-        raise KurtailError(f"OUT {out} cannot be written: {parent} is not a directory; create it first")
+        raise KurtailError(f"{name} {out} cannot be written: {parent} is not a directory; create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise KurtailError(f"OUT {out} cannot be written: no permission to write in {parent}")
+        raise KurtailError(f"{name} {out} cannot be written: no permission to write in {parent}")
 
 
 def pick_device(device: str) -> torch.device:
@@ -170,6 +177,8 @@ def _rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRounding:
     stock = config.target == "stock"
     block = BLOCK_FORMATS[config.target].block
     bits, kv = (STOCK_ACTIVATION_BITS, STOCK_KV_BITS) if stock else (config.activation_bits, config.kv)
+    if config.weights == "f32":
+        kv = UNROUNDED_KV_BITS
     r3, r4 = 0, 0
     # Stock llama.cpp has no R4, and rotates K by itself where its cache is quantized.
     if config.rotation != "none" and not stock:
@@ -268,6 +277,19 @@ def _tokens(
     return CalibrationTokens(ids, name)
 
 
+def _check_family(config: ConvertConfig, checkpoint: Checkpoint) -> None:
+    """Refuse what was asked for and does not know the family's layers; by default it is left out."""
+    spec = checkpoint.spec
+    name = spec.family.architecture
+    if spec.experts and config.activations == "auto":
+        raise KurtailError(f"--activations auto is not offered for {name}, a mixture of experts: give 4 or 8")
+    if spec.experts and config.tune:
+        raise KurtailError(f"--tune {config.tune} is not offered for {name}, a mixture of experts: give --tune 0")
+    scaled = (spec.embedding_scale, spec.residual_scale, spec.logit_divisor) != (1, 1, 1)
+    if config.rotation == "spinquant" and (spec.experts or scaled or spec.family.fused_attention):
+        raise KurtailError(f"--rotation spinquant is not offered for {name}: use output, kurtail or hadamard")
+
+
 def _check_memory(
     config: ConvertConfig, checkpoint: Checkpoint, block_format: BlockFormat, device: torch.device
 ) -> None:
@@ -285,7 +307,7 @@ def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
     return {
         f"{spec.layer_prefix(layer)}{name}.weight": math.prod(spec.linear_shape(name))
         for layer in range(spec.layers)
-        for name in spec.family.linears
+        for name in spec.linears
     }
 
 
@@ -293,7 +315,7 @@ def _tuning_steps(
     config: ConvertConfig, checkpoint: Checkpoint, block_format: BlockFormat, device: torch.device, progress: Progress
 ) -> int:
     """Steps of tuning; 0 where nobody asked for it by name and the model is too large for it."""
-    steps = config.tuning_steps
+    steps = 0 if checkpoint.spec.experts else config.tuning_steps
     shortage = memory_shortage(checkpoint, block_format.block, device) if steps and config.tune is None else None
     if shortage is None:
         return steps
@@ -326,6 +348,7 @@ def _provenance(
         r3_size=rounding.cache.rotation,
         r4_kind="hadamard" if rounding.r4 else "none",
         r4_size=rounding.r4,
+        rotations_sha256=rotations.sha256(rounding.r4),
         activation_bits=rounding.activation_bits,
         activation_choice="auto" if config.activations == "auto" else "fixed",
         activation_budget=float(np.float32(config.activation_budget)),

@@ -72,21 +72,26 @@ def _learn(
 ) -> Rotations:
     """R1 and R2 from captured activations, layer by layer."""
     values = [samples.values(layer) for layer in range(samples.layers)]
-    scales = None
     if config.rotation == "output":
         r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), config.seed, device, progress)
-        down = f"{checkpoint.spec.family.ffn_writer}.weight"
-        scales = np.stack([
-            balance_channels(
-                torch.from_numpy(samples.channels(layer)),
-                checkpoint.tensor(checkpoint.spec.layer_prefix(layer) + down),
-            ).numpy()
-            for layer in range(samples.layers)
-        ])  # fmt: skip
+        # an expert's channels are seen by few tokens, and are left as they are
+        scales = None if checkpoint.spec.experts else _channel_scales(checkpoint, samples)
     else:
+        scales = None
         r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
     r2 = learn_r2(values, OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
     return Rotations("learned", "learned", r1, r2, scales)
+
+
+def _channel_scales(checkpoint: Checkpoint, samples: Capture) -> np.ndarray:
+    down = f"{checkpoint.spec.family.ffn_writer}.weight"
+    return np.stack([
+        balance_channels(
+            torch.from_numpy(samples.channels(layer)),
+            checkpoint.tensor(checkpoint.spec.layer_prefix(layer) + down),
+        ).numpy()
+        for layer in range(samples.layers)
+    ])  # fmt: skip
 
 
 def _spinquant(

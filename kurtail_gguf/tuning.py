@@ -144,8 +144,10 @@ def open_student(
     files = _layer_files(quantized, checkpoint.spec)
     layers = [read_layer(path, prefix, block_format, device, kept > Kept.NOTHING) for prefix, path in files]
     student = Student(checkpoint, layers, rounding, device, length, recompute=kept < Kept.ALL, **options)
-    head = torch.from_numpy(np.load(quantized / HEAD)).to(device)
-    return student, Outside(EmbeddingRows(quantized / EMBEDDING), head, checkpoint.config.rms_norm_eps)
+    spec = checkpoint.spec
+    head = torch.from_numpy(np.load(quantized / HEAD)).to(device) / spec.logit_divisor
+    rows = EmbeddingRows(quantized / EMBEDDING, spec.embedding_scale)
+    return student, Outside(rows, head, checkpoint.config.rms_norm_eps)
 
 
 def _layer_files(quantized: Path, spec: ModelSpec) -> list[tuple[str, Path]]:

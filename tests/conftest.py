@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 _SIZES = {
     "vocab_size": 320,
@@ -32,36 +44,89 @@ _CONFIGS = {
     # head_dim is not hidden_size / heads, as in Mistral Nemo
     "mistral": lambda: MistralConfig(**_SIZES, head_dim=64, sliding_window=None, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
-}
+    "llama3": lambda: LlamaConfig(
+        **_SIZES | {"num_key_value_heads": 1}, head_dim=64, tie_word_embeddings=True,
+        # factors bite: wavelengths on both sides of the limits, and positions beyond the original context
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        },
+    ),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=64, tie_word_embeddings=True),
+    # the second layer without RoPE
+    "smollm3": lambda: SmolLM3Config(
+        **_SIZES | {"num_hidden_layers": 4}, tie_word_embeddings=True, use_sliding_window=False
+    ),
+    "granite": lambda: GraniteConfig(
+        **_SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}, tie_word_embeddings=True,
+        embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=2.0,
+    ),
+    "phi3": lambda: Phi3Config(
+        **_SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}, tie_word_embeddings=False,
+        original_max_position_embeddings=512,
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **_SIZES, head_dim=64, num_local_experts=4, num_experts_per_tok=2, sliding_window=None, tie_word_embeddings=False
+    ),
+    # an expert is narrower than what intermediate_size says
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **_SIZES, head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
+        mlp_only_layers=[], tie_word_embeddings=False,
+    ),
+}  # fmt: skip
 
 
-def _build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def _build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: object) -> PreTrainedModel:
     """A model whose norm gains, biases and weights are all random and far from their defaults."""
     config = _CONFIGS[kind]()
+    for name, value in changes.items():
+        setattr(config, name, value)
     # SDPA and torch's own norm: transformers' eager softmax and norms go through float32.
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
+    # Experts one by one: the grouped product has no double precision.
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", experts_implementation="eager", dtype=dtype
+    ).eval()
     if dtype == torch.float64:
-        _use_exact_norms(model)
+        _use_exact_parts(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.1 * noise)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else (0.5 if "mlp.gate.weight" in name else 0.1) * noise)
     return model
 
 
-def _use_exact_norms(model: PreTrainedModel) -> None:
-    size, eps = model.config.hidden_size, model.config.rms_norm_eps
+class _ExactRouter(torch.nn.Module):
+    """transformers' routers take their softmax in float32."""
+
+    def __init__(self, router: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight, self._used = router.weight, router.top_k
+
+    def forward(self, hidden):
+        logits = hidden.reshape(-1, hidden.shape[-1]) @ self.weight.T
+        values, experts = torch.softmax(logits, -1).topk(self._used, -1)
+        return logits, values / values.sum(-1, keepdim=True), experts
+
+
+def _use_exact_parts(model: PreTrainedModel) -> None:
+    """Put norms and routers of double precision in the place of transformers'."""
     for name, module in list(model.named_modules()):
+        parent, _, attribute = name.rpartition(".")
         if type(module).__name__.endswith("RMSNorm"):
-            parent, _, attribute = name.rpartition(".")
-            norm = torch.nn.RMSNorm(size, eps=eps, dtype=torch.float64)
-            setattr(model.get_submodule(parent), attribute, norm)
+            exact = torch.nn.RMSNorm(module.weight.shape, eps=model.config.rms_norm_eps, dtype=torch.float64)
+        elif type(module).__name__.endswith("TopKRouter"):
+            exact = _ExactRouter(module)
+        else:
+            continue
+        setattr(model.get_submodule(parent), attribute, exact)
 
 
-def _save(kind: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def _save(
+    kind: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> PreTrainedModel:
     """The same as an HF directory of safetensors; returns the model."""
-    model = _build(kind, seed, dtype)
+    model = _build(kind, seed, dtype, **changes)
     model.save_pretrained(directory)
     return model
 
@@ -124,6 +189,13 @@ def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_tiny() -> Callable[..., PreTrainedModel]:
+    """``save_tiny(kind, directory, seed=0, dtype=float32, **changes)``: an HF directory without a tokenizer;
+    ``changes`` are of its config."""
+    return _save
 
 
 @pytest.fixture

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from kurtail_gguf.arch import llama, mistral, qwen2
+from kurtail_gguf.arch import granite, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe, smollm3
 from kurtail_gguf.arch.spec import Family
 from kurtail_gguf.errors import UnsupportedArchitecture
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.architecture: module.FAMILY for module in (llama, mistral, qwen2)
+    module.FAMILY.architecture: module.FAMILY for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3, granite, phi3)
 }
+
+#: Architectures that are asked for, and why no rotation of the residual stream is exact for them.
+REFUSED: dict[str, str] = dict.fromkeys(
+    ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    "what attention and FFN write is normed with a gain of its own before it is added to the residual stream, and a "
+    "gain with unequal entries does not commute with R1; R2, R3 and R4 alone would leave the stream's outliers in place",
+)
 
 
 def find_family(architecture: str) -> Family:
@@ -20,6 +27,8 @@ def find_family(architecture: str) -> Family:
     try:
         return FAMILIES[architecture]
     except KeyError:
+        if architecture in REFUSED:
+            raise UnsupportedArchitecture(f"architecture {architecture} is not supported: {REFUSED[architecture]}") from None
         supported = ", ".join(sorted(FAMILIES))
         raise UnsupportedArchitecture(
             f"architecture {architecture} is not supported; supported: {supported}"

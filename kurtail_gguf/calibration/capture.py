@@ -58,7 +58,10 @@ class Capture:
         return np.load(self.directory / _name(layer, f"{site}-readers"), mmap_mode="r")
 
     def channels(self, layer: int) -> npt.NDArray[np.float32]:
-        """Root mean square of down_proj's inputs, float32 ``[intermediate]``, tokens weighed by 1 / ‖residual‖²."""
+        """Root mean square of down_proj's inputs, float32 ``[intermediate]``, tokens weighed by 1 / ‖residual‖².
+
+        Not there for a mixture of experts.
+        """
         return np.load(self.directory / _name(layer, "channels"))
 
     def all_readers(self) -> list[npt.NDArray[np.float32]]:
@@ -119,11 +122,13 @@ def capture(
                     batch = torch.from_numpy(hidden[start : start + BATCH]).to(device)
                     output = runner.run(layer, weights, batch, rotary)
                     hidden[start : start + BATCH] = output.cpu().numpy()
-                    channels += hooks.take_channels()
+                    if not spec.experts:
+                        channels += hooks.take_channels()
                     for sample, seen in zip(samples, hooks.take(), strict=True):
                         sample.add(start, seen)
-            np.save(directory / _name(layer, "channels"), (channels / ids.size).sqrt().cpu().numpy())
-            readers = (spec.family.attention_readers, spec.family.ffn_readers)
+            if not spec.experts:
+                np.save(directory / _name(layer, "channels"), (channels / ids.size).sqrt().cpu().numpy())
+            readers = (spec.family.attention_readers, spec.ffn_readers)
             norms = (spec.family.attention_norm, spec.family.ffn_norm)
             for number, (sample, site) in enumerate(zip(samples, SITES, strict=False)):
                 rows = sample.rows()
@@ -131,7 +136,9 @@ def capture(
                 gain = weights[f"{norms[number]}.weight"]
                 folded = [weights[f"{name}.weight"] * gain for name in readers[number]]
                 generator = torch.Generator().manual_seed(seed * 2 * spec.layers + 2 * layer + number)
-                sketch = sketch_readers(folded, torch.from_numpy(rows).to(device), generator)
+                # as many rows of all experts' linears together as of a single FFN's
+                share = max(1, SKETCH_ROWS * 2 // len(folded)) if number and spec.experts else SKETCH_ROWS
+                sketch = sketch_readers(folded, torch.from_numpy(rows).to(device), generator, share)
                 np.save(directory / _name(layer, f"{site}-readers"), sketch.cpu().numpy())
             values = samples[2].rows().reshape(-1, spec.kv_heads, spec.head_dim)
             np.save(directory / _name(layer, "value"), values)
@@ -211,10 +218,11 @@ class _Hooks:
             module.get_submodule(name).register_forward_pre_hook(self._norm_hook(slot))
             for slot, name in enumerate(norms)
         ]
-        value = module.get_submodule(family.value)
-        self._handles.append(value.register_forward_hook(self._value_hook))
-        down = module.get_submodule(family.ffn_writer)
-        self._handles.append(down.register_forward_pre_hook(self._down_hook))
+        value, self._value_rows = spec.value_rows
+        self._handles.append(module.get_submodule(value).register_forward_hook(self._value_hook))
+        if not spec.experts:
+            down = module.get_submodule(family.ffn_writer)
+            self._handles.append(down.register_forward_pre_hook(self._down_hook))
 
     def __enter__(self) -> _Hooks:
         return self
@@ -244,7 +252,7 @@ class _Hooks:
         self._channels = (inputs[0] * self._scale).square().flatten(0, -2).sum(0)
 
     def _value_hook(self, _module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        self._seen[2] = output
+        self._seen[2] = output[..., self._value_rows]
 
 
 def _name(layer: int, site: str) -> str:

@@ -106,10 +106,13 @@ def _sample(checkpoint, runner, prompt, length, generator, device, stage) -> tor
 
 
 def _head(checkpoint: Checkpoint, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Head ``[vocab, hidden]`` (a view of the file where it is float32) and final gain ``[hidden]``."""
+    """Head ``[vocab, hidden]`` (a view of the file where it is float32) and final gain ``[hidden]``.
+
+    What logits are divided by is in the gain.
+    """
     head = checkpoint.tensor(checkpoint.head_name).to(device=device, dtype=torch.float32)
     gain = checkpoint.tensor(f"{checkpoint.spec.family.final_norm}.weight", check=True)
-    return head, gain.to(device=device, dtype=torch.float32)
+    return head, gain.to(device=device, dtype=torch.float32) / checkpoint.spec.logit_divisor
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

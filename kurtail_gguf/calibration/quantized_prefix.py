@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kurtail_gguf.calibration.expert_tokens import ExpertTokens, Routes, route
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.simulation.attention import rotated
@@ -41,7 +42,8 @@ class QuantizedPrefix:
     Args:
         checkpoint: the model.
         ids: calibration tokens, int32 ``[sequences, length]``.
-        embed: rows of the folded embedding as the file holds them, float32 ``[n, hidden]`` for ids int64 ``[n]``.
+        embed: what the folded embedding, as the file holds it, puts on the residual stream: float32 ``[n, hidden]`` for
+            ids int64 ``[n]``.
         rounding: what the runtime rounds, all linears alike: exceptions are chosen on what GPTQ leaves.
         directory: where the memory-mapped files are kept, until :meth:`close`.
         device: where layers are computed.
@@ -70,13 +72,16 @@ class QuantizedPrefix:
             part = ids[batch].astype(np.int64)
             self._hidden[batch] = embed(part.reshape(-1)).reshape(*part.shape, -1)
 
-    def run_layer(self, layer: int, folded: dict[str, Tensor], quantize: Quantize) -> None:
+    def run_layer(self, layer: int, folded: dict[str, Tensor], quantize: Quantize) -> int:
         """Take the tokens through one layer.
 
         Args:
             layer: its number.
             folded: its tensors by name below the layer's prefix, rotated and with unit norms; any float type.
-            quantize: called at each of the four stops.
+            quantize: called at each of the four stops; in a mixture of experts at the last two for every expert.
+
+        Returns:
+            How many experts saw too few tokens for Hessians of their own (calibration/expert_tokens.py).
         """
         family = self._spec.family
         weights = {name: tensor.float() for name, tensor in folded.items()}
@@ -94,11 +99,14 @@ class QuantizedPrefix:
         stop((family.attention_writer,), heads, self._token_weights)
         self._add(heads, weights, family.attention_writer)
         normed = self._normed()
+        if family.experts is not None:
+            return self._run_experts(normed, weights, quantize)
         stop(family.ffn_readers, normed)
         gated = self._scratch("gated", self._spec.intermediate_size)
         self._run_to(module, family.ffn_writer, weights, normed, gated, {})
         stop((family.ffn_writer,), gated, self._token_weights)
         self._add(gated, weights, family.ffn_writer)
+        return 0
 
     def close(self) -> None:
         """Remove the memory-mapped files."""
@@ -118,10 +126,13 @@ class QuantizedPrefix:
         """What the readers of the residual stream see, rounded: the Hessian and the way on have it from here."""
         seen = self._scratch("normed", self._spec.hidden_size)
         for batch in self._batches:
-            x = self._load(self._hidden, batch)
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
-            seen[batch] = self._rounding.activations(x).cpu().numpy()
+            seen[batch] = self._rounding.activations(self._unit(batch)).cpu().numpy()
         return seen
+
+    def _unit(self, batch: slice) -> Tensor:
+        """The residual stream with root mean square 1."""
+        x = self._load(self._hidden, batch)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
 
     def _token_weights(self, batch: slice) -> Tensor:
         """How much an error of a writer's output will matter at each token, ``[batch, length]``.
@@ -158,6 +169,29 @@ class QuantizedPrefix:
         finally:
             handle.remove()
 
+    def _run_experts(self, normed: np.memmap, weights: dict[str, Tensor], quantize: Quantize) -> int:
+        """Quantize every expert and add what it writes; the number of experts that saw too few tokens."""
+        spec, width = self._spec, self._spec.hidden_size
+        assert spec.family.experts is not None
+        router = weights[f"{spec.family.experts.router}.weight"]
+        routes, importance = [], []
+        for batch in self._batches:
+            routes.append(route(self._unit(batch).flatten(0, 1), router, spec.experts_used))
+            importance.append(self._token_weights(batch).flatten())
+        experts, shares = (torch.cat([getattr(one, name) for one in routes]).cpu() for name in ("experts", "shares"))
+        tokens = ExpertTokens(
+            spec, self._rounding, weights, normed.reshape(-1, width), Routes(experts, shares),
+            torch.cat(importance).cpu(), self._device,
+        )  # fmt: skip
+        # routes and importance are those of the residual stream before any expert has written to it
+        hidden = self._hidden.reshape(-1, width)
+        starved = 0
+        for expert in range(spec.experts):
+            starved += tokens.quantize(expert, quantize)
+            for places, rows in tokens.outputs(expert):
+                hidden[places.numpy()] += (rows * spec.residual_scale).cpu().numpy()
+        return starved
+
     def _rotated(self, x: Tensor, writer: str) -> Tensor:
         return rotated(x, self._rounding.r4) if writer == self._spec.family.ffn_writer else x
 
@@ -165,7 +199,8 @@ class QuantizedPrefix:
         """Add the writer's output to the residual stream."""
         weight, bias = weights[f"{writer}.weight"], weights.get(f"{writer}.bias")
         for batch in self._batches:
-            self._hidden[batch] += nn.functional.linear(self._load(values, batch), weight, bias).cpu().numpy()
+            written = nn.functional.linear(self._load(values, batch), weight, bias)
+            self._hidden[batch] += (written * self._spec.residual_scale).cpu().numpy()
 
 
 class _Reached(Exception):

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.loading.experts import module_weights
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.hooks import empty_model
 
@@ -56,9 +57,9 @@ class LayerRunner:
         return self._rotary(torch.empty(0, device=self._device), positions)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings float32 ``[…, hidden]`` of token ids int64 ``[…]``; only their rows are read."""
+        """What token ids int64 ``[…]`` put on the residual stream, float32 ``[…, hidden]``; only their rows are read."""
         table = self._checkpoint.tensor(f"{self._checkpoint.spec.family.embedding}.weight")
-        return table[ids.cpu()].to(device=self._device, dtype=torch.float32)
+        return table[ids.cpu()].to(device=self._device, dtype=torch.float32) * self._checkpoint.spec.embedding_scale
 
     def run(
         self,
@@ -79,7 +80,7 @@ class LayerRunner:
         """
         output = functional_call(
             self._layers[layer],
-            weights,
+            module_weights(self._checkpoint.spec, weights),
             (hidden,),
             {"position_embeddings": rotary, "attention_mask": None, "past_key_values": cache},
         )

@@ -89,6 +89,10 @@ class _Bits(click.Choice):
 @click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of everything random.")
 @click.option("--device", type=click.Choice(DEVICES), default=_DEFAULTS["device"], show_default=True)
 @click.option(
+    "--keep-rotations", type=click.Path(path_type=Path), default=None, metavar="FILE",
+    help="Keep R1, R2 and what else was folded in a file, for convert-lora.",
+)
+@click.option(
     "--work-dir", type=click.Path(path_type=Path), default=None,
     help="Where finished steps are kept; beside OUT, and removed at the end, if not given.",
 )  # fmt: skip

@@ -16,6 +16,8 @@ from kurtail_gguf.cli.compare import compare_command
 from kurtail_gguf.cli.convert import convert_command
 from kurtail_gguf.cli.eval import eval_command
 from kurtail_gguf.cli.inspect import inspect_command
+from kurtail_gguf.cli.lora import convert_lora_command
+from kurtail_gguf.cli.verify import verify_command
 from kurtail_gguf.errors import KurtailError
 
 #: What a shell reports for a program ended by SIGINT.
@@ -51,6 +53,8 @@ commands.add_command(convert_command)
 commands.add_command(compare_command)
 commands.add_command(eval_command)
 commands.add_command(inspect_command)
+commands.add_command(verify_command)
+commands.add_command(convert_lora_command)
 commands.add_command(install_bindings_command)
 
 

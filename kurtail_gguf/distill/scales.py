@@ -42,8 +42,8 @@ class Outside:
     """What surrounds the layers in the file.
 
     Args:
-        embed: rows of the embedding, float32 ``[n, hidden]`` for ids int64 ``[n]``.
-        head: float32 ``[vocab, hidden]``, with the final norm's gain and R1 folded in.
+        embed: what tokens put on the residual stream, float32 ``[n, hidden]`` for ids int64 ``[n]``.
+        head: float32 ``[vocab, hidden]``, with the final norm's gain, R1 and what logits are divided by folded in.
         eps: of the final norm.
     """
 

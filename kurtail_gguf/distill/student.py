@@ -72,7 +72,7 @@ class Student:
         family = checkpoint.spec.family
         for layer in range(checkpoint.spec.layers):
             module = self._runner.module(layer)
-            for name in family.linears:
+            for name in checkpoint.spec.linears:
                 r4 = rounding.r4 if name == family.ffn_writer else 0
                 weight = f"{checkpoint.spec.layer_prefix(layer)}{name}.weight"
                 round_input(module.get_submodule(name), self._rounds(weight), r4)

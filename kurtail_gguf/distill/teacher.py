@@ -32,11 +32,12 @@ class Teacher:
         gain = checkpoint.tensor(f"{checkpoint.spec.family.final_norm}.weight").float()
         self._gain = gain.to(device)
         self._head = checkpoint.tensor(checkpoint.head_name).to(device, torch.float32)
+        self._divisor = checkpoint.spec.logit_divisor
 
     def log_probabilities(self, sequences: npt.NDArray[np.int64]) -> Tensor:
         """Of every token of the vocabulary at each position of some sequences, float32 ``[tokens, vocab]``."""
         hidden = torch.from_numpy(self._hidden[sequences]).to(self._device).flatten(0, 1)
-        return torch.log_softmax((hidden * self._gain) @ self._head.T, -1)
+        return torch.log_softmax((hidden * (self._gain / self._divisor)) @ self._head.T, -1)
 
 
 def run_teacher(

@@ -1,7 +1,7 @@
 """A GGUF file in the shipped runtime through the ``llama_cpp`` bindings: log-likelihoods and greedy text.
 
 Only workers use it (:mod:`kurtail_gguf.vendored`): a runtime that aborts takes its own process with it.
-No cache type is given: a kurtail file turns its own on, as it does for whoever runs the file.
+No cache type is given unless asked for: a kurtail file turns its own on, as it does for whoever runs the file.
 
 The tokens of one prompt stay in the KV cache until the next one differs, so prompts that begin alike
 (few-shot examples) are computed once.
@@ -26,6 +26,8 @@ from kurtail_gguf.errors import KurtailError
 #: Tokens in one call of llama_decode. The runtime keeps the logits of a call: 512 rows of a vocabulary of
 #: 150,000 are 300 MB already.
 _BATCH = 512
+#: ``GGML_TYPE_F32``.
+_F32 = 0
 #: ``GGML_LOG_LEVEL_ERROR``.
 _LOG_ERROR = 3
 
@@ -43,12 +45,15 @@ class BindingsModel:
 
     Args:
         path: GGUF file.
+        exact_cache: cache keys and values in single precision and attend in it, whatever the file asks for.
+        adapter: GGUF file of a LoRA adapter to apply.
 
     Raises:
         KurtailError: the runtime refuses the file; with what it logged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, exact_cache: bool = False, adapter: Path | None = None) -> None:
+        self._exact_cache = exact_cache
         self._errors: list[str] = []
         # kept alive with the object: the library calls it until the process ends
         self._log = llama_cpp.llama_log_callback(self._note_error)
@@ -59,6 +64,7 @@ class BindingsModel:
             raise KurtailError(f"the runtime cannot load {path}: {self._told()}")
         self._path = path
         self._model = model
+        self._adapter = None if adapter is None else self._load_adapter(adapter)
         self._vocabulary = llama_cpp.llama_model_get_vocab(model)
         self._n_vocabulary = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         self._context: Any = None
@@ -124,9 +130,16 @@ class BindingsModel:
         params.n_ctx = tokens
         params.n_batch = min(tokens, _BATCH)
         params.n_threads = params.n_threads_batch = available_cpus()
+        if self._exact_cache:
+            # upstream's flash attention rounds to halves even what is cached in single precision
+            params.type_k = params.type_v = _F32
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = llama_cpp.llama_init_from_model(self._model, params)
         if not context:
             raise KurtailError(f"no context of {tokens} tokens for {self._path}: {self._told()}")
+        if self._adapter is not None:
+            adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
         self._context = context
         self._size = int(llama_cpp.llama_n_ctx(context))
         self._step = int(llama_cpp.llama_n_batch(context))
@@ -155,6 +168,12 @@ class BindingsModel:
                 greedy = greedy and int(row.argmax()) == token
             scored.append(Scored(total, greedy))
         return scored
+
+    def log_probabilities(self, tokens: Sequence[int]) -> Iterator[npt.NDArray[np.float64]]:
+        """Log-probabilities ``[vocabulary]`` of what follows each token, in nats, from an empty cache."""
+        self.reserve(len(tokens))
+        self._forget(0)
+        return self._log_probabilities(tokens, 0)
 
     def generate(self, context: Sequence[int], most: int) -> Iterator[bytes]:
         """Pieces of the likeliest continuation, until it ends or ``most`` tokens are out."""
@@ -208,6 +227,12 @@ class BindingsModel:
             keep = 0
         del self._cached[keep:]
         return keep
+
+    def _load_adapter(self, path: Path) -> Any:
+        adapter = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise KurtailError(f"the runtime cannot apply {path}: {self._told()}")
+        return adapter
 
     def _piece(self, token: int) -> bytes:
         room = 256

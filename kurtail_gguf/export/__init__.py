@@ -6,7 +6,7 @@ the program sees.
 
 from __future__ import annotations
 
-from kurtail_gguf.export.writer import ExportError, check_vocabulary, export_reference, write_gguf
+from kurtail_gguf.export.writer import ExportError, check_vocabulary, export_reference, read_metadata, write_adapter, write_gguf
 from kurtail_gguf.gguf_info import GgufError, GgufInfo, TensorInfo, read_gguf
 
 __all__ = [
@@ -17,5 +17,7 @@ __all__ = [
     "check_vocabulary",
     "export_reference",
     "read_gguf",
+    "read_metadata",
+    "write_adapter",
     "write_gguf",
 ]

@@ -9,6 +9,7 @@ rows go to the writer as they are, the rest (norms, biases) takes upstream's way
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from kurtail_gguf.gguf_info import PROVENANCE_KEYS
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
+#: An expert's linear: what is before, the expert's number, what is after.
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+
 #: Bytes of float32 rows that are quantized at a time: bounds memory for vocabularies of any size.
 _CHUNK_BYTES = 64 << 20
 
@@ -37,16 +41,16 @@ class RowsToWrite:
     """Packed rows that the writer asks for when their turn comes; what it expects of an ndarray.
 
     Args:
-        shape: of the bytes, ``[rows, row_bytes]``.
+        shape: of the bytes, ``[rows, row_bytes]``, or with experts in front.
         chunks: yields consecutive uint8 row chunks.
         done: called once everything is written.
     """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, shape: tuple[int, int], chunks: Callable[[], Iterator[np.ndarray]], done: Callable[[], None]):
+    def __init__(self, shape: tuple[int, ...], chunks: Callable[[], Iterator[np.ndarray]], done: Callable[[], None]):
         self.shape = shape
-        self.nbytes = shape[0] * shape[1]
+        self.nbytes = math.prod(shape)
         self._chunks = chunks
         self._done = done
 
@@ -80,6 +84,16 @@ class QuantizedFiles:
         """One tensor, read from its file."""
         with safe_open(self.packed.get(name) or self.plain[name], "np") as file:
             return file.get_tensor(name)
+
+    def expert_groups(self) -> dict[str, list[str]]:
+        """Packed linears that lie in the file as one tensor, by the name of that: experts ``….experts.{N}.…`` in order
+        of N without it, anything else by itself."""
+        groups: dict[str, dict[int, str]] = {}
+        for name in self.packed:
+            match = _EXPERT.fullmatch(name)
+            merged, number = (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, 0)
+            groups.setdefault(merged, {})[number] = name
+        return {merged: [names[number] for number in sorted(names)] for merged, names in groups.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape, without reading it."""
@@ -125,11 +139,14 @@ def quantized_model_class(
             return gguf.GGMLQuantizationType.F32
 
         def prepare_tensors(self) -> None:
-            self._add_rows(EMBEDDING, files.embedding, ggml.Q4_0)
             # llama-quantize's choice for Q4_0; q6_K has blocks of 256
-            self._add_rows(HEAD, files.head, ggml.Q6_K if files.head.shape[1] % 256 == 0 else ggml.Q8_0)
-            for name in files.packed:
-                self._add_packed(name)
+            types = ggml.Q4_0, ggml.Q6_K if files.head.shape[1] % 256 == 0 else ggml.Q8_0
+            if provenance["weights"] == "f32":
+                types = ggml.F32, ggml.F32
+            for name, rows, ggml_type in zip((EMBEDDING, HEAD), (files.embedding, files.head), types, strict=True):
+                self._add_rows(name, rows, ggml_type)
+            for merged, names in files.expert_groups().items():
+                self._add_packed(merged, names)
             super().prepare_tensors()
 
         def _add_rows(self, name: str, rows: np.ndarray, ggml_type: int) -> None:
@@ -138,15 +155,19 @@ def quantized_model_class(
 
             def chunks() -> Iterator[np.ndarray]:
                 for start in range(0, count, step):
-                    yield library.quantize(rows[start : start + step], ggml_type)
+                    some = rows[start : start + step]
+                    yield some if ggml_type == ggml.F32 else library.quantize(some, ggml_type)
 
-            self._add(name, (count, library.row_bytes(ggml_type, width)), chunks, ggml_type)
+            row_bytes = 4 * width if ggml_type == ggml.F32 else library.row_bytes(ggml_type, width)
+            self._add(name, (count, row_bytes), chunks, ggml_type)
 
-        def _add_packed(self, name: str) -> None:
+        def _add_packed(self, merged: str, names: list[str]) -> None:
             def chunks() -> Iterator[np.ndarray]:
-                yield self._reorder(name, files.load(name))
+                for name in names:
+                    yield self._reorder(name, files.load(name))
 
-            self._add(name, files.shape(name), chunks, BLOCK_FORMATS[provenance["target"]].type_id)
+            shape = files.shape(names[0]) if names == [merged] else (len(names), *files.shape(names[0]))
+            self._add(merged, shape, chunks, BLOCK_FORMATS[provenance["target"]].type_id)
 
         def _reorder(self, name: str, packed: np.ndarray) -> np.ndarray:
             # q and k of Llama: rows go from halves to pairs, as the runtime's RoPE wants them. A row's
@@ -160,7 +181,7 @@ def quantized_model_class(
             return packed
 
         def _add(
-            self, name: str, shape: tuple[int, int], chunks: Callable[[], Iterator[np.ndarray]], ggml_type: int
+            self, name: str, shape: tuple[int, ...], chunks: Callable[[], Iterator[np.ndarray]], ggml_type: int
         ) -> None:
             rows = RowsToWrite(shape, chunks, lambda: send({"tensor": name}))
             gguf_type = gguf.GGMLQuantizationType(ggml_type)
@@ -171,7 +192,7 @@ def quantized_model_class(
             for field, key, kind in PROVENANCE_KEYS:
                 # not add_string and so on: those leave out empty strings
                 self.gguf_writer.add_key_value(key, provenance[field], gguf.GGUFValueType[kind.upper()])
-            listed = files.packed if provenance["activation_bits"] == 8 else eight_bit
+            listed = files.expert_groups() if provenance["activation_bits"] == 8 else eight_bit
             if provenance["target"] == "kurtail" and listed:
                 # upstream's own keys for what a backend may not round to 4 bits
                 names = sorted(self.map_tensor_name(name) for name in listed)
@@ -187,8 +208,9 @@ def write_quantized(request: dict[str, Any], send: Send) -> None:
     base = _model_class(source)
     provenance = request["provenance"]
     model_class = quantized_model_class(base, files, provenance, request["eight_bit"], ggml.GgmlBase(), send)
-    # upstream numbers a file's type as its tensors' for both of ours
-    _write(model_class(source, gguf.LlamaFileType(BLOCK_FORMATS[provenance["target"]].type_id), out), out)
+    # upstream numbers a file's type as its tensors' for both of ours, and for float32
+    file_type = 0 if provenance["weights"] == "f32" else BLOCK_FORMATS[provenance["target"]].type_id
+    _write(model_class(source, gguf.LlamaFileType(file_type), out), out)
 
 
 def write_reference(request: dict[str, Any], send: Send) -> None:
@@ -205,6 +227,20 @@ def check_vocabulary(request: dict[str, Any], send: Send) -> None:
     """Convert nothing but the vocabulary of ``source``, to learn early whether upstream knows it."""
     source = Path(request["source"])
     _model_class(source)(source, gguf.LlamaFileType.ALL_F32, source / "unwritten.gguf").set_vocab()
+
+
+def write_metadata(request: dict[str, Any], send: Send) -> None:
+    """Write a file ``out`` of all keys for ``source`` and no tensors."""
+    source, out = Path(request["source"]), Path(request["out"])
+    model = _model_class(source)(source, gguf.LlamaFileType.ALL_F32, out)
+    for _ in model.generate_extra_tensors():
+        pass  # some families add keys there
+    model.prepare_metadata(vocab_only=False)
+    model.gguf_writer.write_header_to_file(path=out)
+    model.gguf_writer.write_kv_data_to_file()
+    # a list of no tensors ends the file as the format wants it
+    model.gguf_writer.write_tensors_to_file()
+    model.gguf_writer.close()
 
 
 def _widest_matrix_type(model: Any) -> gguf.LlamaFileType:
@@ -239,7 +275,12 @@ def _write(model: Any, out: Path) -> None:
         raise KurtailError(f"{reason}: about {size} MB are needed there") from None
 
 
-_TASKS = {"quantized": write_quantized, "reference": write_reference, "vocabulary": check_vocabulary}
+_TASKS = {
+    "quantized": write_quantized,
+    "reference": write_reference,
+    "vocabulary": check_vocabulary,
+    "metadata": write_metadata,
+}
 
 
 def handle(request: dict[str, Any], send: Send) -> None:

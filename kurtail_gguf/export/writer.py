@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kurtail_gguf import vendored
-from kurtail_gguf.config import Provenance
+from kurtail_gguf.config import TOOL, Provenance
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.progress import Progress
 
 _WORKER = "kurtail_gguf.export.worker"
@@ -88,6 +89,38 @@ def check_vocabulary(source: Path) -> None:
     """
     request = {"task": "vocabulary", "source": str(source.resolve())}
     _run(request, f"the vocabulary of {source} cannot be written", lambda message: None)
+
+
+def read_metadata(source: Path, scratch: Path) -> Mapping[str, Any]:
+    """Every key that upstream's converter writes for an HF directory, as :func:`read_gguf` gives them.
+
+    Args:
+        source: HF directory.
+        scratch: a file to write them to; it stays.
+
+    Raises:
+        ExportError: a model or tokenizer that upstream's converter does not know.
+    """
+    request = {"task": "metadata", "source": str(source.resolve()), "out": str(scratch)}
+    _run(request, f"the metadata of {source} cannot be read", lambda message: None)
+    return read_gguf(scratch).metadata
+
+
+def write_adapter(tensors: Path, architecture: str, rotations: str, out: Path) -> None:
+    """Write a LoRA adapter as a GGUF file.
+
+    Args:
+        tensors: safetensors of float32 matrices, named as in the file (``blk.0.attn_q.weight.lora_a``).
+        architecture: ``general.architecture`` of the model's file.
+        rotations: ``kurtail.rotations.sha256`` of the model's file.
+        out: the file to write; an existing one is replaced.
+    """
+    request = {"tensors": str(tensors.resolve()), "architecture": architecture, "rotations": rotations, "tool": TOOL}
+    with _whole_or_not_at_all(out) as beside:
+        try:
+            vendored.run("kurtail_gguf.export.adapter_worker", {**request, "out": str(beside)})
+        except vendored.WorkerError as error:
+            raise ExportError(f"cannot write {out}: {error}") from None
 
 
 def _run(request: dict[str, Any], what: str, on_message: Any) -> None:

@@ -8,13 +8,15 @@ Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = 
 * values become v R2 (a KV head each): W_v' = R2ᵀ W_v, b_v' = b_v R2, and every query head of the group
   undoes it at o_proj's input: W_o' = W_o R2 on that head's columns;
 * the runtime multiplies down_proj's input by the block-diagonal H (R4): W_down' = W_down H;
-* before that, up_proj's outputs may be multiplied by any s, which down_proj's columns are divided by.
+* before that, up_proj's outputs may be multiplied by any s, which down_proj's columns are divided by;
+* a router reads what its experts read, and its scores stay the same; each expert's down_proj has R4 and R1 like any other.
 
-R3 acts on queries and keys alike inside attention and needs no folding.
+Where q, k and v, or gate and up, are one linear, the rows of v and up are what the above is about. R3 acts on queries and keys alike inside attention and needs no folding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +64,7 @@ def fold_layer(
     folded = {name: tensor.double() for name, tensor in weights.items()}
     for norm, readers in (
         (f"{family.attention_norm}.weight", family.attention_readers),
-        (f"{family.ffn_norm}.weight", family.ffn_readers),
+        (f"{family.ffn_norm}.weight", (*spec.ffn_readers, *spec.unquantized_readers)),
     ):
         for name in readers:
             weight = f"{name}.weight"
@@ -73,10 +75,10 @@ def fold_layer(
     if rotations.ffn_scale is not None:
         _fold_ffn_scale(folded, spec, rotations.ffn_scale)
     if rotations.r4 > 1:
-        down = f"{family.ffn_writer}.weight"
-        folded[down] = walsh_hadamard_(folded[down].clone(), rotations.r4)
+        for down in (f"{name}.weight" for name in spec.ffn_writers):
+            folded[down] = walsh_hadamard_(folded[down].clone(), rotations.r4)
     if rotations.r1 is not None:
-        for name in (family.attention_writer, family.ffn_writer):
+        for name in (family.attention_writer, *spec.ffn_writers):
             folded[f"{name}.weight"] = rotations.r1.T @ folded[f"{name}.weight"]
             if f"{name}.bias" in folded:
                 folded[f"{name}.bias"] = folded[f"{name}.bias"] @ rotations.r1
@@ -90,10 +92,10 @@ def fold_reader(weight: torch.Tensor, gain: torch.Tensor, r1: torch.Tensor | Non
 
 
 def _fold_ffn_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, scale: torch.Tensor) -> None:
-    up = spec.family.up
-    folded[f"{up}.weight"] = folded[f"{up}.weight"] * scale[:, None]
+    up, rows = spec.up_rows
+    _change(folded, f"{up}.weight", rows, lambda weight: weight * scale[:, None])
     if f"{up}.bias" in folded:
-        folded[f"{up}.bias"] = folded[f"{up}.bias"] * scale
+        _change(folded, f"{up}.bias", rows, lambda bias: bias * scale)
     folded[f"{spec.family.ffn_writer}.weight"] = folded[f"{spec.family.ffn_writer}.weight"] / scale
 
 
@@ -120,13 +122,30 @@ def balance_channels(channels: torch.Tensor, down: torch.Tensor) -> torch.Tensor
 
 
 def _fold_r2(folded: dict[str, torch.Tensor], spec: ModelSpec, r2: torch.Tensor) -> None:
-    value, out = spec.family.value, spec.family.attention_writer
-    kv, group, dim = spec.kv_heads, spec.value_group, spec.head_dim
-    rows = folded[f"{value}.weight"].reshape(kv, dim, -1)
-    folded[f"{value}.weight"] = (r2.mT @ rows).reshape(kv * dim, -1)
+    (value, rows), out = spec.value_rows, spec.family.attention_writer
+    _change(folded, f"{value}.weight", rows, lambda weight: rotate_values(weight, spec, r2))
     if f"{value}.bias" in folded:
-        bias = folded[f"{value}.bias"].reshape(kv, 1, dim)
-        folded[f"{value}.bias"] = (bias @ r2).reshape(kv * dim)
+        _change(folded, f"{value}.bias", rows, lambda bias: rotate_values(bias[:, None], spec, r2)[:, 0])
+    folded[f"{out}.weight"] = rotate_heads(folded[f"{out}.weight"], spec, r2)
+
+
+def rotate_values(rows: torch.Tensor, spec: ModelSpec, r2: torch.Tensor) -> torch.Tensor:
+    """R2ᵀ of each KV head times its rows of what computes values, ``[kv_heads head_dim, n]``."""
+    heads = rows.reshape(spec.kv_heads, spec.head_dim, -1)
+    return (r2.mT @ heads).reshape(rows.shape)
+
+
+def rotate_heads(weight: torch.Tensor, spec: ModelSpec, r2: torch.Tensor) -> torch.Tensor:
+    """The columns of each query head, of what reads attention's output ``[n, heads head_dim]``, times its R2."""
     # Query heads of a group are neighbours: head q reads KV head q // group.
-    columns = folded[f"{out}.weight"].reshape(-1, kv, group, dim)
-    folded[f"{out}.weight"] = torch.einsum("okgd,kde->okge", columns, r2).reshape(-1, kv * group * dim)
+    columns = weight.reshape(-1, spec.kv_heads, spec.value_group, spec.head_dim)
+    return torch.einsum("okgd,kde->okge", columns, r2).reshape(weight.shape)
+
+
+def _change(
+    folded: dict[str, torch.Tensor], name: str, rows: slice, changed: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Replace some rows of a tensor; the one that was given stays as it is."""
+    tensor = folded[name].clone()
+    tensor[rows] = changed(tensor[rows])
+    folded[name] = tensor

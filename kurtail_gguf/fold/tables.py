@@ -23,16 +23,19 @@ class EmbeddingRows:
 
     Args:
         path: what :func:`fold_embedding` wrote.
+        scale: what the runtime multiplies them by.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, scale: float = 1.0) -> None:
+        self._scale = scale
         self._rows = np.load(path, mmap_mode="r")
         self._library = ggml.GgmlBase()
 
     def __call__(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """float32 ``[n, hidden]`` for token ids int64 ``[n]``."""
+        """What token ids int64 ``[n]`` put on the residual stream, float32 ``[n, hidden]``."""
         rows = np.ascontiguousarray(self._rows[ids])
-        return self._library.dequantize(self._library.quantize(rows, ggml.Q4_0), ggml.Q4_0, rows.shape[1])
+        stored = self._library.dequantize(self._library.quantize(rows, ggml.Q4_0), ggml.Q4_0, rows.shape[1])
+        return stored if self._scale == 1 else stored * np.float32(self._scale)
 
 
 def fold_embedding(checkpoint: Checkpoint, r1: torch.Tensor | None, path: Path) -> None:

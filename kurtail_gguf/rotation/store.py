@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -32,6 +33,19 @@ class Rotations:
     r1: npt.NDArray[np.float64] | None = None
     r2: npt.NDArray[np.float64] | None = None
     ffn_scales: npt.NDArray[np.float64] | None = None
+
+    def sha256(self, r4: int) -> str:
+        """Hex digest of everything that is folded beside the norm gains, R4's size included.
+
+        It says which adapters fit a file (``kurtail.rotations.sha256``).
+        """
+        digest = hashlib.sha256(f"r4 {r4}\n".encode())
+        folded = {name: getattr(self, name) for name in ("r1", "r2", "ffn_scales")}
+        for name, value in folded.items():
+            if value is not None:
+                digest.update(f"{name} {value.shape}\n".encode())
+                digest.update(np.ascontiguousarray(value, "<f8").tobytes())
+        return digest.hexdigest()
 
 
 def save_rotations(rotations: Rotations, path: Path) -> None:

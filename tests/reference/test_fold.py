@@ -11,9 +11,13 @@ from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.fold.tables import fold_embedding, fold_head
 from kurtail_gguf.formats.hadamard import r4_size, sylvester, walsh_hadamard_
 from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.loading.experts import module_weights
 from kurtail_gguf.rotation.hadamard import random_orthogonal
 
-KINDS = ["llama", "llama-tied", "llama-biases", "mistral", "qwen2"]
+KINDS = [
+    "llama", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3",
+    "granite", "phi3",
+]  # fmt: skip
 IDS = torch.tensor([[1, 5, 17, 300, 42, 42, 7, 99, 250, 3]])
 
 
@@ -32,11 +36,13 @@ def _folded_model(kind, tiny_model, spec, rotations_of, r4):
     out = {name: tensor.clone() for name, tensor in state.items()}
     for layer in range(spec.layers):
         prefix = spec.layer_prefix(layer)
-        weights = {n: state[prefix + n] for n in spec.layer_shapes()}
-        for name, tensor in fold_layer(weights, spec, rotations_of(layer)).items():
+        weights = _stored(state, spec, prefix)
+        assert weights.keys() == spec.layer_shapes().keys()
+        layer_folded = fold_layer(weights, spec, rotations_of(layer))
+        for name, tensor in layer_folded.items():
             assert tensor.dtype == torch.float64
-            assert tensor.shape == weights[name].shape
-            out[prefix + name] = tensor
+            assert tensor.shape == weights[name].shape == spec.layer_shapes()[name]
+        out |= {prefix + name: tensor for name, tensor in module_weights(spec, layer_folded).items()}
     r1 = rotations_of(0).r1
     gain = state["model.norm.weight"]
     head = state["model.embed_tokens.weight" if spec.tied else "lm_head.weight"]
@@ -47,10 +53,45 @@ def _folded_model(kind, tiny_model, spec, rotations_of, r4):
     folded.load_state_dict(out)
     if r4 > 1:
         for layer in folded.model.layers:
+            if spec.experts:
+                layer.mlp.experts = _RotatedExperts(layer.mlp.experts, r4)
+                continue
             layer.mlp.down_proj.register_forward_pre_hook(
                 lambda _module, inputs: (walsh_hadamard_(inputs[0].clone(), r4),)
             )
     return folded
+
+
+def _stored(state, spec, prefix):
+    """A layer of the module's state by the names that the checkpoint has."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    names = spec.family.experts
+    if names is None:
+        return own
+    width = spec.intermediate_size
+    gate_up, down = own.pop("mlp.experts.gate_up_proj"), own.pop("mlp.experts.down_proj")
+    own[f"{names.router}.weight"] = own.pop("mlp.gate.weight")
+    for expert in range(spec.experts):
+        own[f"{names.gate.format(expert)}.weight"] = gate_up[expert, :width]
+        own[f"{names.up.format(expert)}.weight"] = gate_up[expert, width:]
+        own[f"{names.down.format(expert)}.weight"] = down[expert]
+    return own
+
+
+class _RotatedExperts(torch.nn.Module):
+    """Experts whose down_proj reads what R4 has rotated, token by token."""
+
+    def __init__(self, experts, r4):
+        super().__init__()
+        self._experts, self._r4 = experts, r4
+
+    def forward(self, hidden, chosen, shares):
+        rows = []
+        for x, experts, weights in zip(hidden, chosen, shares, strict=True):
+            gate, up = (self._experts.gate_up_proj[experts] @ x).chunk(2, dim=-1)
+            inner = walsh_hadamard_(torch.nn.functional.silu(gate) * up, self._r4)
+            rows.append(torch.einsum("eoi,ei,e->o", self._experts.down_proj[experts], inner, weights))
+        return torch.stack(rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +106,8 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
     r4 = r4_size(spec.intermediate_size)
     assert r4 == 64
 
-    scale = torch.from_numpy(np.exp(rng.standard_normal(spec.intermediate_size)))
+    # of a mixture of experts channels are not scaled
+    scale = None if spec.experts else torch.from_numpy(np.exp(rng.standard_normal(spec.intermediate_size)))
 
     def rotations(layer: int) -> LayerRotations:
         return LayerRotations(r1, r2[layer], r4, scale)
@@ -78,7 +120,7 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
     assert (found - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["llama-biases", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama-biases", "qwen2", "phi3", "qwen3-moe"])
 def test_gains_alone_are_folded_without_rotations(kind, tiny_model, tiny_checkpoint):
     spec = open_checkpoint(tiny_checkpoint(kind)).spec
     folded = _folded_model(kind, tiny_model, spec, lambda _: LayerRotations(None, None, 0), 0)

@@ -95,7 +95,7 @@ def test_with_rounding_it_is_the_loss_of_the_folded_model(kind, bits, tiny_model
     model.set_attn_implementation(use_simulated_attention())
     for layer in model.model.layers:
         layer.self_attn.kurtail_cache = rounding.cache
-        for name in spec.family.linears:
+        for name in spec.linears:
             down = name == spec.family.ffn_writer
             layer.get_submodule(name).register_forward_pre_hook(
                 lambda _, x, down=down: (round_to(rotated(x[0], 64) if down else x[0], bits, 64).double(),)

@@ -52,11 +52,11 @@ def plain_embedding(monkeypatch) -> None:
     """Rows of the embedding without the runtime's q4_0, so that no runtime is needed."""
 
     class Rows:
-        def __init__(self, path: Path) -> None:
-            self._rows = np.load(path)
+        def __init__(self, path: Path, scale: float = 1.0) -> None:
+            self._rows, self._scale = np.load(path), scale
 
         def __call__(self, ids):
-            return self._rows[ids]
+            return self._rows[ids] * np.float32(self._scale)
 
     for module in (tables, layerwise, tuning):
         monkeypatch.setattr(module, "EmbeddingRows", Rows)

@@ -100,7 +100,7 @@ def test_the_choice_reaches_file_and_provenance_and_is_taken_over(tiny_checkpoin
     assert "measure damage" in result.seconds
     stored = json.loads((tmp_path / "w" / "damage.json").read_text())
     spec = open_checkpoint(model).spec
-    costs = {f"model.layers.{i}.{name}.weight": math.prod(spec.linear_shape(name)) for i in range(2) for name in spec.family.linears}
+    costs = {f"model.layers.{i}.{name}.weight": math.prod(spec.linear_shape(name)) for i in range(2) for name in spec.linears}
     assert list(stored["damage"]) == list(costs)
     assert stored["tokens"] == 512 and stored["divergence"] > 0
     assert chosen == choose(stored["damage"], costs, 0.3)

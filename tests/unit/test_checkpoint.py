@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kurtail_gguf.arch.registry import FAMILIES
 from kurtail_gguf.errors import KurtailError, SourceError, UnsupportedArchitecture
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 
@@ -91,7 +92,32 @@ def test_unknown_architecture_lists_the_supported(tiny_checkpoint):
     _edit_config(directory, architectures=["GPT2LMHeadModel"])
     message = _refused(directory, UnsupportedArchitecture)
     assert "GPT2LMHeadModel" in message
-    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM" in message
+    assert all(name in message for name in FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+def test_why_gemma_is_refused_is_told(tiny_checkpoint, name):
+    directory = tiny_checkpoint()
+    _edit_config(directory, architectures=[name])
+    message = _refused(directory, UnsupportedArchitecture)
+    assert name in message and "does not commute with R1" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob False"),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
+        ("qwen3-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias True"),
+    ],
+)
+def test_what_the_runtime_does_not_compute_is_refused(tiny_checkpoint, kind, changes, told):
+    directory = tiny_checkpoint(kind)
+    _edit_config(directory, **changes)
+    assert told in _refused(directory, UnsupportedArchitecture)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_the_meter_changes_neither_values_nor_gradients(quantize, tmp_path):
 
 def test_exceptions_for_all_linears_are_the_other_general_rule(quantize, tmp_path):
     checkpoint, quantized = quantize("llama")
-    names = checkpoint.spec.family.linears
+    names = checkpoint.spec.linears
     every = {f"model.layers.{layer}.{name}.weight": 8 for layer in range(2) for name in names}
     embedded = torch.from_numpy(tuning.EmbeddingRows(quantized / tables.EMBEDDING)(IDS.astype(np.int64)))
     hidden = []

@@ -19,9 +19,9 @@ LAYERS = (
     ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
     ("distill",),
-    ("layerwise", "tuning"),
+    ("layerwise", "tuning", "basis"),
     ("activation_choice", "rotation_choice"),
-    ("pipeline", "measurement"),
+    ("pipeline", "measurement", "verification", "adapters"),
     ("comparison", "card"),
     ("cli",),
 )

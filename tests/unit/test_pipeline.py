@@ -64,8 +64,9 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
         r3_kind="none", r3_size=0, r4_kind="hadamard", r4_size=64,
         activation_bits=4, kv_bits=4,
         calibration_name="text.txt", calibration_tokens=1024,
-        calibration_sha256=provenance.calibration_sha256,
+        calibration_sha256=provenance.calibration_sha256, rotations_sha256=provenance.rotations_sha256,
     )  # fmt: skip
+    assert len(provenance.rotations_sha256) == 64
     assert len(provenance.calibration_sha256) == 64
     assert all(done == total for _, total, done in recorder.stages)
 
@@ -133,7 +134,7 @@ def test_for_stock_the_linears_are_q4_0_and_nothing_is_left_online(tiny_checkpoi
     rotations = load_rotations(tmp_path / "w" / "rotations.safetensors")
     folding = LayerRotations(torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]), 0)
     folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
-    for name in checkpoint.spec.family.linears:
+    for name in checkpoint.spec.linears:
         packed = layer[f"model.layers.1.{name}.weight"]
         out, columns = checkpoint.spec.linear_shape(name)
         assert packed.dtype == np.uint8 and packed.shape == (out, columns // 32 * 18)
@@ -315,7 +316,7 @@ def test_the_default_is_gptq_with_rotations_by_output_error(tiny_checkpoint, tmp
     )
     folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
     layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
-    for name in checkpoint.spec.family.linears:
+    for name in checkpoint.spec.linears:
         found = kt4.dequantize(*kt4.unpack(layer[f"model.layers.1.{name}.weight"]))
         expected = folded[f"{name}.weight"].numpy()
         error = np.square(found - expected).mean() / np.square(expected).mean()
@@ -397,3 +398,60 @@ def test_hadamard_with_gptq_reads_text_but_learns_nothing(tiny_checkpoint, tmp_p
     provenance = pipeline.convert(config, NullProgress()).provenance
     assert (provenance.r1_kind, provenance.objective) == ("hadamard", "none")
     assert (provenance.calibration_name, provenance.calibration_tokens) == ("text.txt", 1024)
+
+
+def test_unquantized_layers_are_the_folded_ones(tiny_checkpoint, tmp_path, exported, recorder):
+    model = tiny_checkpoint("mixtral")
+    config = _config(model, tmp_path / "o.gguf", rotation="hadamard", weights="f32", work_dir=tmp_path / "w")
+    provenance = pipeline.convert(config, recorder).provenance
+    assert (provenance.weights, provenance.activation_bits, provenance.kv_bits) == ("f32", 32, 16)
+    assert (provenance.r3_kind, provenance.r4_size, provenance.runs_as) == ("none", 64, "f32")
+    checkpoint, rotations = open_checkpoint(model), load_rotations(tmp_path / "w" / "rotations.safetensors")
+    r1, r2 = (torch.from_numpy(value) for value in (rotations.r1, rotations.r2[1]))
+    folded = fold_layer(checkpoint.layer(1), checkpoint.spec, LayerRotations(r1, r2, 64))
+    found = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
+    assert found.keys() == {f"model.layers.1.{name}" for name in checkpoint.spec.layer_shapes()}
+    for name, value in folded.items():
+        assert np.array_equal(found[f"model.layers.1.{name}"], value.float().numpy())
+
+
+@pytest.mark.parametrize("changes", [{"activations": 8}, {"kv": 16}, {"tune": 3}])
+def test_nothing_is_rounded_with_unquantized_weights(changes, tmp_path):
+    with pytest.raises(ConfigError, match="no place with --weights f32"):
+        _config(tmp_path, tmp_path / "o.gguf", weights="f32", **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("mixtral", {"activations": "auto"}, "--activations auto is not offered for MixtralForCausalLM"),
+        ("qwen3-moe", {"tune": 4}, "--tune 4 is not offered for Qwen3MoeForCausalLM"),
+        ("mixtral", {"rotation": "spinquant"}, "--rotation spinquant is not offered for MixtralForCausalLM"),
+        ("granite", {"rotation": "spinquant"}, "--rotation spinquant is not offered for GraniteForCausalLM"),
+        ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not offered for Phi3ForCausalLM"),
+    ],
+)
+def test_what_does_not_know_a_family_is_refused(tiny_checkpoint, tmp_path, exported, kind, changes, told):
+    with pytest.raises(KurtailError, match=told):
+        pipeline.convert(_config(tiny_checkpoint(kind), tmp_path / "o.gguf", **changes), NullProgress())
+    assert exported == []
+
+
+def test_rotations_are_kept_where_asked_for(tiny_checkpoint, tmp_path, exported):
+    kept = tmp_path / "kept"
+    config = _config(tiny_checkpoint("qwen3"), tmp_path / "o.gguf", rotation="hadamard", keep_rotations=kept)
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert load_rotations(kept).sha256(provenance.r4_size) == provenance.rotations_sha256
+    assert load_rotations(kept).sha256(0) != provenance.rotations_sha256
+
+
+@pytest.mark.parametrize("kind", ["granite", "phi3", "smollm3", "mixtral"])
+def test_the_default_goes_through_for_other_families(kind, tiny_checkpoint, tmp_path, exported, text, few_steps, plain_embedding):
+    """Learned rotations, GPTQ and tuning; a mixture of experts is not tuned."""
+    config = ConvertConfig(
+        str(tiny_checkpoint(kind)), tmp_path / "o.gguf", calibration=(str(text),), calibration_tokens=1024, device="cpu",
+        tune=None if kind == "mixtral" else 2,
+    )  # fmt: skip
+    provenance = pipeline.convert(config, NullProgress()).provenance
+    assert provenance.tune_steps == (0 if kind == "mixtral" else 2)
+    assert (provenance.rotation, provenance.weights) == ("output", "gptq")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kurtail_gguf.calibration import expert_tokens
 from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
@@ -18,12 +19,13 @@ from kurtail_gguf.simulation.runtime import RuntimeRounding
 CPU = torch.device("cpu")
 IDS = np.random.default_rng(0).integers(3, 320, (6, 20)).astype(np.int32)
 HALVES = CacheSettings(bits=16, rotation=0, rotate_v=False, paired=False)
-KINDS = ["llama", "llama-biases", "mistral", "qwen2"]
+KINDS = ["llama", "llama-biases", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite", "phi3"]
 
 
 def _prefix(checkpoint, rounding, directory) -> QuantizedPrefix:
     table = checkpoint.tensor("model.embed_tokens.weight").float().numpy()
-    return QuantizedPrefix(checkpoint, IDS, lambda ids: table[ids], rounding, directory, CPU)
+    scale = np.float32(checkpoint.spec.embedding_scale)
+    return QuantizedPrefix(checkpoint, IDS, lambda ids: table[ids] * scale, rounding, directory, CPU)
 
 
 def _layers(checkpoint, r4):
@@ -73,7 +75,7 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
     seen = {}
     runner = LayerRunner(checkpoint, CPU, IDS.shape[1], rounding.cache)
     module = runner.module(layer)
-    for name in family.linears:
+    for name in checkpoint.spec.linears:
         r4 = 64 if name == family.ffn_writer else 0
 
         def hook(_module, inputs, name=name, r4=r4):
@@ -98,3 +100,48 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
             weight = 1 / (streams[names[0]].square().mean(-1) + eps)
         expected = torch.einsum("bti,bt,btj->ij", x, weight, x)
         assert (hessian - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def _expert_stops(checkpoint, directory):
+    """Of the first layer: names and Hessian of every stop, and how many experts saw too few tokens."""
+    prefix, stops = _prefix(checkpoint, RuntimeRounding(16, 64, 0, HALVES), directory), {}
+    layer, folded = next(_layers(checkpoint, 0))
+
+    def quantize(names, hessian):
+        stops[names] = hessian()
+        return {}
+
+    return stops, prefix.run_layer(layer, folded, quantize)
+
+
+def test_an_expert_is_quantized_on_the_tokens_that_transformers_routes_to_it(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(expert_tokens, "FEWEST_TOKENS", 1)
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen3-moe"))
+    names = checkpoint.spec.family.experts
+    seen = {}
+    runner = LayerRunner(checkpoint, CPU, IDS.shape[1])
+    block = runner.module(0).mlp
+    block.experts.register_forward_pre_hook(lambda _module, inputs: seen.update(x=inputs[0], chosen=inputs[1]))
+    start = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
+    runner.run(0, checkpoint.layer(0), start, runner.rotary(0, IDS.shape[1]))
+    # the folded experts read what the norm gives before its gain
+    x = seen["x"] / checkpoint.layer(0)["post_attention_layernorm.weight"]
+
+    stops, starved = _expert_stops(checkpoint, tmp_path)
+    assert starved == 0
+    for expert in range(checkpoint.spec.experts):
+        own = x[(seen["chosen"] == expert).any(-1)]
+        found = stops[names.gate.format(expert), names.up.format(expert)]
+        assert (found - own.T @ own).abs().max() < 2e-3 * found.abs().max()
+        assert stops[(names.down.format(expert),)].shape == (64, 64)
+
+
+def test_an_expert_of_few_tokens_is_quantized_on_all(tiny_checkpoint, tmp_path):
+    checkpoint = open_checkpoint(tiny_checkpoint("mixtral"))
+    names = checkpoint.spec.family.experts
+    stops, starved = _expert_stops(checkpoint, tmp_path)
+    assert IDS.size < expert_tokens.FEWEST_TOKENS and starved == 4
+    first = stops[names.gate.format(0), names.up.format(0)]
+    assert all(torch.equal(stops[names.gate.format(i), names.up.format(i)], first) for i in range(4))
+    # every token has root mean square 1
+    assert float(first.trace()) == pytest.approx(IDS.size * 128, rel=1e-2)

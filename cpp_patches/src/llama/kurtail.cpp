@@ -15,6 +15,7 @@
 #include <unordered_set>
 
 static constexpr uint32_t FORMAT_VERSION  = 1;
+static constexpr uint32_t UNROUNDED_BITS  = 32;   // activation_bits of a file without kt4 tensors
 static constexpr uint32_t MAX_R4_SIZE     = 8192; // what ggml-cuda's Hadamard kernel handles
 static constexpr int      UPSTREAM_R3_MIN = 64;   // smallest head_dim llama-kv-cache.cpp rotates
 
@@ -75,6 +76,23 @@ class keys {
     }
 };
 
+// families whose graph was checked: every ffn_down goes through build_lora_mm or build_lora_mm_id, where R4 is, and
+// attention through build_attn, which rotates Q and K for a quantized cache
+bool is_checked(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_LLAMA:
+        case LLM_ARCH_QWEN2:
+        case LLM_ARCH_QWEN3:
+        case LLM_ARCH_QWEN3MOE:
+        case LLM_ARCH_SMOLLM3:
+        case LLM_ARCH_GRANITE:
+        case LLM_ARCH_PHI3:
+            return true;
+        default:
+            return false;
+    }
+}
+
 bool is_power_of_two(uint32_t n) { return n != 0 && (n & (n - 1)) == 0; }
 
 // layer of "blk.N.ffn_down*.weight", -1 for any other name
@@ -103,12 +121,18 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     if (version < 1 || version > FORMAT_VERSION) {
         throw std::runtime_error(format("kurtail: kurtail.format_version is %u, this runtime reads up to %u: update it", version, FORMAT_VERSION));
     }
+    if (k.has("kurtail.rotations.sha256")) {
+        rotations = k.str("kurtail.rotations.sha256");
+    }
     // written for stock llama.cpp: it runs as it does there, with an explicit -ctk or -ctv too
     if (k.has("kurtail.target") && k.str_of("kurtail.target", { "kurtail", "stock" }) == "stock") {
         LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as there\n", __func__);
         return;
     }
-    const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8 });
+    if (!is_checked(model.arch)) {
+        throw std::runtime_error(format("kurtail: architecture %s has kurtail keys, but this runtime does not know whether its graph goes through the online rotations", llm_arch_name(model.arch)));
+    }
+    const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8, UNROUNDED_BITS });
     kv_bits = k.u32_of("kurtail.kv_bits", { 4, 8, 16 });
     k.str_of("kurtail.r1.kind", { "none", "hadamard", "random", "learned" });
     k.str_of("kurtail.r2.kind", { "none", "hadamard", "random", "learned" });
@@ -161,12 +185,15 @@ void kurtail_model::load_activation_bits(const llama_model_loader & ml, llama_mo
         if (!is_block_linear(name, t)) {
             continue;
         }
+        if (bits == UNROUNDED_BITS) {
+            throw std::runtime_error(format("kurtail: kurtail.activation_bits is %u, but %s is %s, whose inputs are rounded to 4 or 8 bits", bits, name.c_str(), ggml_type_name(t->type)));
+        }
         if (bits == 8 && listed.count(name) == 0) {
             model.prec_policy.prec_src1.emplace(t, GGML_PREC_Q8);
         }
         model.prec_policy.prec_src1.count(t) ? ++n8 : ++n4;
     }
-    summary += n8 == 0 ? "W4A4" : n4 == 0 ? "W4A8" : format("W4A4 (A8 in %d of %d tensors) ", n8, n4 + n8);
+    summary += bits == UNROUNDED_BITS ? "unquantized, " : n8 == 0 ? "W4A4" : n4 == 0 ? "W4A8" : format("W4A4 (A8 in %d of %d tensors) ", n8, n4 + n8);
 }
 
 void kurtail_model::make_r4(llama_model & model, uint32_t size, std::string & summary) {
@@ -224,6 +251,27 @@ void kurtail_model::make_r4(llama_model & model, uint32_t size, std::string & su
 ggml_tensor * kurtail_model::online_rotation(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur) const {
     const auto it = r4.find(w);
     return it == r4.end() ? cur : llama_mul_mat_hadamard(ctx, cur, it->second);
+}
+
+void kurtail_model::check_adapter(const gguf_context * adapter) const {
+    const keys k(adapter);
+    const bool ours = k.has("kurtail.adapter.rotations");
+    // files for stock llama.cpp are not active, but rotated all the same
+    if (!active && rotations.empty()) {
+        if (ours) {
+            throw std::runtime_error("kurtail: the adapter was made by convert-lora for a rotated file, which this model is not: give the original adapter");
+        }
+        return;
+    }
+    if (!ours) {
+        throw std::runtime_error("kurtail: the adapter was made for the original checkpoint, this file is rotated: bring the adapter into its basis with kurtail-gguf convert-lora");
+    }
+    if (rotations.empty()) {
+        throw std::runtime_error("kurtail: this file does not say by what it was rotated, so no adapter can be known to fit: convert the model again");
+    }
+    if (k.str("kurtail.adapter.rotations") != rotations) {
+        throw std::runtime_error("kurtail: the adapter was made for a file with other rotations: run kurtail-gguf convert-lora with the rotations of this file");
+    }
 }
 
 void kurtail_model::override_attention_rotation(bool & rotate_k, bool & rotate_v) const {

@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+struct gguf_context;
 struct llama_model;
 struct llama_model_loader;
 struct llama_context_params;
@@ -24,6 +25,9 @@ struct kurtail_model {
     // R4: multiplies cur by the Hadamard matrix of weight w, where w is an ffn_down of a rotated file; else cur itself
     ggml_tensor * online_rotation(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur) const;
 
+    // Throws std::runtime_error where a LoRA adapter (its GGUF keys) is not in the basis of this model's weights
+    void check_adapter(const gguf_context * adapter) const;
+
     // upstream rotates K and V online whenever their cache is quantized; in our files K follows R3, and V is
     // rotated in the weights (R2) or not at all
     void override_attention_rotation(bool & rotate_k, bool & rotate_v) const;
@@ -34,6 +38,7 @@ struct kurtail_model {
 private:
     uint32_t kv_bits = 16;
     bool     r3      = false;
+    std::string rotations; // sha256 of what was folded; empty in a file without the key
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> r4; // ffn_down -> Hadamard matrix
     std::vector<ggml_context_ptr>        contexts;

@@ -1,0 +1,26 @@
+"""Qwen3-MoE: Qwen3's attention; every layer a mixture of experts, as in the released models."""
+
+from __future__ import annotations
+
+from kurtail_gguf.arch.spec import ExpertNames, Family
+
+FAMILY = Family(
+    architecture="Qwen3MoeForCausalLM",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    refused={"attention_bias": "upstream's graph has no bias at attention's output for Qwen3"},
+    experts=ExpertNames(
+        router="mlp.gate",
+        gate="mlp.experts.{}.gate_proj",
+        up="mlp.experts.{}.up_proj",
+        down="mlp.experts.{}.down_proj",
+        count="num_local_experts",  # transformers reads the released num_experts as this
+        used="num_experts_per_tok",
+        width="moe_intermediate_size",
+        required={
+            "norm_topk_prob": ((True,), "the runtime's chosen experts always weigh 1 together"),
+            "decoder_sparse_step": ((1,), "every layer must be a mixture of experts"),
+            "mlp_only_layers": (([], None), "every layer must be a mixture of experts"),
+        },
+    ),
+)

@@ -1,0 +1,83 @@
+"""The rotations that are folded into a file, found again from the file and the model it was made of.
+
+Each is the orthogonal matrix that carries the model's weights nearest to the file's (Procrustes): R1 from embedding and
+head, R2 from each layer's values, and the scales of FFN channels row by row. Nothing has to have been kept; rounding to 4
+bits in the file moves the result a little, so that it is for checking, not for converting.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_tensor
+from kurtail_gguf.config import Provenance
+from kurtail_gguf.evaluate.file_tensors import FileTensors
+from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
+from kurtail_gguf.loading.checkpoint import Checkpoint
+
+
+def find_r1(checkpoint: Checkpoint, file: FileTensors, provenance: Provenance) -> torch.Tensor | None:
+    """R1, float64 ``[hidden, hidden]``; None where the file says that there is none."""
+    if provenance.r1_kind == "none":
+        return None
+    spec = checkpoint.spec
+    gain = checkpoint.tensor(f"{spec.family.final_norm}.weight")
+    total = torch.zeros(spec.hidden_size, spec.hidden_size, dtype=torch.float64)
+    for name, stored, factor in (
+        (f"{spec.family.embedding}.weight", EMBEDDING, torch.ones_like(gain)),
+        (checkpoint.head_name, HEAD, gain),
+    ):
+        for start, rows in checkpoint.rows(name):
+            found = torch.from_numpy(file.rows(stored, start, len(rows))).double()
+            total += fold_reader(rows, factor, None).T @ found
+    return _nearest_rotation(total)
+
+
+def find_layer_rotations(
+    checkpoint: Checkpoint,
+    file: FileTensors,
+    provenance: Provenance,
+    layer: int,
+    weights: dict[str, torch.Tensor],
+    r1: torch.Tensor | None,
+) -> LayerRotations:
+    """All that is folded into a layer.
+
+    Args:
+        checkpoint: the model.
+        file: the file.
+        provenance: what the file says of itself.
+        layer: its number.
+        weights: as :meth:`Checkpoint.layer` gives them.
+        r1: what :func:`find_r1` found.
+    """
+    spec = checkpoint.spec
+    r4 = provenance.r4_size if provenance.r4_kind == "hadamard" else 0
+    folded = fold_layer(weights, spec, LayerRotations(r1, None, 0))
+    r2 = scale = None
+    if provenance.r2_kind != "none":
+        linear, rows = spec.value_rows
+        shape = (spec.kv_heads, spec.head_dim, -1)
+        value = folded[f"{linear}.weight"][rows].reshape(shape)
+        found = _stored(file, checkpoint, layer, linear)[rows].reshape(shape)
+        r2 = _nearest_rotation(value @ found.mT)
+    if provenance.rotation == "output" and not spec.experts:
+        linear, rows = spec.up_rows
+        up, found = folded[f"{linear}.weight"][rows], _stored(file, checkpoint, layer, linear)[rows]
+        energy = up.square().sum(1)
+        scale = torch.where(energy > 0, (up * found).sum(1) / energy, 1.0)
+        # a row that came out as zeros has lost its scale; the comparison of its tensor will tell
+        scale = torch.where(scale > 0, scale, 1.0)
+    return LayerRotations(r1, r2, r4, scale)
+
+
+def _stored(file: FileTensors, checkpoint: Checkpoint, layer: int, linear: str) -> torch.Tensor:
+    name, _ = file_tensor(checkpoint.spec, layer, linear)
+    return torch.from_numpy(np.ascontiguousarray(file.values(name))).double()
+
+
+def _nearest_rotation(correlation: torch.Tensor) -> torch.Tensor:
+    """The orthogonal R that makes tr(Rᵀ C) greatest, for C ``[…, n, n]``."""
+    left, _, right = torch.linalg.svd(correlation)
+    return left @ right

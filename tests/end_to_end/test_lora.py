@@ -1,0 +1,134 @@
+"""An adapter in the rotated basis does to a rotated file what the original does to the model; others are refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.logits import runtime_log_probabilities
+from kurtail_gguf.export import export_reference
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("bindings")
+
+TOKENS = [[1, *np.random.default_rng(5).integers(3, 320, 40).tolist()]]
+RANK, ALPHA = 4, 6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, save_tiny, tiny_spm) -> Path:
+    directory = tmp_path_factory.mktemp("adapted")
+    save_tiny("mistral", directory, vocab_size=400)
+    for path in tiny_spm.glob("tokenizer*"):
+        shutil.copy(path, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, source) -> Path:
+    """A PEFT directory that adapts every linear of both layers."""
+    directory = tmp_path_factory.mktemp("peft")
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            base = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{base}.lora_A.weight"] = 0.2 * torch.randn(RANK, weight.shape[1], generator=generator)
+            tensors[f"{base}.lora_B.weight"] = 0.2 * torch.randn(weight.shape[0], RANK, generator=generator)
+    assert len(tensors) == 2 * 2 * 7
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rotated(tmp_path_factory, cli, source, adapter):
+    """``rotated(*options)``: file, its rotations, and the adapter for it, made once for each set of options."""
+
+    @functools.cache
+    def make(*options: str) -> tuple[Path, Path, Path]:
+        directory = tmp_path_factory.mktemp("rotated")
+        file, rotations, out = directory / "out.gguf", directory / "rotations", directory / "lora.gguf"
+        done = cli("convert", source, file, "--rotation", "hadamard", "--keep-rotations", rotations, *options)
+        assert done.status == 0, done.stderr
+        done = cli("convert-lora", adapter, out, "--file", file, "--rotations", rotations, "--reference", source)
+        assert done.status == 0, done.stderr
+        assert "14 linears adapted" in done.stdout
+        return file, rotations, out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def exact(rotated) -> tuple[Path, Path, Path]:
+    return rotated("--weights", "f32")
+
+
+def said(source: Path, adapter: Path | None) -> np.ndarray:
+    """transformers' log-probabilities, with the adapter merged as PEFT does."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        if adapter is not None:
+            pairs = load_file(adapter / "adapter_model.safetensors")
+            for name in [name for name in pairs if ".lora_A." in name]:
+                module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                b = pairs[name.replace(".lora_A.", ".lora_B.")]
+                model.get_submodule(module).weight += ALPHA / RANK * b @ pairs[name]
+        return torch.log_softmax(model(torch.tensor(TOKENS)).logits[0], -1).numpy()
+
+
+def test_it_does_to_the_file_what_it_does_to_the_model(source, adapter, exact):
+    file, _, lora = exact
+    right, without = said(source, adapter), said(source, None)
+    assert np.abs(right - without).max() > 1
+    assert np.abs(runtime_log_probabilities(file, TOKENS, exact_cache=True, adapter=lora) - right).max() < 1e-4
+    assert np.abs(runtime_log_probabilities(file, TOKENS, exact_cache=True) - without).max() < 1e-4
+
+
+def test_in_four_bits_it_leads_to_the_adapted_model(source, adapter, rotated):
+    file, _, lora = rotated("--weights", "rtn", "--activations", "8")
+    right, without = said(source, adapter), said(source, None)
+    found = runtime_log_probabilities(file, TOKENS, adapter=lora)
+
+    def divergence(p: np.ndarray) -> float:
+        return float((np.exp(p) * (p - found)).sum(-1).mean())
+
+    assert divergence(right) < 0.5 * divergence(without)
+
+
+def test_an_adapter_without_the_mark_is_refused_on_a_rotated_file(exact, tmp_path):
+    file, _, lora = exact
+    data = lora.read_bytes()
+    unmarked = tmp_path / "unmarked.gguf"
+    unmarked.write_bytes(data.replace(b"kurtail.adapter.rotations", b"another.adapter.rotations"))
+    with pytest.raises(KurtailError, match="made for the original checkpoint, this file is rotated.*convert-lora"):
+        runtime_log_probabilities(file, TOKENS, adapter=unmarked)
+
+
+def test_an_adapter_for_other_rotations_is_refused(rotated, exact):
+    other, _, _ = rotated("--weights", "rtn", "--seed", "1")
+    with pytest.raises(KurtailError, match="made for a file with other rotations"):
+        runtime_log_probabilities(other, TOKENS, adapter=exact[2])
+
+
+def test_a_rotated_adapter_is_refused_on_the_original(source, exact, tmp_path):
+    export_reference(source, tmp_path / "original.gguf")
+    with pytest.raises(KurtailError, match="which this model is not"):
+        runtime_log_probabilities(tmp_path / "original.gguf", TOKENS, adapter=exact[2])
+
+
+def test_rotations_of_another_file_are_refused(cli, source, adapter, rotated, exact, outputs):
+    other, _, _ = rotated("--weights", "rtn", "--seed", "1")
+    done = cli(
+        "convert-lora", adapter, outputs / "lora.gguf", "--file", other, "--rotations", exact[1], "--reference", source
+    )  # fmt: skip
+    assert "holds other rotations than" in done.error
+    assert list(outputs.iterdir()) == []

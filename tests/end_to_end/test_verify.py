@@ -1,0 +1,114 @@
+"""verify passes what convert writes and names the first thing that is wrong with anything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.evaluate.file_tensors import FileTensors
+from kurtail_gguf.export import export_reference
+from kurtail_gguf.gguf_info import read_gguf
+from kurtail_gguf.pipeline import convert
+from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.verification import Check, verify
+
+pytestmark = pytest.mark.usefixtures("bindings")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, save_tiny, tiny_spm) -> Path:
+    directory = tmp_path_factory.mktemp("verified")
+    save_tiny("llama-biases", directory, vocab_size=400)
+    for path in tiny_spm.glob("tokenizer*"):
+        shutil.copy(path, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def file(source, tmp_path_factory, text) -> Path:
+    """Four bits by the default method, with scaled FFN channels, cut short."""
+    out = tmp_path_factory.mktemp("verified") / "out.gguf"
+    config = ConvertConfig(
+        str(source), out, calibration=(str(text),), calibration_tokens=1024, activations=8, weights="rtn"
+    )  # fmt: skip
+    convert(config, NullProgress())
+    return out
+
+
+@pytest.fixture
+def copy(file, tmp_path) -> Path:
+    return Path(shutil.copy(file, tmp_path / "copy.gguf"))
+
+
+def first_difference(path: Path, source: Path) -> Check:
+    """The check that fails; those before it must pass."""
+    for check in verify(path, str(source), path.parent, NullProgress()):
+        if not check.right:
+            return check
+    pytest.fail("nothing differs")
+
+
+def change(path: Path, name: str, changed: Callable[[np.ndarray], None]) -> None:
+    """Let ``changed`` edit the packed rows of a kt4 tensor in place, uint8 ``[out, blocks, 34]``."""
+    tensor = FileTensors(read_gguf(path)).info(name)
+    data = np.memmap(path, np.uint8, "r+", tensor.offset, (tensor.shape[0], tensor.shape[1] // 64, 34))
+    changed(data)
+    data.flush()
+
+
+def test_a_converted_file_passes(cli, source, file):
+    done = cli("verify", file, "--reference", source)
+    assert done.status == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["metadata", "tokenizer", "tensors", "logits", "pass"]
+
+
+def test_another_model_fails_and_is_told_in_one_line(cli, file, source, save_tiny, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    save_tiny("llama-biases", other, seed=1, vocab_size=400)
+    done = cli("verify", file, "--reference", other)
+    assert "tensors: tensor token_embd.weight (q4_0) is off by" in done.error
+    assert "pass" not in done.stdout
+
+
+def halves(rows: np.ndarray) -> np.ndarray:
+    return rows[..., :2].view(np.float16)
+
+
+def test_a_scale_that_is_not_finite_is_found(copy, source):
+    change(copy, "blk.1.ffn_down.weight", lambda rows: halves(rows).__setitem__((5, 2), np.nan))
+    check = first_difference(copy, source)
+    assert (check.name, check.detail) == ("tensors", "tensor blk.1.ffn_down.weight: the scale of row 5, block 2 is nan")
+
+
+def test_a_scale_of_zero_is_found(copy, source):
+    change(copy, "blk.0.ffn_gate.weight", lambda rows: halves(rows).__setitem__((7, 1), 0))
+    assert "blk.0.ffn_gate.weight: the scale of row 7, block 1 is 0, its weights reach" in first_difference(copy, source).detail
+
+
+def test_rows_in_another_order_are_found(copy, source):
+    def swap(rows: np.ndarray) -> None:
+        rows[:64] = rows[:64][::-1].copy()
+
+    change(copy, "blk.1.attn_k.weight", swap)
+    assert "tensor blk.1.attn_k.weight (kt4) is off by" in first_difference(copy, source).detail
+
+
+def test_another_hyper_parameter_is_found(file, source, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    config = json.loads((other / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-3
+    (other / "config.json").write_text(json.dumps(config))
+    check = first_difference(file, other)
+    assert check.name == "metadata" and "attention.layer_norm_rms_epsilon is" in check.detail
+
+
+def test_a_file_without_our_keys_is_refused(cli, source, tmp_path):
+    export_reference(source, tmp_path / "plain.gguf")
+    assert "has no kurtail keys" in cli("verify", tmp_path / "plain.gguf", "--reference", source).error
