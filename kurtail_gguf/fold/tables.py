@@ -12,6 +12,7 @@ import torch
 from kurtail_gguf import ggml
 from kurtail_gguf.fold.layer import fold_reader
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.row_file import RowFile
 
 
 #: Names of the folded tables in the directory that the exporter reads.
@@ -57,9 +58,8 @@ def _stream(checkpoint: Checkpoint, name: str, path: Path, fold, r1: torch.Tenso
     device = torch.device("cpu") if r1 is None else r1.device
     shape = (checkpoint.spec.vocab_size, checkpoint.spec.hidden_size)
     scratch = path.with_suffix(".tmp")
-    out = np.lib.format.open_memmap(scratch, "w+", np.float32, shape)
+    out = RowFile(scratch, shape)
     for start, rows in checkpoint.rows(name):
         out[start : start + len(rows)] = fold(rows.to(device).double()).float().cpu().numpy()
-    out.flush()
-    del out
+    out.close()
     os.replace(scratch, path)

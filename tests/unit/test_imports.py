@@ -13,7 +13,7 @@ ROOT = Path(kurtail_gguf.__file__).parent
 
 #: Lower layers first; a module imports only from lower layers or its own package.
 LAYERS = (
-    ("errors", "config", "progress", "formats", "files", "workdir", "resources", "memory"),
+    ("errors", "config", "progress", "formats", "files", "row_file", "workdir", "resources", "memory"),
     ("native", "vendored", "ggml", "gguf_info", "bindings"),  # where the runtime is, and its tables
     ("arch",),
     ("loading", "simulation"),
