@@ -151,24 +151,25 @@ class _Curvature:
         mean = float(diagonal.mean())
         # inputs that are always zero would leave H singular; their weights do not matter
         diagonal += damping * mean if mean > 0 else 1.0
-        single = h.float()
-        # H is symmetric; seen as its transpose it has LAPACK's order of columns, and no copy is made
-        factor = h.mT
+        single = torch.empty(h.shape, device=h.device).copy_(h)
         try:
-            torch.linalg.cholesky(factor, out=factor)
-            torch.cholesky_inverse(factor, out=factor)
-            torch.linalg.cholesky(factor, upper=True, out=factor)
+            torch.linalg.cholesky(h, out=h)
+            torch.cholesky_inverse(h, out=h)
+            torch.linalg.cholesky(h, upper=True, out=h)
         except torch.linalg.LinAlgError as error:
             raise QuantizeError(
                 f"tensor {name}: the Hessian of its inputs is not positive definite: give more calibration tokens"
             ) from error
-        return cls(single, factor.float().contiguous())
+        return cls(single, h.float())
 
 
 def _reordered(hessian: torch.Tensor, order: _Order, name: str) -> torch.Tensor:
-    """The Hessian in the rounding order, float64, without another of its size on the way."""
+    """The Hessian in the rounding order, float64, without another of its size on the way.
+
+    It lies column by column, as LAPACK wants it to work in place.
+    """
     size = len(hessian)
-    h = torch.empty(size, size, dtype=torch.float64, device=hessian.device)
+    h = torch.empty(size, size, dtype=torch.float64, device=hessian.device).mT
     step = max(1, _REORDERED // size)
     for start in range(0, size, step):
         part = hessian[order.columns[start : start + step]][:, order.columns]
