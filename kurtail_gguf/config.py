@@ -77,6 +77,7 @@ class ConvertConfig:
         target: ``kurtail``, or ``stock``: a q4_0 file that stock llama.cpp runs, with folded rotations
             only. It rounds activations and cache by its own rules, so neither can be chosen then.
         work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
+        restart: forget what an earlier run left there.
     """
 
     model: str
@@ -93,6 +94,7 @@ class ConvertConfig:
     device: str = "auto"
     target: str = "kurtail"
     work_dir: Path | None = None
+    restart: bool = False
 
     def __post_init__(self) -> None:
         _one_of("--rotation", self.rotation, ROTATIONS)

@@ -5,7 +5,6 @@ With GPTQ the calibration tokens go along, through the layers as they come out (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
+from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix, remove_files
+from kurtail_gguf.files import replacing
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows, fold_embedding, fold_head
 from kurtail_gguf.formats.targets import BlockFormat
@@ -96,7 +96,9 @@ def fold_and_quantize(
             elif prefix is not None:
                 _replay(prefix, checkpoint, layer, path, block_format)
             stage.advance(1, f"layer {layer}")
-    if prefix is not None:
+    if prefix is None:
+        remove_files(target.parent)
+    else:
         prefix.close()
     norm = f"{spec.family.final_norm}.weight"
     _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
@@ -171,6 +173,5 @@ def _replay(
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    scratch = path.with_suffix(".tmp")
-    save_file(tensors, scratch)
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        save_file(tensors, scratch)

@@ -113,8 +113,7 @@ class QuantizedPrefix:
     def close(self) -> None:
         """Remove the files."""
         self._hidden.close()
-        for path in self._directory.glob("prefix-*.npy"):
-            path.unlink()
+        remove_files(self._directory)
 
     def _scratch(self, name: str, width: int) -> RowFile:
         """A file of float32 ``[sequences, length, width]``."""
@@ -180,6 +179,12 @@ class QuantizedPrefix:
         for batch in self._batches:
             added = nn.functional.linear(self._load(values, batch), weight, None if bias is None else bias.float())
             self._hidden[batch] += added.cpu().numpy()
+
+
+def remove_files(directory: Path) -> None:
+    """Remove the files of a :class:`QuantizedPrefix`, also of one whose process was killed."""
+    for path in directory.glob("prefix-*.npy"):
+        path.unlink()
 
 
 class _Reached(Exception):

@@ -91,7 +91,8 @@ class _Bits(click.Choice):
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), default=None,
     help="Where finished steps are kept; beside OUT, and removed at the end, if not given.",
-)  # fmt: skip
+)
+@click.option("--restart", is_flag=True, help="Begin anew, without what an interrupted run left there.")  # fmt: skip
 def convert_command(model: str, out: Path, calibration: tuple[str, ...], **options: Any) -> None:
     """Convert MODEL to a 4-bit GGUF file.
 
