@@ -114,7 +114,7 @@ def _convert(
         source = resolve_source(config.model, work_dir, progress)
         checkpoint = open_checkpoint(source)
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
-    block_format, rounding = BLOCK_FORMATS[config.target], _rounding(config, checkpoint)
+    block_format, rounding = BLOCK_FORMATS[config.target], runtime_rounding(config, checkpoint)
     _check_memory(config, checkpoint, block_format, device)
     resumed = open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
     steps = _tuning_steps(config, checkpoint, block_format, work_dir, device, progress)
@@ -181,8 +181,8 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-def _rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRounding:
-    """What the runtime will round and rotate while it runs the file."""
+def runtime_rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRounding:
+    """What the runtime will round and rotate while it runs the file that ``config`` makes."""
     stock = config.target == "stock"
     block = BLOCK_FORMATS[config.target].block
     bits, kv = (STOCK_ACTIVATION_BITS, STOCK_KV_BITS) if stock else (config.activation_bits, config.kv)

@@ -188,6 +188,8 @@ def _open(path: Path) -> Any:
         raise SourceError(
             f"{path} is truncated or not safetensors ({error}): download the file again"
         ) from error
+    except RuntimeError as error:  # torch maps the file, and the system may refuse one larger than its memory
+        raise SourceError(f"{path} cannot be mapped ({error}): split it into shards of a few GB") from error
 
 
 def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> None:

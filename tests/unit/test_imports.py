@@ -22,7 +22,7 @@ LAYERS = (
     ("layerwise", "tuning"),
     ("activation_choice", "rotation_choice"),
     ("pipeline", "measurement"),
-    ("comparison", "card"),
+    ("comparison", "card", "plan"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
