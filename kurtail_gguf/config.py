@@ -84,6 +84,7 @@ class ConvertConfig:
             only. It rounds activations and cache by its own rules, so neither can be chosen then.
         work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
         keep_rotations: a file for R1, R2 and the scales of FFN channels, which ``convert-lora`` needs; None for none.
+        restart: forget what an earlier run left there.
     """
 
     model: str
@@ -101,6 +102,7 @@ class ConvertConfig:
     target: str = "kurtail"
     work_dir: Path | None = None
     keep_rotations: Path | None = None
+    restart: bool = False
 
     def __post_init__(self) -> None:
         _one_of("--rotation", self.rotation, ROTATIONS)

@@ -5,7 +5,6 @@ With GPTQ the calibration tokens go along, through the layers as they come out (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
+from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix, remove_files
+from kurtail_gguf.files import replacing
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows, fold_embedding, fold_head
 from kurtail_gguf.formats.targets import BlockFormat
@@ -86,14 +86,19 @@ def fold_and_quantize(
             if not path.exists():
                 weights = checkpoint.layer(layer, device, check=True)
                 scales = None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]).to(device)
-                folded = fold_layer(weights, spec, LayerRotations(r1, r2, r4, scales))
+                folded = _single(fold_layer(weights, spec, LayerRotations(r1, r2, r4, scales)))
+                del weights
                 results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
+                del folded
                 _save(results, path)
+                del results
                 note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
             elif prefix is not None:
                 _replay(prefix, checkpoint, layer, path, block_format)
             stage.advance(1, f"layer {layer}{note}")
-    if prefix is not None:
+    if prefix is None:
+        remove_files(target.parent)
+    else:
         prefix.close()
     norm = f"{spec.family.final_norm}.weight"
     _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
@@ -123,7 +128,7 @@ class _Layer:
     """One layer's tensors on their way into the file.
 
     Args:
-        folded: float64 by name below the layer's prefix.
+        folded: float32 by name below the layer's prefix; a linear leaves it once it is quantized.
     """
 
     def __init__(
@@ -139,15 +144,18 @@ class _Layer:
         """Quantize every linear by itself."""
         for name in self._linears:
             full = f"{self._prefix}{name}.weight"
-            self._pack(name, quantize_rtn(self._folded[f"{name}.weight"], full, self._format.block))
+            self._pack(name, quantize_rtn(self._folded.pop(f"{name}.weight"), full, self._format.block))
 
     def gptq(self, names: tuple[str, ...], hessian: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Quantize the linears that share an input; their weights as the file has them, float32 ``[out, in]``."""
-        weights = [self._folded[f"{name}.weight"] for name in names]
+        weights = [self._folded.pop(f"{name}.weight") for name in names]
         rows = [len(weight) for weight in weights]
         full = f"{self._prefix}{names[0]}.weight"
         # rows are independent in GPTQ, so linears with one Hessian are one matrix
-        codes, scales = quantize_gptq(torch.cat(weights), hessian(), full, self._format.block)
+        joined = torch.cat(weights) if len(weights) > 1 else weights[0]
+        del weights
+        codes, scales = quantize_gptq(joined, hessian(), full, self._format.block)
+        del joined
         ends = np.cumsum(rows)[:-1]
         result = {}
         for name, own_codes, own_scales in zip(names, np.split(codes, ends), np.split(scales, ends), strict=True):
@@ -157,13 +165,17 @@ class _Layer:
 
     def results(self) -> dict[str, np.ndarray]:
         """All tensors of the layer by full name: packed rows, and the rest in single precision."""
-        rest = {name: value for name, value in self._folded.items() if name.removesuffix(".weight") not in self._packed}
         tensors = {f"{name}.weight": rows for name, rows in self._packed.items()}
-        tensors |= {name: value.float().cpu().numpy() for name, value in rest.items()}
+        tensors |= {name: value.cpu().numpy() for name, value in self._folded.items()}
         return {self._prefix + name: value for name, value in tensors.items()}
 
     def _pack(self, name: str, quantized: tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]) -> None:
         self._packed[name] = self._format.pack(*quantized)
+
+
+def _single(folded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same in single precision; each tensor is let go as it is converted."""
+    return {name: folded.pop(name).float() for name in list(folded)}
 
 
 def _replay(
@@ -180,6 +192,5 @@ def _replay(
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    scratch = path.with_suffix(".tmp")
-    save_file(tensors, scratch)
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        save_file(tensors, scratch)

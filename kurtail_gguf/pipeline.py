@@ -6,9 +6,9 @@ result is already there; the layers of the last stage count one by one.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from kurtail_gguf.activation_choice import choose, measure_damage
 from kurtail_gguf.calibration.generate import generate
@@ -39,7 +40,7 @@ from kurtail_gguf.config import (
 from kurtail_gguf.distill.scales import STEP_TOKENS
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.export import check_vocabulary, write_gguf
-from kurtail_gguf.files import file_sha256
+from kurtail_gguf.files import file_sha256, replacing, write_atomically
 from kurtail_gguf.formats.hadamard import MAX_R4, r4_size
 from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
@@ -51,7 +52,7 @@ from kurtail_gguf.rotation_choice import choose_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.tuning import memory_shortage, tune
-from kurtail_gguf.workdir import open_work_dir
+from kurtail_gguf.workdir import discard, locked, open_work_dir
 
 #: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
 OBJECTIVE = {"output": "output-error", "kurtail": "kurtosis", "spinquant": "cross-entropy"}
@@ -77,16 +78,31 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
     texts = _text_hashes(config)
     work_dir = config.work_dir or config.out.with_name(config.out.name + ".work")
     disposable = config.work_dir is None and not work_dir.exists()
-    try:
-        result = _convert(config, texts, work_dir, device, progress)
-    except (SourceError, CalibrationError, QuantizeError):
-        # Bad input: nothing that was computed from it is worth keeping.
-        if disposable:
-            shutil.rmtree(work_dir, ignore_errors=True)
-        raise
-    if config.work_dir is None:
-        shutil.rmtree(work_dir)
+    with locked(work_dir):
+        if config.restart:
+            discard(work_dir, source=True)
+        try:
+            result = _convert(config, texts, work_dir, device, progress)
+        except (SourceError, CalibrationError, QuantizeError):
+            # Bad input: nothing that was computed from it is worth keeping.
+            if disposable:
+                discard(work_dir, source=True)
+            raise
+        except (OSError, SafetensorError) as error:
+            raise _disk_error(error, work_dir) from error
+        if config.work_dir is None:
+            discard(work_dir, source=True)
     return result
+
+
+def _disk_error(error: OSError | SafetensorError, work_dir: Path) -> KurtailError:
+    """A full disk, most often. What is finished is kept."""
+    reason = getattr(error, "strerror", None) or str(error)
+    name = getattr(error, "filename", None)
+    return KurtailError(
+        f"{reason}{f': {name}' if name else ''}: the work directory {work_dir} keeps what is finished; make room, or "
+        "readable what is not, and type the same line again"
+    )
 
 
 def _convert(
@@ -102,10 +118,10 @@ def _convert(
         checkpoint = open_checkpoint(source)
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
     _check_family(config, checkpoint)
-    block_format, rounding = BLOCK_FORMATS[config.target], _rounding(config, checkpoint)
+    block_format, rounding = BLOCK_FORMATS[config.target], runtime_rounding(config, checkpoint)
     _check_memory(config, checkpoint, block_format, device)
     resumed = open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
-    steps = _tuning_steps(config, checkpoint, block_format, device, progress)
+    steps = _tuning_steps(config, checkpoint, block_format, work_dir, device, progress)
     tokens = calibration = None
     if config.needs_calibration:
         with clock.measure("calibration"):
@@ -172,8 +188,8 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-def _rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRounding:
-    """What the runtime will round and rotate while it runs the file."""
+def runtime_rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRounding:
+    """What the runtime will round and rotate while it runs the file that ``config`` makes."""
     stock = config.target == "stock"
     block = BLOCK_FORMATS[config.target].block
     bits, kv = (STOCK_ACTIVATION_BITS, STOCK_KV_BITS) if stock else (config.activation_bits, config.kv)
@@ -271,9 +287,8 @@ def _tokens(
                 f"{checkpoint.directory}: the tokenizer's id {ids.max()} is outside the model's "
                 f"vocabulary of {checkpoint.spec.vocab_size}"
             )
-    scratch = path.with_suffix(".tmp.npy")
-    np.save(scratch, ids)
-    os.replace(scratch, path)
+    with replacing(path) as scratch, scratch.open("wb") as file:
+        np.save(file, ids)
     return CalibrationTokens(ids, name)
 
 
@@ -312,16 +327,34 @@ def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _tuning_steps(
-    config: ConvertConfig, checkpoint: Checkpoint, block_format: BlockFormat, device: torch.device, progress: Progress
+    config: ConvertConfig,
+    checkpoint: Checkpoint,
+    block_format: BlockFormat,
+    work_dir: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> int:
-    """Steps of tuning; 0 where nobody asked for it by name and the model is too large for it."""
-    steps = 0 if checkpoint.spec.experts else config.tuning_steps
+    """Steps of tuning; 0 for experts, and where nobody asked for it by name and the model is too large for it.
+
+    Free memory decides once: a run that goes on does what it began.
+    """
+    path = work_dir / "tuning-steps.json"
+    decided = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    possible = 0 if checkpoint.spec.experts else config.tuning_steps
+    steps = possible if decided is None else decided
     shortage = memory_shortage(checkpoint, block_format.block, device) if steps and config.tune is None else None
-    if shortage is None:
-        return steps
-    with progress.stage(f"tuning of scales left out: it {shortage}", 1) as stage:
-        stage.advance()
-    return 0
+    if shortage is not None and decided:
+        raise KurtailError(
+            f"this run began with tuning of scales, which now {shortage}: free memory and type the same line again, or "
+            "give --restart"
+        )
+    if shortage is not None:
+        with progress.stage(f"tuning of scales left out: it {shortage}", 1) as stage:
+            stage.advance()
+        steps = 0
+    if decided is None:
+        write_atomically(path, json.dumps(steps))
+    return steps
 
 
 def _provenance(

@@ -71,7 +71,6 @@ def _learn(
     config: ConvertConfig, checkpoint: Checkpoint, samples: Capture, device: torch.device, progress: Progress
 ) -> Rotations:
     """R1 and R2 from captured activations, layer by layer."""
-    values = [samples.values(layer) for layer in range(samples.layers)]
     if config.rotation == "output":
         r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), config.seed, device, progress)
         # an expert's channels are seen by few tokens, and are left as they are
@@ -79,7 +78,7 @@ def _learn(
     else:
         scales = None
         r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
-    r2 = learn_r2(values, OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
+    r2 = learn_r2(samples.all_values(), OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
     return Rotations("learned", "learned", r1, r2, scales)
 
 

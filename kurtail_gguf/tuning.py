@@ -17,6 +17,7 @@ from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.distill.scales import STEP_TOKENS, Outside, tune_scales
 from kurtail_gguf.distill.student import QuantizedLayer, Rounded, Student
 from kurtail_gguf.distill.teacher import Teacher, run_teacher
+from kurtail_gguf.files import publish
 from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
@@ -101,9 +102,10 @@ def tune(
     Raises:
         KurtailError: a divergence that is not finite.
     """
-    if target.exists():
-        return target
     scratch = target.with_name("tuning")
+    if target.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+        return target
     scratch.mkdir(exist_ok=True)
     teacher = open_teacher(checkpoint, ids, scratch / "teacher.npy", device, progress)
     student, outside = open_student(checkpoint, quantized, block_format, rounding, device, ids.shape[1])
@@ -126,7 +128,7 @@ def open_teacher(
     if not path.exists():
         partial = path.with_name(f"{path.stem}.partial.npy")
         run_teacher(checkpoint, ids, partial, device, progress)
-        os.replace(partial, path)
+        publish(partial, path)
     return Teacher(checkpoint, np.load(path, mmap_mode="r"), device)
 
 

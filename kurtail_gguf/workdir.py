@@ -1,7 +1,8 @@
-"""The work directory: finished stages as checkpoints, and the settings they were made with."""
+"""The work directory: finished stages as checkpoints, the settings they were made with, and who is at work there."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -10,13 +11,62 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.files import write_atomically
+from kurtail_gguf.files import publish, write_atomically
 
 _SETTINGS = "settings.json"
+_LOCK = "lock"
+
+#: What a conversion leaves in a work directory, later stages first. Each is there whole or not at all, and removing
+#: the first few leaves a directory that a run can go on from.
+STAGES = (
+    "tuned", "tuning", "damage.json", "measuring", "quantized", "rotations.safetensors", "capture", "tokens.npy",
+    "tuning-steps.json",
+)  # fmt: skip
+_SCRATCH = ("*.partial", "*.removed", "*.tmp", "*.tmp.npy", "prefix-*.npy", "source.*")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Be the only run in a work directory, which is made where it is missing.
+
+    The system gives the lock back however a run ends. A directory that is empty at the end is removed.
+
+    Raises:
+        KurtailError: another run is at work there, or the directory cannot be made.
+    """
+    path = directory / _LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise KurtailError(f"work directory {directory} cannot be used: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except OSError:
+            held = False
+        if not held:
+            file.seek(0)
+            who = file.read().strip() or "unknown"
+            raise KurtailError(
+                f"work directory {directory} is in use by another run (process {who}): wait for it, or give another --work-dir"
+            )
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            try:
+                directory.rmdir()
+            except OSError:
+                pass  # it holds finished stages, or somebody else's files
 
 
 def open_work_dir(directory: Path, settings: Mapping[str, object]) -> bool:
-    """Create the directory, or make sure that it belongs to a run with the same settings.
+    """Make sure that the directory belongs to a run with the same settings, or to none yet.
 
     Args:
         directory: the work directory.
@@ -33,11 +83,15 @@ def open_work_dir(directory: Path, settings: Mapping[str, object]) -> bool:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            # stages of nobody knows which run: without its settings they are worth nothing
+            discard(directory)
             write_atomically(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
             return False
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KurtailError(f"work directory {directory} cannot be used: {error}") from error
+    if not isinstance(found, dict):
+        raise KurtailError(f"work directory {directory} cannot be used: {path} is no JSON object: give --restart")
     differing = [
         f"{key} was {found.get(key)}, is {wanted.get(key)}"
         for key in sorted(found.keys() | wanted.keys())
@@ -45,10 +99,32 @@ def open_work_dir(directory: Path, settings: Mapping[str, object]) -> bool:
     ]
     if differing:
         raise KurtailError(
-            f"{directory} holds a run with other settings ({'; '.join(differing)}): remove it, or give "
-            "another --work-dir"
+            f"{directory} holds a run with other settings ({'; '.join(differing)}): give --restart to begin anew there, "
+            "or another --work-dir"
         )
     return True
+
+
+def discard(directory: Path, source: bool = False) -> None:
+    """Remove what conversions left in a work directory, and nothing else; a kill in between does no harm.
+
+    Args:
+        directory: the work directory.
+        source: also the checkpoint that a GGUF file was read into.
+    """
+    for name in (*STAGES, *(["source"] if source else []), _SETTINGS):
+        path = directory / name
+        if path.is_dir():
+            # half a directory must never have the name of a whole one
+            doomed = path.with_name(f"{name}.removed")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+        else:
+            path.unlink(missing_ok=True)
+    for pattern in _SCRATCH:
+        for path in directory.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -58,4 +134,4 @@ def filling(target: Path) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     yield scratch
-    os.replace(scratch, target)
+    publish(scratch, target)

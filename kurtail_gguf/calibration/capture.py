@@ -1,14 +1,14 @@
 """Normalised activations at the inputs of attention and FFN, and values, sampled and spilled to disk.
 
 Beside the samples lies what rounding errors there will do: a sketch of the linears that read a site, and how
-large the channels of down_proj's input are. The hidden states of all sequences lie in one memory-mapped
-file that is updated in place, layer by layer, so that neither the model nor its activations have to fit
-into memory.
+large the channels of down_proj's input are. The hidden states of all sequences lie in one file that is
+updated in place, layer by layer, so that neither the model nor its activations have to fit into memory.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
+from kurtail_gguf.row_file import RowFile
 
 #: Most tokens kept at a site: 2048 tokens x 60 sites x 576 halves are 140 MB on disk.
 MAX_SAMPLE = 2048
@@ -32,7 +33,7 @@ SKETCH_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """Samples on disk, opened memory-mapped."""
+    """Samples on disk, opened memory-mapped and only while somebody holds them."""
 
     directory: Path
     layers: int
@@ -64,13 +65,30 @@ class Capture:
         """
         return np.load(self.directory / _name(layer, "channels"))
 
-    def all_readers(self) -> list[npt.NDArray[np.float32]]:
+    def all_readers(self) -> Mapped:
         """The sketches in the order of :meth:`sites`."""
-        return [self.readers(layer, site) for layer in range(self.layers) for site in SITES]
+        return Mapped([self.directory / _name(layer, f"{site}-readers") for layer in range(self.layers) for site in SITES])
 
-    def sites(self) -> list[npt.NDArray[np.float16]]:
+    def sites(self) -> Mapped:
         """All sites in the order of the forward pass."""
-        return [self.site(layer, site) for layer in range(self.layers) for site in SITES]
+        return Mapped([self.directory / _name(layer, site) for layer in range(self.layers) for site in SITES])
+
+    def all_values(self) -> Mapped:
+        """:meth:`values` of every layer."""
+        return Mapped([self.directory / _name(layer, "value") for layer in range(self.layers)])
+
+
+class Mapped(Sequence[npt.NDArray[np.floating]]):
+    """Arrays of .npy files, each mapped when it is asked for: pages of those not in use are nobody's memory."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number):
+        return np.load(self._paths[number], mmap_mode="r")
 
 
 def capture(
@@ -104,7 +122,7 @@ def capture(
     spec = checkpoint.spec
     runner = LayerRunner(checkpoint, device, length)
     path = directory / "hidden.npy"
-    hidden = np.lib.format.open_memmap(path, "w+", np.float32, (sequences, length, spec.hidden_size))
+    hidden = RowFile(path, (sequences, length, spec.hidden_size))
     rotary = runner.rotary(0, length)
     with progress.stage("capture activations", spec.layers) as stage, torch.inference_mode():
         for start in range(0, sequences, BATCH):
@@ -143,7 +161,7 @@ def capture(
             values = samples[2].rows().reshape(-1, spec.kv_heads, spec.head_dim)
             np.save(directory / _name(layer, "value"), values)
             stage.advance(1, f"layer {layer}")
-    del hidden
+    hidden.close()
     path.unlink()
     return Capture(directory, spec.layers)
 

@@ -5,8 +5,7 @@ before it in its own layer, rounded to the bits of the runtime's activations and
 four stops, at the inputs of q/k/v, o, gate/up and down; at each the Hessian of its input is handed out, and what
 comes back are the weights that the tokens go on with.
 
-The residual stream of all tokens, and what waits for the stop's weights, lie in memory-mapped files; the latter is
-rounded already.
+The residual stream of all tokens, and what waits for the stop's weights, lie in files; the latter is rounded already.
 """
 
 from __future__ import annotations
@@ -23,11 +22,14 @@ from torch.func import functional_call
 from kurtail_gguf.calibration.expert_tokens import ExpertTokens, Routes, route
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.row_file import RowFile
 from kurtail_gguf.simulation.attention import rotated
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
 #: Sequences in one forward pass.
 BATCH = 4
+#: Values of a Hessian that one product of a batch computes.
+HESSIAN_PART = 1 << 26
 
 
 #: ``quantize(names, hessian)``: names of linears that share an input, and what computes Σ x xᵀ of it if called, float32
@@ -45,7 +47,7 @@ class QuantizedPrefix:
         embed: what the folded embedding, as the file holds it, puts on the residual stream: float32 ``[n, hidden]`` for
             ids int64 ``[n]``.
         rounding: what the runtime rounds, all linears alike: exceptions are chosen on what GPTQ leaves.
-        directory: where the memory-mapped files are kept, until :meth:`close`.
+        directory: where the files are kept, until :meth:`close`.
         device: where layers are computed.
     """
 
@@ -77,52 +79,58 @@ class QuantizedPrefix:
 
         Args:
             layer: its number.
-            folded: its tensors by name below the layer's prefix, rotated and with unit norms; any float type.
+            folded: its tensors by name below the layer's prefix, rotated and with unit norms; any float type. What
+                ``quantize`` takes out of it is not kept here either.
             quantize: called at each of the four stops; in a mixture of experts at the last two for every expert.
 
         Returns:
             How many experts saw too few tokens for Hessians of their own (calibration/expert_tokens.py).
         """
         family = self._spec.family
-        weights = {name: tensor.float() for name, tensor in folded.items()}
+        quantized: dict[str, Tensor] = {}
 
-        def stop(names: tuple[str, ...], seen: np.memmap, weights_of: Callable[[slice], Tensor] | None = None) -> None:
+        def stop(names: tuple[str, ...], seen: RowFile, weights_of: Callable[[slice], Tensor] | None = None) -> None:
             for name, weight in quantize(names, lambda: self._hessian(seen, weights_of)).items():
-                weights[f"{name}.weight"] = weight.to(self._device)
+                quantized[f"{name}.weight"] = weight.to(self._device)
+
+        def close_part(writer: str, seen: RowFile, width: int, arguments: dict) -> None:
+            """From the readers' quantized weights to the residual stream behind the writer."""
+            name = f"{writer.rpartition('.')[0]}."
+            own = {key.removeprefix(name): value for key, value in (folded | quantized).items() if key.startswith(name)}
+            values = self._scratch(writer.rpartition(".")[2], width)
+            self._run_to(module, writer, {key: value.float() for key, value in own.items()}, seen, values, arguments)
+            # the next Hessian wants the memory more than they do
+            del own
+            quantized.clear()
+            stop((writer,), values, self._token_weights)
+            self._add(values, folded | quantized, writer)
+            quantized.clear()
 
         module = self._runner.module(layer)
         normed = self._normed()
         stop(family.attention_readers, normed)
         arguments = {"position_embeddings": self._rotary, "attention_mask": None}
-        heads = self._scratch("heads", self._spec.heads * self._spec.head_dim)
-        self._run_to(module, family.attention_writer, weights, normed, heads, arguments)
-        stop((family.attention_writer,), heads, self._token_weights)
-        self._add(heads, weights, family.attention_writer)
+        close_part(family.attention_writer, normed, self._spec.heads * self._spec.head_dim, arguments)
         normed = self._normed()
         if family.experts is not None:
-            return self._run_experts(normed, weights, quantize)
+            return self._run_experts(normed, {name: tensor.float() for name, tensor in folded.items()}, quantize)
         stop(family.ffn_readers, normed)
-        gated = self._scratch("gated", self._spec.intermediate_size)
-        self._run_to(module, family.ffn_writer, weights, normed, gated, {})
-        stop((family.ffn_writer,), gated, self._token_weights)
-        self._add(gated, weights, family.ffn_writer)
+        close_part(family.ffn_writer, normed, self._spec.intermediate_size, {})
         return 0
 
     def close(self) -> None:
-        """Remove the memory-mapped files."""
-        del self._hidden
-        for name in ("hidden", "normed", "heads", "gated"):
-            (self._directory / f"prefix-{name}.npy").unlink(missing_ok=True)
+        """Remove the files."""
+        self._hidden.close()
+        remove_files(self._directory)
 
-    def _scratch(self, name: str, width: int) -> np.memmap:
+    def _scratch(self, name: str, width: int) -> RowFile:
         """A file of float32 ``[sequences, length, width]``."""
-        path = self._directory / f"prefix-{name}.npy"
-        return np.lib.format.open_memmap(path, "w+", np.float32, (*self._shape, width))
+        return RowFile(self._directory / f"prefix-{name}.npy", (*self._shape, width))
 
-    def _load(self, values: np.memmap, batch: slice) -> Tensor:
+    def _load(self, values: RowFile, batch: slice) -> Tensor:
         return torch.from_numpy(values[batch]).to(self._device)
 
-    def _normed(self) -> np.memmap:
+    def _normed(self) -> RowFile:
         """What the readers of the residual stream see, rounded: the Hessian and the way on have it from here."""
         seen = self._scratch("normed", self._spec.hidden_size)
         for batch in self._batches:
@@ -142,34 +150,38 @@ class QuantizedPrefix:
         """
         return 1 / (self._load(self._hidden, batch).square().mean(-1) + self._eps)
 
-    def _hessian(self, seen: np.memmap, weights_of: Callable[[slice], Tensor] | None) -> Tensor:
+    def _hessian(self, seen: RowFile, weights_of: Callable[[slice], Tensor] | None) -> Tensor:
         """Σ w x xᵀ over the tokens' inputs x of a linear; without ``weights_of`` all tokens weigh the same."""
-        total: Tensor | float = 0.0
+        width = seen.shape[-1]
+        total = torch.zeros(width, width, device=self._device)
+        step = max(1, HESSIAN_PART // width)
         for batch in self._batches:
             x = self._load(seen, batch).flatten(0, 1)
             weighted = x if weights_of is None else x * weights_of(batch).reshape(-1, 1)
-            total = total + x.T @ weighted
+            for start in range(0, width, step):
+                total[start : start + step] += x[:, start : start + step].T @ weighted
         return total
 
     def _run_to(
-        self, layer: nn.Module, writer: str, weights: dict[str, Tensor], seen: np.memmap, out: np.memmap, arguments: dict
+        self, layer: nn.Module, writer: str, weights: dict[str, Tensor], seen: RowFile, out: RowFile, arguments: dict
     ) -> None:
-        """Run the module that the writer closes, attention or FFN, and keep what the writer will read, rounded."""
-        name = writer.rpartition(".")[0]
-        part = layer.get_submodule(name)
-        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        """Run the module that the writer closes, attention or FFN, and keep what the writer will read, rounded.
+
+        ``weights`` are the module's own, by their names in it.
+        """
+        part = layer.get_submodule(writer.rpartition(".")[0])
         handle = layer.get_submodule(writer).register_forward_pre_hook(_stop)
         try:
             for batch in self._batches:
                 try:
-                    functional_call(part, own, (self._load(seen, batch),), arguments)
+                    functional_call(part, weights, (self._load(seen, batch),), arguments)
                 except _Reached as reached:
                     x = self._rotated(reached.value, writer)
                     out[batch] = self._rounding.activations(x).cpu().numpy()
         finally:
             handle.remove()
 
-    def _run_experts(self, normed: np.memmap, weights: dict[str, Tensor], quantize: Quantize) -> int:
+    def _run_experts(self, normed: RowFile, weights: dict[str, Tensor], quantize: Quantize) -> int:
         """Quantize every expert and add what it writes; the number of experts that saw too few tokens."""
         spec, width = self._spec, self._spec.hidden_size
         assert spec.family.experts is not None
@@ -180,27 +192,34 @@ class QuantizedPrefix:
             importance.append(self._token_weights(batch).flatten())
         experts, shares = (torch.cat([getattr(one, name) for one in routes]).cpu() for name in ("experts", "shares"))
         tokens = ExpertTokens(
-            spec, self._rounding, weights, normed.reshape(-1, width), Routes(experts, shares),
+            spec, self._rounding, weights, normed[:].reshape(-1, width), Routes(experts, shares),
             torch.cat(importance).cpu(), self._device,
         )  # fmt: skip
         # routes and importance are those of the residual stream before any expert has written to it
-        hidden = self._hidden.reshape(-1, width)
+        hidden = self._hidden[:].reshape(-1, width)
         starved = 0
         for expert in range(spec.experts):
             starved += tokens.quantize(expert, quantize)
             for places, rows in tokens.outputs(expert):
                 hidden[places.numpy()] += (rows * spec.residual_scale).cpu().numpy()
+        self._hidden[:] = hidden.reshape(*self._shape, width)
         return starved
 
     def _rotated(self, x: Tensor, writer: str) -> Tensor:
         return rotated(x, self._rounding.r4) if writer == self._spec.family.ffn_writer else x
 
-    def _add(self, values: np.memmap, weights: dict[str, Tensor], writer: str) -> None:
+    def _add(self, values: RowFile, weights: dict[str, Tensor], writer: str) -> None:
         """Add the writer's output to the residual stream."""
-        weight, bias = weights[f"{writer}.weight"], weights.get(f"{writer}.bias")
+        weight, bias = weights[f"{writer}.weight"].float(), weights.get(f"{writer}.bias")
         for batch in self._batches:
-            written = nn.functional.linear(self._load(values, batch), weight, bias)
-            self._hidden[batch] += (written * self._spec.residual_scale).cpu().numpy()
+            added = nn.functional.linear(self._load(values, batch), weight, None if bias is None else bias.float())
+            self._hidden[batch] += (added * self._spec.residual_scale).cpu().numpy()
+
+
+def remove_files(directory: Path) -> None:
+    """Remove the files of a :class:`QuantizedPrefix`, also of one whose process was killed."""
+    for path in directory.glob("prefix-*.npy"):
+        path.unlink()
 
 
 class _Reached(Exception):

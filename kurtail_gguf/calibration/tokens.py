@@ -47,7 +47,7 @@ def load_tokenizer(directory: Path) -> object:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # anything transformers makes of missing or damaged tokenizer files
         raise SourceError(f"{directory}: no tokenizer that transformers can read: {error}") from error
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from kurtail_gguf.cli.plan import show_plan
 from kurtail_gguf.cli.progress import format_seconds, make_progress
 from kurtail_gguf.config import (
     ACTIVATIONS,
@@ -26,6 +28,7 @@ from kurtail_gguf.config import (
     ConvertResult,
     not_with_stock,
 )
+from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.resources import peak_memory
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ConvertConfig)}
@@ -42,7 +45,17 @@ class _Bits(click.Choice):
         return int(chosen) if chosen.isdigit() else chosen
 
 
-@click.command("convert")
+_EXAMPLES = """\b
+Examples:
+  kurtail-gguf convert smollm2-135m out.gguf
+  kurtail-gguf convert ./Llama-3.1-8B out.gguf --plan
+  kurtail-gguf convert ./Llama-3.1-8B out.gguf --calibration wiki.train.raw
+  kurtail-gguf convert ./Llama-3.1-8B out.gguf --activations auto --budget 0.05
+  kurtail-gguf convert ./Llama-3.1-8B out.gguf --target stock
+"""
+
+
+@click.command("convert", epilog=_EXAMPLES)
 @click.argument("model")
 @click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option(
@@ -95,8 +108,18 @@ class _Bits(click.Choice):
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), default=None,
     help="Where finished steps are kept; beside OUT, and removed at the end, if not given.",
-)  # fmt: skip
-def convert_command(model: str, out: Path, calibration: tuple[str, ...], **options: Any) -> None:
+)
+@click.option("--restart", is_flag=True, help="Begin anew, without what an interrupted run left there.")
+@click.option(
+    "--plan", "only_plan", is_flag=True,
+    help="Convert nothing: read config.json and the shards' headers, and tell memory, disk, time, rotations and what "
+    "would be refused.",
+)
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result, or the plan, as JSON on standard output.")  # fmt: skip
+def convert_command(
+    model: str, out: Path, calibration: tuple[str, ...], only_plan: bool, quiet: bool, as_json: bool, **options: Any
+) -> None:
     """Convert MODEL to a 4-bit GGUF file.
 
     MODEL is a Hugging Face directory, a GGUF file that transformers can read, or the name of a known
@@ -108,7 +131,14 @@ def convert_command(model: str, out: Path, calibration: tuple[str, ...], **optio
 
     _refuse_with_stock(options["target"])
     config = ConvertConfig(model=model, out=out, calibration=calibration, **options)
-    result = convert(config, make_progress(Console(stderr=True)))
+    if only_plan:
+        show_plan(config, as_json)
+        return
+    result = convert(config, NullProgress() if quiet else make_progress(Console(stderr=True)))
+    if as_json:
+        click.echo(json.dumps(_as_json(result, peak_memory()), indent=2))
+    if as_json or quiet:
+        return
     info = read_gguf(result.out)
     size = os.path.getsize(result.out) / 1e6
     click.echo(f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight ({info.runs_as})")
@@ -128,6 +158,17 @@ def _cost(result: ConvertResult, peak_bytes: int) -> Iterator[str]:
             f"rotations and {result.provenance.weights} together: {seconds / result.layers:.2f} s a layer, "
             f"{seconds / result.weights * 1e6:.2f} s a million weights"
         )
+
+
+def _as_json(result: ConvertResult, peak_bytes: int) -> dict[str, Any]:
+    return {
+        "out": str(result.out),
+        "bytes": os.path.getsize(result.out),
+        "seconds": result.seconds,
+        "peak_bytes": peak_bytes,
+        "resumed": result.resumed,
+        "kurtail": asdict(result.provenance),
+    }
 
 
 def _refuse_with_stock(target: str) -> None:

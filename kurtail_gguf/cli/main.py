@@ -37,7 +37,8 @@ class _Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            again = shlex.join(["kurtail-gguf", *sys.argv[1:]])
+            # what this run has finished is not to be forgotten by the next
+            again = shlex.join(["kurtail-gguf", *(word for word in sys.argv[1:] if word != "--restart")])
             how = "to go on from the last finished step" if ctx.invoked_subcommand in _RESUMES else "to start again"
             click.echo(f"\ninterrupted; {how}, type: {again}", err=True)
             ctx.exit(_INTERRUPTED)

@@ -10,7 +10,6 @@ and the cache are 4-bit too, and what scales can do against their noise is most 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from kurtail_gguf.distill.student import Student
 from kurtail_gguf.distill.teacher import Teacher
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.files import replacing
 from kurtail_gguf.progress import Progress
 
 #: First learning rate as a share of the median scale; it rises over a few steps and falls to zero as a cosine.
@@ -151,9 +151,8 @@ def _save(path: Path, parameters: list[Tensor], optimiser: torch.optim.Adam, ste
         kept = optimiser.state[parameter]
         tensors[f"{number}.scale"] = parameter.detach()
         tensors[f"{number}.mean"], tensors[f"{number}.square"] = kept["exp_avg"], kept["exp_avg_sq"]
-    scratch = path.with_suffix(".tmp")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, scratch, {"step": str(step)})
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, scratch, {"step": str(step)})
 
 
 def _resume(path: Path, parameters, optimiser, schedule) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
+from kurtail_gguf.row_file import RowFile
 
 #: Sequences in one forward pass.
 BATCH = 4
@@ -51,7 +52,7 @@ def run_teacher(
     sequences, length = ids.shape
     runner = LayerRunner(checkpoint, device, length)
     rotary = runner.rotary(0, length)
-    hidden = np.lib.format.open_memmap(path, "w+", np.float32, (sequences, length, spec.hidden_size))
+    hidden = RowFile(path, (sequences, length, spec.hidden_size))
     batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]
     with progress.stage("run the unquantized model", spec.layers) as stage, torch.inference_mode():
         for batch in batches:
@@ -66,4 +67,4 @@ def run_teacher(
             x = torch.from_numpy(hidden[batch])
             scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
             hidden[batch] = (x * scale).numpy()
-    hidden.flush()
+    hidden.close()

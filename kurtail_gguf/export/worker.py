@@ -24,6 +24,7 @@ from kurtail_gguf import ggml, vendored
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.gguf_info import PROVENANCE_KEYS
+from kurtail_gguf.row_file import RowFile
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -70,8 +71,8 @@ class QuantizedFiles:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.embedding = np.load(directory / "embed_tokens.npy", mmap_mode="r")
-        self.head = np.load(directory / "lm_head.npy", mmap_mode="r")
+        self.embedding = RowFile(directory / "embed_tokens.npy")
+        self.head = RowFile(directory / "lm_head.npy")
         self.packed: dict[str, Path] = {}
         self.plain: dict[str, Path] = {}
         for path in (*sorted(directory.glob("layer-*.safetensors")), directory / "final.safetensors"):
@@ -149,13 +150,13 @@ def quantized_model_class(
                 self._add_packed(merged, names)
             super().prepare_tensors()
 
-        def _add_rows(self, name: str, rows: np.ndarray, ggml_type: int) -> None:
+        def _add_rows(self, name: str, rows: RowFile, ggml_type: int) -> None:
             count, width = rows.shape
             step = max(1, _CHUNK_BYTES // (4 * width))
 
             def chunks() -> Iterator[np.ndarray]:
                 for start in range(0, count, step):
-                    some = rows[start : start + step]
+                    some = rows[start : min(start + step, count)]
                     yield some if ggml_type == ggml.F32 else library.quantize(some, ggml_type)
 
             row_bytes = 4 * width if ggml_type == ggml.F32 else library.row_bytes(ggml_type, width)

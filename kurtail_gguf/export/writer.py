@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError, safe_open
 
 from kurtail_gguf import vendored
 from kurtail_gguf.config import TOOL, Provenance
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.files import publish
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.progress import Progress
 
@@ -137,7 +140,8 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
     target = out.resolve()
     if target.is_dir():
         raise ExportError(f"cannot write {out}: it is a directory")
-    beside = target.parent / f".kurtail-{os.getpid()}.partial"
+    _remove_abandoned(target)
+    beside = target.parent / f".kurtail-{target.name}-{os.getpid()}.partial"
     try:
         beside.touch()
     except OSError as error:
@@ -145,21 +149,19 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
     try:
         yield beside
         try:
-            _sync(beside)
-            os.replace(beside, target)
-            _sync(target.parent)
+            publish(beside, target)
         except OSError as error:
             raise ExportError(f"cannot write {out}: {error.strerror}") from None
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_abandoned(target: Path) -> None:
+    """Remove what runs that were killed left of the same file."""
+    for path in target.parent.glob(f".kurtail-{glob.escape(target.name)}-*.partial"):
+        process = path.name.removesuffix(".partial").rpartition("-")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            path.unlink(missing_ok=True)
 
 
 def _count_tensors(quantized: Path) -> int:

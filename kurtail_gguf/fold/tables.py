@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,10 @@ import numpy.typing as npt
 import torch
 
 from kurtail_gguf import ggml
+from kurtail_gguf.files import replacing
 from kurtail_gguf.fold.layer import fold_reader
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.row_file import RowFile
 
 
 #: Names of the folded tables in the directory that the exporter reads.
@@ -59,10 +60,8 @@ def fold_head(checkpoint: Checkpoint, r1: torch.Tensor | None, path: Path) -> No
 def _stream(checkpoint: Checkpoint, name: str, path: Path, fold, r1: torch.Tensor | None) -> None:
     device = torch.device("cpu") if r1 is None else r1.device
     shape = (checkpoint.spec.vocab_size, checkpoint.spec.hidden_size)
-    scratch = path.with_suffix(".tmp")
-    out = np.lib.format.open_memmap(scratch, "w+", np.float32, shape)
-    for start, rows in checkpoint.rows(name):
-        out[start : start + len(rows)] = fold(rows.to(device).double()).float().cpu().numpy()
-    out.flush()
-    del out
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        out = RowFile(scratch, shape)
+        for start, rows in checkpoint.rows(name):
+            out[start : start + len(rows)] = fold(rows.to(device).double()).float().cpu().numpy()
+        out.close()

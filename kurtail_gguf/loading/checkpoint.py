@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,12 @@ from safetensors import SafetensorError, safe_open
 from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.arch.spec import ModelSpec, build_spec
 from kurtail_gguf.errors import SourceError
+from kurtail_gguf.loading.untrusted import check_inside, check_sizes, read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+#: Suffixes of the files that are read, here or by upstream's converter.
+_READ = frozenset({".json", ".safetensors", ".model", ".jinja", ".txt"})
 _DTYPES = {"F32", "F16", "BF16"}
 #: Rows of an embedding checked or converted at once: 8192 x 4096 float32 is 128 MiB.
 CHUNK_ROWS = 8192
@@ -116,12 +118,17 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         SourceError: no config.json, a missing, truncated or outlying shard, a missing tensor, a wrong
             shape or dtype; the message names file and tensor.
     """
-    raw = _read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
+    for path in sorted(directory.glob("*")):
+        if path.suffix in _READ:
+            check_inside(path, directory)
+    raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise SourceError(f"{directory / 'config.json'}: 'architectures' must name one architecture")
     family = find_family(str(architectures[0]))
+    check_sizes(raw, directory / "config.json")  # transformers makes lists as long as the layers are many
     config = _load_config(directory)
+    check_sizes(config.to_dict(), directory / "config.json")
     try:
         spec = build_spec(family, config.to_dict())
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -135,28 +142,16 @@ def _load_config(directory: Path) -> Any:
     from transformers import AutoConfig  # takes seconds to import: only once a checkpoint looks sane
 
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of a bad config, it is the config's fault
         raise SourceError(f"{directory / 'config.json'}: transformers refuses it: {error}") from error
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{path} does not exist: {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: expected a JSON object")
-    return value
 
 
 def _locate(directory: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index or the single file."""
     index = directory / _INDEX
     if index.exists():
-        weight_map = _read_json(index, remedy="").get("weight_map")
+        weight_map = read_json(index, remedy="").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise SourceError(f"{index}: no 'weight_map'")
         return {name: _shard(directory, shard, index) for name, shard in weight_map.items()}
@@ -188,6 +183,8 @@ def _open(path: Path) -> Any:
         raise SourceError(
             f"{path} is truncated or not safetensors ({error}): download the file again"
         ) from error
+    except RuntimeError as error:  # torch maps the file, and the system may refuse one larger than its memory
+        raise SourceError(f"{path} cannot be mapped ({error}): split it into shards of a few GB") from error
 
 
 def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> None:

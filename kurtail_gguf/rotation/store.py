@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.files import replacing
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +52,9 @@ def save_rotations(rotations: Rotations, path: Path) -> None:
     """Write ``path`` (safetensors, kinds in its metadata) atomically."""
     tensors = {name: getattr(rotations, name) for name in ("r1", "r2", "ffn_scales")}
     kinds = {"r1": rotations.r1_kind, "r2": rotations.r2_kind}
-    scratch = path.with_suffix(".tmp")
-    save_file(
-        {name: np.ascontiguousarray(value) for name, value in tensors.items() if value is not None},
-        scratch,
-        {"kinds": json.dumps(kinds)},
-    )
-    os.replace(scratch, path)
+    content = {name: np.ascontiguousarray(value) for name, value in tensors.items() if value is not None}
+    with replacing(path) as scratch:
+        save_file(content, scratch, {"kinds": json.dumps(kinds)})
 
 
 def load_rotations(path: Path) -> Rotations:

@@ -13,7 +13,7 @@ ROOT = Path(kurtail_gguf.__file__).parent
 
 #: Lower layers first; a module imports only from lower layers or its own package.
 LAYERS = (
-    ("errors", "config", "progress", "formats", "files", "workdir", "resources", "memory"),
+    ("errors", "config", "progress", "formats", "files", "row_file", "workdir", "resources", "memory"),
     ("native", "vendored", "ggml", "gguf_info", "bindings"),  # where the runtime is, and its tables
     ("arch",),
     ("loading", "simulation"),
@@ -22,7 +22,7 @@ LAYERS = (
     ("layerwise", "tuning", "basis"),
     ("activation_choice", "rotation_choice"),
     ("pipeline", "measurement", "verification", "adapters"),
-    ("comparison", "card"),
+    ("comparison", "card", "plan"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

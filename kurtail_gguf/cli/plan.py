@@ -1,0 +1,44 @@
+"""``kurtail-gguf convert --plan``: what a conversion would take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from kurtail_gguf.cli.progress import format_seconds
+from kurtail_gguf.config import ConvertConfig
+
+if TYPE_CHECKING:
+    from kurtail_gguf.plan import Plan
+
+
+def show_plan(config: ConvertConfig, as_json: bool) -> None:
+    """Print the plan; the status is 1 where the conversion would be refused."""
+    # imports torch, as convert itself does
+    from kurtail_gguf.plan import plan
+
+    found = plan(config)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        for line in _lines(found):
+            click.echo(line)
+    if found.refused:
+        click.get_current_context().exit(1)
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    yield f"{plan.model}: {plan.architecture}, {plan.layers} layers, {plan.parameters / 1e9:.2f} billion weights; can be folded"
+    for name, text in plan.rotations.items():
+        yield f"  {name}: {text}"
+    yield f"memory at most {plan.peak_bytes / 1e9:.1f} GB, {plan.memory_available / 1e9:.1f} GB are free; by stage:"
+    yield from (f"  {name}: {value / 1e9:.1f} GB" for name, value in plan.memory.items())
+    yield f"disk {sum(plan.disk.values()) / 1e9:.1f} GB until the end, {plan.disk_available / 1e9:.1f} GB are free:"
+    yield from (f"  {name}: {value / 1e9:.2f} GB" for name, value in plan.disk.items())
+    yield f"time on the CPU about {format_seconds(sum(plan.seconds.values()))}, by operations; expect a factor of two:"
+    yield from (f"  {name}: {format_seconds(value)}" for name, value in plan.seconds.items())
+    yield from (f"note: {text}" for text in plan.notes)
+    yield from (f"would be refused: {text}" for text in plan.refused)

@@ -1,0 +1,265 @@
+"""What a conversion will take, told from config.json and the shards' headers alone: no weight is read.
+
+Memory is the sum of the arrays that are alive together at each stage's fullest moment, disk the sum of what the stages
+leave until the end. Seconds are operations over this machine's speed in two short products: an order of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kurtail_gguf.calibration.capture import MAX_SAMPLE, SKETCH_ROWS
+from kurtail_gguf.calibration.generate import BATCH as GENERATED_TOGETHER
+from kurtail_gguf.calibration.generate import GENERATED_LENGTH
+from kurtail_gguf.calibration.tokens import SEQ_LEN
+from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.distill.scales import STEP_TOKENS
+from kurtail_gguf.errors import KurtailError, SourceError
+from kurtail_gguf.formats.targets import BLOCK_FORMATS
+from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
+from kurtail_gguf.memory import memory_available
+from kurtail_gguf.pipeline import check_out, pick_device, runtime_rounding
+from kurtail_gguf.rotation.learn import OUTPUT_STEPS, R1_STEPS
+from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
+from kurtail_gguf.rotation_choice import CAPTURED_TOKENS
+from kurtail_gguf.tuning import memory_needed, memory_shortage, what_fits
+
+#: Python, torch, transformers and what the allocator keeps: measured with models of a few million weights a layer.
+PROGRAM_BYTES = 700_000_000
+#: Arrays of a part's size that GPTQ has at once, and how many values a part has at most (quantize/gptq.py).
+_PART_ARRAYS, _PART = 12, 1 << 25
+#: Products of all rows with the Hessian: three refits of four each, two sweeps of two, half of one in the first pass.
+_GPTQ_PRODUCTS = 16.5
+#: Seconds a column takes whatever its length: a few dozen calls of torch in each of three passes.
+_COLUMN_SECONDS = 5e-4
+#: Matrices of R1's size while it is learned: parameter, averages, gradient, the solve and what autograd keeps.
+_LEARNING_MATRICES = 16
+#: Tokens in one forward pass of the layers.
+_FORWARD = 4 * SEQ_LEN
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What ``convert --plan`` prints. Bytes and seconds by stage; ``refused`` is why it would not start or not end."""
+
+    model: str
+    architecture: str
+    layers: int
+    parameters: int
+    memory: dict[str, int]
+    memory_available: int
+    disk: dict[str, int]
+    disk_available: int
+    seconds: dict[str, float]
+    rotations: dict[str, str]
+    notes: tuple[str, ...]
+    refused: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return asdict(self) | {"peak_bytes": self.peak_bytes, "disk_bytes": sum(self.disk.values())}
+
+
+def plan(config: ConvertConfig) -> Plan:
+    """The plan of a conversion.
+
+    Raises:
+        KurtailError: MODEL is no HF directory, or one that cannot be converted; the message says why.
+    """
+    check_out(config.out)
+    directory = Path(config.model)
+    if not directory.is_dir():
+        raise SourceError(
+            f"--plan reads an HF directory's config.json and headers, and {config.model} is none: a GGUF file or known "
+            "model is only laid out like one by converting it"
+        )
+    checkpoint = open_checkpoint(directory)
+    device = pick_device(config.device)
+    sizes = _Sizes.of(checkpoint, config)
+    notes, refused = [], []
+    shortage = memory_shortage(checkpoint, sizes.block, device) if config.tuning_steps else None
+    tuned = config.tuning_steps if shortage is None else 0
+    if shortage is not None:
+        (refused if config.tune else notes).append(f"tuning of scales {shortage}: {'give --tune 0' if config.tune else 'left out'}")
+    if config.activations == "auto" and (short := memory_shortage(checkpoint, sizes.block, device)):
+        refused.append(f"--activations auto {short}: give 4 or 8")
+    if config.rotation == "spinquant":
+        _tell(refused, lambda: check_memory(checkpoint, BATCH * SEQUENCE, device))
+    memory, disk = _memory(checkpoint, config, sizes, tuned), _disk(checkpoint, config, sizes, tuned)
+    window = checkpoint.spec.window
+    length = GENERATED_LENGTH if config.calibration == ("self",) else SEQ_LEN
+    if config.needs_calibration and window and window < length:
+        refused.append(f"sliding_window {window} is below the calibration length {length}")
+    free, available = shutil.disk_usage(config.out.absolute().parent).free, memory_available(device)
+    if sum(disk.values()) > free:
+        refused.append(f"{sum(disk.values()) / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free beside OUT")
+    if max(memory.values()) > available:
+        refused.append(f"{max(memory.values()) / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
+    spec = checkpoint.spec
+    return Plan(
+        config.model, spec.family.architecture, spec.layers, sizes.parameters, memory, available, disk, free,
+        _seconds(checkpoint, config, sizes, tuned), _rotations(checkpoint, config), tuple(notes), tuple(refused),
+    )  # fmt: skip
+
+
+def _tell(refused: list[str], check: Callable[[], None]) -> None:
+    try:
+        check()
+    except KurtailError as error:
+        refused.append(str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Values of things: a layer, its widest linear, a table, a step's stops of GPTQ as (rows, inputs)."""
+
+    layer: int
+    linears: int
+    widest: int
+    table: int
+    parameters: int
+    stops: tuple[tuple[int, int], ...]
+    block: int
+    block_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: ConvertConfig) -> _Sizes:
+        spec, family = checkpoint.spec, checkpoint.spec.family
+        layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
+        shapes = {name: spec.linear_shape(name) for name in family.linears}
+        groups = (family.attention_readers, (family.attention_writer,), family.ffn_readers, (family.ffn_writer,))
+        block = BLOCK_FORMATS[config.target].block
+        return cls(
+            layer=layer,
+            linears=sum(math.prod(shape) for shape in shapes.values()),
+            widest=max(math.prod(shape) for shape in shapes.values()),
+            table=spec.vocab_size * spec.hidden_size,
+            parameters=spec.layers * layer + sum(math.prod(shape) for shape in spec.top_shapes().values()),
+            stops=tuple((sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in groups),
+            block=block,
+            block_bytes=block // 2 + 2,
+        )
+
+
+def _learns(config: ConvertConfig) -> bool:
+    return config.rotation in ("output", "kurtail")
+
+
+def _memory(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: int) -> dict[str, int]:
+    spec = checkpoint.spec
+    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    r1 = 8 * hidden**2 if config.rotation != "none" else 0
+    r2 = 8 * spec.layers * (spec.kv_heads * spec.head_dim**2 + ffn) if config.rotation != "none" else 0
+    # the checkpoint's own bytes are mapped while a layer is converted to single precision
+    loading = 6 * sizes.layer
+    forward = 4 * _FORWARD * (4 * ffn + 4 * hidden)
+    found = {"embedding and head": 3 * 8 * 8192 * hidden + r1}
+    if config.needs_calibration and config.calibration == ("self",):
+        cache = 8 * spec.layers * min(GENERATED_TOGETHER, -(-config.calibration_tokens // GENERATED_LENGTH))
+        cache *= GENERATED_LENGTH * spec.kv_heads * spec.head_dim
+        found["generate text"] = 4 * sizes.table + loading + cache
+    if _learns(config):
+        found["capture activations"] = loading + 8 * ffn * hidden + forward
+        found["learn R1"] = max(4 * _LEARNING_MATRICES, 8 * 9) * hidden**2
+    if config.rotation == "spinquant":
+        found["learn R1 and R2"] = 4 * sizes.parameters + 4 * BATCH * SEQUENCE * (3 * spec.vocab_size + spec.layers * hidden)
+    found["fold a layer"] = 12 * sizes.layer + 16 * sizes.widest + r1 + r2
+    if config.weights == "gptq":
+        # in double precision, damped, and the factor; then parts of the rows
+        of_stops = (
+            max(16 * inputs**2, 8 * inputs**2 + 4 * _PART_ARRAYS * min(_PART, rows * inputs)) + 4 * rows * inputs
+            for rows, inputs in sizes.stops
+        )
+        found["quantize by GPTQ"] = max(*of_stops, 8 * ffn * hidden + forward) + r1 + r2
+    if tuned:
+        found["tune scales"] = memory_needed(checkpoint, sizes.block, what_fits(checkpoint, sizes.block, pick_device(config.device)))
+    found["export"] = (64 << 20) * 2 + sizes.widest
+    return {name: PROGRAM_BYTES + value for name, value in found.items()}
+
+
+def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: int) -> dict[str, int]:
+    spec = checkpoint.spec
+    hidden, layers = spec.hidden_size, spec.layers
+    quantized = layers * (sizes.linears * sizes.block_bytes // sizes.block + 4 * (sizes.layer - sizes.linears))
+    head = 210 / 256 if hidden % 256 == 0 else 34 / 32
+    found = {"OUT": quantized + int(sizes.table * (18 / 32 + head)), "folded tables": 8 * sizes.table, "quantized layers": quantized}
+    if config.rotation != "none":
+        found["rotations"] = 8 * (hidden**2 + layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size))
+    if _learns(config):
+        readers = sum(min(SKETCH_ROWS, spec.linear_shape(name)[0]) for name in (*spec.family.attention_readers, *spec.family.ffn_readers))
+        a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden + 4 * spec.intermediate_size
+        found["captured activations"] = layers * a_layer + 4 * CAPTURED_TOKENS * hidden
+    if config.weights == "gptq":
+        width = 2 * hidden + spec.heads * spec.head_dim + spec.intermediate_size
+        found["tokens between layers"] = 4 * config.calibration_tokens * width
+    if tuned:
+        found["tuned layers"] = quantized + 12 * layers * sizes.linears // sizes.block
+        found["the unquantized model's answers"] = 4 * max(config.calibration_tokens, tuned * STEP_TOKENS) * hidden
+    return found
+
+
+def _seconds(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: int) -> dict[str, float]:
+    spec = checkpoint.spec
+    single, double = _speed(torch.float32), _speed(torch.float64)
+    tokens, hidden, every = config.calibration_tokens, spec.hidden_size, spec.layers * sizes.linears
+    found = {}
+    if config.needs_calibration and config.calibration == ("self",):
+        wanted = max(tokens, tuned * STEP_TOKENS)
+        passes = -(-wanted // (GENERATED_TOGETHER * GENERATED_LENGTH)) * GENERATED_LENGTH
+        # a layer's weights are converted anew at every token: memory's pace, about 2 GB a second
+        found["generate text"] = passes * spec.layers * sizes.layer * 6 / 2e9 + 2 * wanted * sizes.parameters / single
+    if _learns(config):
+        steps = OUTPUT_STEPS if config.rotation == "output" else R1_STEPS
+        found["rotations"] = 2 * CAPTURED_TOKENS * every / single + steps * 24 * hidden**3 / single
+    if config.rotation == "spinquant":
+        found["rotations"] = 8 * STEPS * BATCH * SEQUENCE * sizes.parameters / single
+    fold = 0.0 if config.rotation == "none" else 2 * hidden * (every + 2 * sizes.table) / double
+    if config.weights == "gptq":
+        each = sum(
+            2 * rows * inputs**2 * _GPTQ_PRODUCTS / single + 4 / 3 * inputs**3 / double
+            + 2 * tokens * inputs**2 / single + inputs * _COLUMN_SECONDS
+            for rows, inputs in sizes.stops
+        )  # fmt: skip
+        found["fold and quantize"] = fold + spec.layers * each + 2 * tokens * every / single
+    else:
+        found["fold and quantize"] = fold + every * 2e-7
+    if tuned:
+        # forward twice, backward, and the unquantized model once
+        found["tune scales"] = (8 * tuned + 2 * tuned) * STEP_TOKENS * sizes.parameters / single * 2
+    found["export"] = 2e-8 * (every + 2 * sizes.table)
+    return found
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Floating-point operations a second in a product of two matrices on the CPU, undisturbed by other programs."""
+    a = torch.ones(768, 768, dtype=dtype)
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768**3 / best
+
+
+def _rotations(checkpoint: Checkpoint, config: ConvertConfig) -> dict[str, str]:
+    """Size and place of each rotation, by name."""
+    spec, rounding = checkpoint.spec, runtime_rounding(config, checkpoint)
+    folded = config.rotation != "none"
+    return {
+        "R1": f"{spec.hidden_size}, folded into embedding, head and every linear of the residual stream" if folded else "none",
+        "R2": f"{spec.head_dim} for each of {spec.layers} x {spec.kv_heads} heads, folded into v and o" if folded else "none",
+        "R3": f"{rounding.cache.rotation} (Hadamard), online at queries and keys" if rounding.cache.rotation else "none",
+        "R4": f"{rounding.r4} (Hadamard) in {spec.intermediate_size}, online at down_proj" if rounding.r4 else "none",
+    }

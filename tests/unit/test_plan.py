@@ -1,0 +1,134 @@
+"""The plan: from headers alone, and what it tells."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from transformers import LlamaConfig
+
+from kurtail_gguf import plan as planning
+from kurtail_gguf import tuning
+from kurtail_gguf.arch.registry import find_family
+from kurtail_gguf.arch.spec import build_spec
+from kurtail_gguf.cli.main import commands
+from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.errors import SourceError, UnsupportedArchitecture
+from kurtail_gguf.plan import plan
+from kurtail_gguf.rotation import spinquant
+
+GIB = 1 << 30
+
+
+def _hollow(directory: Path, layers: int) -> Path:
+    """Llama-3-70B's shapes as headers over files without content: whoever reads weights reads zeros for an hour."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    spec = build_spec(find_family("LlamaForCausalLM"), config.to_dict())
+    shards = [spec.top_shapes()]
+    for layer in range(layers):
+        shards.append({spec.layer_prefix(layer) + name: shape for name, shape in spec.layer_shapes().items()})
+    names = [f"model-{number}.safetensors" for number in range(len(shards))]
+    for name, shapes in zip(names, shards, strict=True):
+        _write_hollow(directory / name, shapes)
+    weight_map = {tensor: name for name, shapes in zip(names, shards, strict=True) for tensor in shapes}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def _write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + offset)
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """``room(memory, disk)``: bytes that are free."""
+
+    def make(memory: int, disk: int) -> None:
+        for module in (planning, tuning, spinquant):
+            monkeypatch.setattr(module, "memory_available", lambda device: memory)
+        usage = namedtuple("usage", "free")
+        monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: usage(disk))
+
+    return make
+
+
+def test_a_70b_model_fits_into_16_gib_whatever_its_layers(tmp_path, room):
+    room(17 * GIB, 1000 * GIB)
+    peaks = []
+    for layers in (2, 80):
+        model = _hollow(tmp_path / str(layers), layers)
+        found = plan(ConvertConfig(str(model), tmp_path / "o.gguf", calibration=("text.txt",), tune=0, device="cpu"))
+        assert found.refused == ()
+        assert found.layers == layers
+        assert found.rotations["R1"].startswith("8192,") and found.rotations["R3"].startswith("128 ")
+        peaks.append(found.peak_bytes)
+        assert max(found.memory, key=found.memory.get) == "quantize by GPTQ"
+    assert peaks[0] < peaks[1] < 16 * GIB
+    # 70.6 billion weights of 4.25 bits, and tables; the same again in the work directory, with float32 tables
+    assert found.parameters == pytest.approx(70.55e9, rel=1e-3)
+    assert found.disk["OUT"] == pytest.approx(36.4e9 + 1.44e9, rel=0.01)
+    assert found.disk["folded tables"] == 2 * 4 * 128256 * 8192
+
+
+def test_what_does_not_fit_would_be_refused(tmp_path, room):
+    model = _hollow(tmp_path / "m", 2)
+    room(8 * GIB, 5 * GIB)
+    told = " ".join(plan(ConvertConfig(str(model), tmp_path / "o.gguf", tune=3, activations="auto")).refused)
+    for part in ("tuning of scales needs about", "--activations auto needs", "of disk are needed", "of memory are needed"):
+        assert part in told
+    found = plan(ConvertConfig(str(model), tmp_path / "o.gguf"))
+    assert "tuning of scales needs about" in found.notes[0] and "left out" in found.notes[0]
+    told = " ".join(plan(ConvertConfig(str(model), tmp_path / "o.gguf", rotation="spinquant")).refused)
+    assert "the whole model in memory" in told
+
+
+def test_the_command_prints_it_and_converts_nothing(tiny_checkpoint, tmp_path, room):
+    room(16 * GIB, 16 * GIB)
+    arguments = ["convert", str(tiny_checkpoint("qwen2")), str(tmp_path / "o.gguf"), "--plan", "--device", "cpu"]
+    done = CliRunner().invoke(commands, arguments)
+    assert done.exit_code == 0, done.output
+    for part in ("Qwen2ForCausalLM, 2 layers", "R2: 32 for each of 2 x 2 heads", "R3: none", "memory at most", "generate text"):
+        assert part in done.stdout
+    content = json.loads(CliRunner().invoke(commands, [*arguments, "--json"]).stdout)
+    assert content["peak_bytes"] == max(content["memory"].values()) and content["refused"] == []
+    room(1, 1)
+    done = CliRunner().invoke(commands, arguments)
+    assert done.exit_code == 1 and "would be refused: " in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen2-0"]
+
+
+def test_what_cannot_be_planned_is_one_line(tiny_checkpoint, tmp_path):
+    with pytest.raises(SourceError, match="--plan reads an HF directory"):
+        plan(ConvertConfig("smollm2-135m", tmp_path / "o.gguf"))
+    model = tiny_checkpoint("mistral")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(UnsupportedArchitecture, match="supported: "):
+        plan(ConvertConfig(str(model), tmp_path / "o.gguf"))
+
+
+def test_a_window_below_the_calibrations_length(tiny_checkpoint, tmp_path, room):
+    room(16 * GIB, 16 * GIB)
+    model = tiny_checkpoint("mistral")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"sliding_window": 100}))
+    found = plan(ConvertConfig(str(model), tmp_path / "o.gguf"))
+    assert found.refused == ("sliding_window 100 is below the calibration length 256",)

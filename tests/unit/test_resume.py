@@ -1,0 +1,191 @@
+"""A conversion that is killed anywhere goes on and ends with the same bytes; one that shares its place stops."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from kurtail_gguf import pipeline, rotation_choice, workdir
+from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.distill import scales
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.files import write_atomically
+from kurtail_gguf.progress import NullProgress
+
+KILLS = 20
+#: What Python tells its hooks before it touches a file, and libraries with it.
+EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A short way through every stage, with an exporter that writes all it is given."""
+    for learn in ("learn_r1_by_output_error", "learn_r2"):
+        original = getattr(rotation_choice, learn)
+        monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=2))
+    monkeypatch.setattr(scales, "SAVE_EVERY", 2)
+    monkeypatch.setattr(pipeline, "check_vocabulary", lambda source: None)
+
+    def write_gguf(source, quantized, out, provenance, progress, bits):
+        content = [f"{path.name} {path.read_bytes().hex()}" for path in sorted(quantized.iterdir())]
+        write_atomically(out, "\n".join([*content, repr(provenance), repr(bits)]))
+
+    monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
+
+
+@pytest.fixture
+def config(tiny_checkpoint, tmp_path, text, plain_embedding, quick) -> ConvertConfig:
+    model = tiny_checkpoint("llama")
+    return ConvertConfig(
+        str(model), tmp_path / "o.gguf", calibration=(str(text),), calibration_tokens=1024, tune=4, activations="auto",
+        device="cpu",
+    )  # fmt: skip
+
+
+def _run(config: ConvertConfig, kill_at: int | None, counted) -> None:
+    """Convert; at the ``kill_at``-th file event the process ends itself as kill -9 would."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in EVENTS:
+            counted.value += 1
+            if counted.value == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    pipeline.convert(config, NullProgress())
+
+
+def _in_child(config: ConvertConfig, kill_at: int | None = None) -> tuple[int, int]:
+    """Exit status and number of events of a conversion in a process of its own."""
+    context = multiprocessing.get_context("fork")  # with what the fixtures put in place, and everything imported
+    counted = context.Value("i", 0, lock=False)
+    process = context.Process(target=_run, args=(config, kill_at, counted))
+    process.start()
+    process.join()
+    return process.exitcode, counted.value
+
+
+def test_killed_at_any_file_operation_it_ends_with_the_same_bytes(config, tmp_path):
+    status, events = _in_child(config)
+    assert status == 0
+    expected = config.out.read_bytes()
+    seed = int.from_bytes(os.urandom(4))
+    points = sorted(random.Random(seed).sample(range(1, events), KILLS))
+    print(f"seed {seed}: killed at {points} of {events} file operations")
+    for point in points:
+        config.out.unlink(missing_ok=True)
+        status, _ = _in_child(config, point)
+        assert status == -signal.SIGKILL
+        assert not config.out.exists() or config.out.read_bytes() == expected, point
+        status, _ = _in_child(config)
+        assert status == 0, (seed, point)
+        assert config.out.read_bytes() == expected, (seed, point)
+        assert not list(tmp_path.glob("o.gguf.work*")), (seed, point)
+
+
+def test_a_full_disk_is_one_line_and_the_same_run_goes_on(config, tmp_path, monkeypatch):
+    expected = _expected(config)
+    original = workdir.publish
+    for refused in ("capture.partial", "rotations.tmp", "layer-00001.tmp", "state.tmp", "tuned.partial"):
+
+        def publish(scratch, target, refused=refused):
+            if scratch.name == refused:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch))
+            original(scratch, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(workdir, "publish", publish)
+            patched.setattr("kurtail_gguf.files.publish", publish)
+            with pytest.raises(KurtailError, match=f"No space left on device: .*{refused}: the work directory .* type the same"):
+                pipeline.convert(config, NullProgress())
+        assert not list(tmp_path.rglob("*.tmp")) and not config.out.exists()
+    pipeline.convert(config, NullProgress())
+    assert config.out.read_bytes() == expected
+
+
+def _expected(config: ConvertConfig) -> bytes:
+    pipeline.convert(config, NullProgress())
+    expected = config.out.read_bytes()
+    config.out.unlink()
+    return expected
+
+
+def test_other_settings_are_refused_by_name_and_restart_begins_anew(config, tmp_path):
+    kept = dataclasses.replace(config, work_dir=tmp_path / "w")
+    pipeline.convert(kept, NullProgress())
+    (tmp_path / "w" / "somebody's.txt").touch()
+    other = dataclasses.replace(kept, seed=1)
+    with pytest.raises(KurtailError, match=r"other settings \(seed was 0, is 1\): give --restart"):
+        pipeline.convert(other, NullProgress())
+    pipeline.convert(dataclasses.replace(other, restart=True), NullProgress())
+    restarted = config.out.read_bytes()
+    assert restarted == _expected(dataclasses.replace(config, seed=1))
+    assert (tmp_path / "w" / "somebody's.txt").exists()
+
+
+def test_stages_without_settings_are_not_taken_over(config, tmp_path):
+    kept = dataclasses.replace(config, work_dir=tmp_path / "w")
+    pipeline.convert(kept, NullProgress())
+    (tmp_path / "w" / "settings.json").unlink()
+    other = dataclasses.replace(kept, seed=1)
+    pipeline.convert(other, NullProgress())
+    assert config.out.read_bytes() == _expected(dataclasses.replace(config, seed=1))
+
+
+def test_tuning_that_began_is_not_left_out_later(config, tmp_path, monkeypatch):
+    kept = dataclasses.replace(config, work_dir=tmp_path / "w", tune=None, activations=4)
+    monkeypatch.setattr(ConvertConfig, "tuning_steps", property(lambda self: 4))
+    pipeline.convert(kept, NullProgress())
+    shutil.rmtree(tmp_path / "w" / "tuned")
+    monkeypatch.setattr("kurtail_gguf.tuning.memory_available", lambda device: 1000)
+    with pytest.raises(KurtailError, match="began with tuning of scales, which now needs about"):
+        pipeline.convert(kept, NullProgress())
+
+
+def test_a_second_run_in_the_same_place_says_so_and_stops(config, tmp_path):
+    work_dir = tmp_path / "o.gguf.work"
+    with workdir.locked(work_dir):
+        status, _ = _in_child(config)
+        assert status == 1
+        with pytest.raises(KurtailError, match=rf"in use by another run \(process {os.getpid()}\): wait for it"):
+            pipeline.convert(config, NullProgress())
+    assert not work_dir.exists()
+    assert _in_child(config)[0] == 0
+
+
+def test_a_lock_file_that_was_removed_is_not_a_lock(tmp_path):
+    with workdir.locked(tmp_path / "w"):
+        (tmp_path / "w" / "lock").unlink()
+        with workdir.locked(tmp_path / "w"):
+            pass
+
+
+def test_a_refused_model_leaves_no_directory(config, tmp_path):
+    with pytest.raises(KurtailError):
+        pipeline.convert(dataclasses.replace(config, model=str(tmp_path / "none")), NullProgress())
+    assert not (tmp_path / "o.gguf.work").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "\x00"])
+def test_damaged_settings_are_one_line(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(KurtailError, match=re.escape(str(tmp_path))):
+        workdir.open_work_dir(tmp_path, {})
+
+
+def test_nothing_is_left_by_what_removes_it(config, tmp_path):
+    """What a conversion leaves is what --restart removes."""
+    kept = dataclasses.replace(config, work_dir=tmp_path / "w")
+    pipeline.convert(kept, NullProgress())
+    workdir.discard(Path(tmp_path / "w"), source=True)
+    assert list((tmp_path / "w").iterdir()) == []

@@ -1,0 +1,184 @@
+"""Checkpoints from anywhere: whatever they say ends in a checkpoint or in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kurtail_gguf.errors import SourceError
+from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.loading.untrusted import REALS, SIZES, check_sizes, read_json
+
+
+def _refused(directory: Path) -> str:
+    with pytest.raises(SourceError) as caught:
+        open_checkpoint(directory)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def _edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("value", [-1, 0, 1 << 40, 2.5, "64", True, [64], {"a": 1}, 10**30])
+def test_sizes_that_are_none(tiny_checkpoint, key, value):
+    directory = tiny_checkpoint("mistral")
+    _edit_config(directory, **{key: value})
+    assert f"config.json: {key} is " in _refused(directory)
+
+
+@pytest.mark.parametrize("key", REALS)
+@pytest.mark.parametrize("value", [-1.0, 0, float("inf"), float("nan"), "1e-5", 1e300, True])
+def test_reals_that_are_none(tmp_path, key, value):
+    with pytest.raises(SourceError, match=f"{key} is "):
+        check_sizes({key: value}, tmp_path / "config.json")
+
+
+def test_what_models_have_passes(tmp_path):
+    check_sizes({"head_dim": None, "sliding_window": None, "rms_norm_eps": 1e-6, "rope_theta": 1000000}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_links_that_leave_the_directory(tiny_checkpoint, tmp_path, name):
+    directory = tiny_checkpoint("llama")
+    outside = tmp_path / "outside"
+    shutil.move(directory / name, outside)
+    (directory / name).symlink_to(outside)
+    told = _refused(directory)
+    assert name in told and f"a link to {outside}" in told
+
+
+def test_links_within_and_those_of_the_hub_cache(tiny_checkpoint, tmp_path):
+    directory = tiny_checkpoint("llama")
+    (directory / "real").mkdir()
+    shutil.move(directory / "model.safetensors", directory / "real" / "weights")
+    (directory / "model.safetensors").symlink_to("real/weights")
+    open_checkpoint(directory)
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
+    shutil.move(directory, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(os.path.relpath(path.resolve(), snapshot))
+    open_checkpoint(snapshot)
+
+
+def test_what_is_no_file(tiny_checkpoint):
+    directory = tiny_checkpoint("llama")
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    os.mkfifo(directory / "generation_config.json")
+    assert "no regular file" in _refused(directory)
+
+
+def test_code_beside_the_weights_is_not_run(tiny_checkpoint):
+    directory = tiny_checkpoint("llama")
+    (directory / "evil.py").write_text(f"open({str(directory / 'ran')!r}, 'w')\nclass C: pass\n")
+    _edit_config(directory, auto_map={"AutoConfig": "evil.C"})
+    open_checkpoint(directory)
+    assert not (directory / "ran").exists()
+
+
+def test_pickles_are_refused(tiny_checkpoint):
+    directory = tiny_checkpoint("llama")
+    (directory / "model.safetensors").unlink()
+    torch.save({}, directory / "pytorch_model.bin")
+    told = _refused(directory)
+    assert ".bin pickles, which can run code when read" in told and "convert them to safetensors" in told
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "\udcff", "7", '{"a": NaN'])
+def test_json_that_is_none(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SourceError, match=r"x\.json"):
+        read_json(path, "")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"length": 1 << 62},
+        {"length": 1 << 31},
+        {"dtype": "F8_E4M3"},
+        {"dtype": "X"},
+        {"shape": [-1, 128]},
+        {"shape": [1 << 62, 1 << 62]},
+        {"shape": [128.5]},
+        {"data_offsets": [0, 1 << 60]},
+        {"data_offsets": [-8, 8]},
+        {"data_offsets": [100, 0]},
+    ],
+    ids=str,
+)
+def test_headers_that_lie(tiny_checkpoint, header):
+    directory = tiny_checkpoint("llama")
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    tensors = json.loads(content[8 : 8 + size])
+    length = header.pop("length", None)
+    tensors["model.norm.weight"] |= header
+    encoded = json.dumps(tensors).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded) if length is None else length) + encoded + content[8 + size :])
+    assert "model.safetensors" in _refused(directory)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, request) -> Path:
+    """One checkpoint for all examples."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("whole")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_in_the_config_is_a_checkpoint_or_one_line(whole, tmp_path_factory, data):
+    directory = Path(shutil.copytree(whole, tmp_path_factory.mktemp("config") / "m"))
+    config = json.loads((directory / "config.json").read_text())
+    key = data.draw(st.sampled_from(sorted(config)))
+    (directory / "config.json").write_text(json.dumps(config | {key: data.draw(_JSON)}))
+    _opens_or_refuses(directory)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 1200), st.binary(min_size=1, max_size=9), st.booleans())
+def test_any_bytes_in_a_header_are_a_checkpoint_or_one_line(whole, tmp_path_factory, at, junk, cut):
+    directory = Path(shutil.copytree(whole, tmp_path_factory.mktemp("header") / "m"))
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + junk + (b"" if cut else content[at + len(junk) :]))
+    _opens_or_refuses(directory)
+
+
+def _opens_or_refuses(directory: Path) -> None:
+    try:
+        checkpoint = open_checkpoint(directory)
+    except SourceError as error:
+        assert "\n" not in str(error)
+    else:
+        weights = checkpoint.layer(0)
+        assert {name: tuple(value.shape) for name, value in weights.items()} == checkpoint.spec.layer_shapes()
