@@ -3,7 +3,8 @@
 // NVIDIA's PTX manual ("Matrix Fragments for mma.m8n8k32", "... mma.m16n8k64" and so on, "ldmatrix").
 //
 // Strict where cards are lenient: shared memory starts as NaN, an asynchronous copy arrives only when it is waited for,
-// lanes that meet in different operations are an error, and threads can be run last to first, which shows missing barriers.
+// lanes that meet in different operations are an error, and a warp runs as far ahead of the others as barriers let it, the
+// first or, backwards, the last one: that shows missing barriers.
 #pragma once
 
 #include "kt4-machine.h"
@@ -216,11 +217,16 @@ public:
         const int n = (int) lanes.size();
         for (int left = n; left > 0;) {
             const long before = progress;
-            for (int i = 0; i < n; ++i) {
-                machine & m = lanes[backwards ? n - 1 - i : i];
-                if (!m.done) {
-                    swapcontext(&scheduler, &m.context);
-                    left -= m.done;
+            for (int i = 0; i < n; i += WARP) {
+                for (long own = -1; own != progress;) { // a warp goes on alone until it stands at a barrier
+                    own = progress;
+                    for (int j = i; j < i + WARP; ++j) {
+                        machine & m = lanes[backwards ? n - 1 - j : j];
+                        if (!m.done) {
+                            swapcontext(&scheduler, &m.context);
+                            left -= m.done;
+                        }
+                    }
                 }
             }
             if (progress == before && left > 0) {

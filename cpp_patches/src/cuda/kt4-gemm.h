@@ -304,8 +304,7 @@ template <class C, class M> KT4_HD void gemm(M & m, const gemm_args & a) {
 
     KT4_ROLLED
     for (int col0 = m.block_x()*C::BN; col0 < columns; col0 += m.grid_x()*C::BN) {
-        m.sync(); // the tile before is no longer read
-        if (m.thread() < C::BN) {
+        if (m.thread() < C::BN) { // the barrier that ends the tile before was after its last reading of these
             const column_range range = columns_of(a, m.block_z());
             const int column = range.first + (col0 + m.thread() < columns ? col0 + m.thread() : columns - 1);
             ((int *) (m.shared() + C::SOURCES))[m.thread()] = a.bounds ? a.from[column] : column;
