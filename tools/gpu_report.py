@@ -16,7 +16,7 @@ def backend_ops_summary(text: str, device: str) -> dict[str, int]:
         ToolError: when no case ran, as where the device is not there.
     """
     lines = COLOURS.sub("", text).splitlines()
-    cases = [line for line in lines if re.match(r"\s+[A-Z_0-9]+\(.*\):", line)]
+    cases = [line for line in lines if re.search(r"(^|\s)[A-Z_0-9]+\(.*\):", line)]
     counts = {
         "ok": sum(line.rstrip().endswith("OK") for line in cases),
         "unsupported": sum("not supported" in line for line in cases),
