@@ -138,8 +138,14 @@ class _Sizes:
     def of(cls, checkpoint: Checkpoint, config: ConvertConfig) -> _Sizes:
         spec, family = checkpoint.spec, checkpoint.spec.family
         layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
-        shapes = {name: spec.linear_shape(name) for name in family.linears}
-        groups = (family.attention_readers, (family.attention_writer,), family.ffn_readers, (family.ffn_writer,))
+        shapes = {name: spec.linear_shape(name) for name in spec.linears}
+        groups = [family.attention_readers, (family.attention_writer,)]
+        if family.experts is None:
+            groups += [spec.ffn_readers, (family.ffn_writer,)]
+        else:  # one after the other
+            names = family.experts
+            for expert in range(spec.experts):
+                groups += [(names.gate.format(expert), names.up.format(expert)), (names.down.format(expert),)]
         block = BLOCK_FORMATS[config.target].block
         return cls(
             layer=layer,
@@ -192,13 +198,15 @@ def _memory(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned:
 def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: int) -> dict[str, int]:
     spec = checkpoint.spec
     hidden, layers = spec.hidden_size, spec.layers
-    quantized = layers * (sizes.linears * sizes.block_bytes // sizes.block + 4 * (sizes.layer - sizes.linears))
-    head = 210 / 256 if hidden % 256 == 0 else 34 / 32
-    found = {"OUT": quantized + int(sizes.table * (18 / 32 + head)), "folded tables": 8 * sizes.table, "quantized layers": quantized}
+    unrounded = config.weights == "f32"
+    linears = 4 * sizes.linears if unrounded else sizes.linears * sizes.block_bytes // sizes.block
+    quantized = layers * (linears + 4 * (sizes.layer - sizes.linears))
+    tables = 8 if unrounded else 18 / 32 + (210 / 256 if hidden % 256 == 0 else 34 / 32)
+    found = {"OUT": quantized + int(sizes.table * tables), "folded tables": 8 * sizes.table, "quantized layers": quantized}
     if config.rotation != "none":
         found["rotations"] = 8 * (hidden**2 + layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size))
     if _learns(config):
-        readers = sum(min(SKETCH_ROWS, spec.linear_shape(name)[0]) for name in (*spec.family.attention_readers, *spec.family.ffn_readers))
+        readers = sum(min(SKETCH_ROWS, spec.linear_shape(name)[0]) for name in (*spec.family.attention_readers, *spec.ffn_readers))
         a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden + 4 * spec.intermediate_size
         found["captured activations"] = layers * a_layer + 4 * CAPTURED_TOKENS * hidden
     if config.weights == "gptq":

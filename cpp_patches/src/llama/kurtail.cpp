@@ -16,7 +16,7 @@
 
 static constexpr uint32_t FORMAT_VERSION  = 1;
 static constexpr uint32_t UNROUNDED_BITS  = 32;   // activation_bits of a file without kt4 tensors
-static constexpr uint32_t MAX_R4_SIZE     = 8192; // what ggml-cuda's Hadamard kernel handles
+static constexpr uint32_t MAX_R4_SIZE     = 8192; // what our CUDA kernel handles (src/cuda/kt4-activations.h)
 static constexpr int      UPSTREAM_R3_MIN = 64;   // smallest head_dim llama-kv-cache.cpp rotates
 
 namespace {

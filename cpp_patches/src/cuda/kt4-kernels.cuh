@@ -1,0 +1,34 @@
+// The kernels as cards run them: entry points around the templates.
+#pragma once
+
+#include "kt4-activations.h"
+#include "kt4-gemm.h"
+#include "kt4-gemv.h"
+
+namespace ggml::cuda::kt4 {
+
+template <int BITS, bool PACKED>
+static __global__ void __launch_bounds__(HADAMARD_MAX/THREAD_VALUES) kt4_quantize(const activation_rows a, const quantized_rows out) {
+    device_machine m;
+    quantize<BITS, PACKED>(m, a, out);
+}
+
+static __global__ void __launch_bounds__(HADAMARD_MAX/THREAD_VALUES) kt4_hadamard(const activation_rows a, float * y) {
+    device_machine m;
+    hadamard(m, a, y);
+}
+
+template <int COLUMNS>
+static __global__ void __launch_bounds__(GEMV_WARPS*32) kt4_gemv(const gemv_args a) {
+    device_machine m;
+    gemv<COLUMNS>(m, a);
+}
+
+// two blocks a multiprocessor: one computes where the other waits at its barriers
+template <class C>
+static __global__ void __launch_bounds__(C::THREADS, 2) kt4_gemm(const gemm_args a) {
+    device_machine m;
+    gemm<C>(m, a);
+}
+
+} // namespace ggml::cuda::kt4

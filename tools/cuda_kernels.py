@@ -1,0 +1,109 @@
+"""What ptxas says about the CUDA kernels: registers, spills, shared memory, occupancy. No card needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from environment import ROOT, ToolError
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 120)
+SOURCE = ROOT / "tests" / "cpp" / "kt4-kernels.cu"
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What one multiprocessor of an architecture holds (CUDA programming guide, "Technical Specifications per Compute
+    Capability"): resident warps, registers, bytes of shared memory."""
+
+    warps: int
+    shared: int
+    registers: int = 65536
+
+
+MULTIPROCESSORS = {
+    75: Multiprocessor(32, 64 * 1024),
+    80: Multiprocessor(64, 164 * 1024),
+    86: Multiprocessor(48, 100 * 1024),
+    89: Multiprocessor(48, 100 * 1024),
+    90: Multiprocessor(64, 228 * 1024),
+    120: Multiprocessor(48, 100 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of one architecture. ``name`` as in "gemm 128x128 s4", spills and stack in bytes a thread."""
+
+    name: str
+    arch: int
+    threads: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once; 1 KiB of shared memory a block is the system's from sm_80 on."""
+        sm = MULTIPROCESSORS[self.arch]
+        warps = self.threads // 32
+        registers = -(-self.registers // 8) * 8 * 32 * warps
+        shared = self.shared + (1024 if self.arch >= 80 else 0)
+        return min(sm.warps // warps, sm.registers // registers, sm.shared // shared if shared else sm.warps)
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the multiprocessor's warps that are resident."""
+        return self.blocks * (self.threads // 32) / MULTIPROCESSORS[self.arch].warps
+
+    def row(self) -> dict:
+        """For tables and JSON."""
+        return asdict(self) | {"blocks": self.blocks, "occupancy": self.occupancy}
+
+
+def parse(report: str, arch: int) -> list[Kernel]:
+    """Kernels in what ``nvcc -Xptxas -v`` prints."""
+    kernels = []
+    for name, body in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry function|\Z)", report, flags=re.S):
+        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", body).groups())
+        registers = int(re.search(r"Used (\d+) registers", body)[1])
+        readable, threads, shared = _describe(name)
+        kernels.append(Kernel(readable, arch, threads, registers, stores + loads, stack, shared))
+    return kernels
+
+
+def _describe(mangled: str) -> tuple[str, int, int]:
+    """Readable name, threads of a block, bytes of shared memory that it is launched with."""
+    if tile := re.search(r"gemm_configILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELb([01])E", mangled):
+        bm, bn, wm, wn, packed = map(int, tile.groups())
+        # as gemm_config in src/cuda/kt4-gemm.h: two stages of raw weights, activations and their scales; unpacked
+        # weights and their scales; the columns' places
+        stage = bm * 80 + bn * 2 * (2 if packed else 4) * 16 + 2 * bn * 4
+        shared = 2 * stage + bm * 64 + 2 * bm * 4 + bn * 4
+        return f"gemm {bm}x{bn} {'s4' if packed else 's8'}", wm * wn * 32, shared
+    if columns := re.search(r"kt4_gemvILi(\d+)E", mangled):
+        return f"gemv {columns[1]}", 128, 0
+    if form := re.search(r"kt4_quantizeILi(\d)ELb([01])E", mangled):
+        return f"quantize A{form[1]} {'packed' if form[2] == '1' else 'bytes'}", 128, 0
+    if "kt4_hadamard" in mangled:
+        return "hadamard", 128, 0
+    return mangled, 32, 0
+
+
+def kernels(nvcc: str, arch: int) -> list[Kernel]:
+    """Compile our kernels for one architecture.
+
+    Raises:
+        ToolError: when nvcc does, with its first lines.
+    """
+    with tempfile.TemporaryDirectory() as tmp:
+        command = [nvcc, "-std=c++17", "-O3", "-use_fast_math", f"-arch=sm_{arch}", "-Xptxas", "-v",
+                   f"-I{ROOT / 'cpp_patches' / 'src' / 'cuda'}", "-cubin", "-o", str(Path(tmp) / "kernels.cubin"), str(SOURCE)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ToolError(f"nvcc for sm_{arch}: " + " | ".join(done.stderr.strip().splitlines()[:3]))
+    return parse(done.stderr, arch)
