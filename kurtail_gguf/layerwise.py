@@ -95,7 +95,8 @@ def fold_and_quantize(
                 _save(one.results(), path)
             elif prefix is not None:
                 _replay(prefix, checkpoint, layer, path, block_format)
-            stage.advance(1, f"layer {layer}")
+            seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
+            stage.advance(1, f"layer {layer}{seen}")
     if prefix is None:
         remove_files(target.parent)
     else:
