@@ -95,7 +95,8 @@ def fold_and_quantize(
                 note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
             elif prefix is not None:
                 _replay(prefix, checkpoint, layer, path, block_format)
-            stage.advance(1, f"layer {layer}{note}")
+            seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
+            stage.advance(1, f"layer {layer}{seen}{note}")
     if prefix is None:
         remove_files(target.parent)
     else:

@@ -100,8 +100,8 @@ def _disk_error(error: OSError | SafetensorError, work_dir: Path) -> KurtailErro
     reason = getattr(error, "strerror", None) or str(error)
     name = getattr(error, "filename", None)
     return KurtailError(
-        f"{reason}{f': {name}' if name else ''}: the work directory {work_dir} keeps what is finished; make room, or "
-        "readable what is not, and type the same line again"
+        f"{reason}{f': {name}' if name else ''}: the work directory {work_dir} keeps what is finished; make room (or "
+        "grant access) and type the same line again"
     )
 
 

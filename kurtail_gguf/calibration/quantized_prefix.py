@@ -68,6 +68,8 @@ class QuantizedPrefix:
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
         self._rotary = self._runner.rotary(0, length)
         self._eps = checkpoint.config.rms_norm_eps
+        #: Of what attention and FFN of the last layer read, mean over the tokens: 3 for normal values.
+        self.kurtosis: list[float] = []
         self._batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]
         self._hidden = self._scratch("hidden", self._spec.hidden_size)
         for batch in self._batches:
@@ -106,6 +108,7 @@ class QuantizedPrefix:
             self._add(values, folded | quantized, writer)
             quantized.clear()
 
+        self.kurtosis = []
         module = self._runner.module(layer)
         normed = self._normed()
         stop(family.attention_readers, normed)
@@ -133,8 +136,12 @@ class QuantizedPrefix:
     def _normed(self) -> RowFile:
         """What the readers of the residual stream see, rounded: the Hessian and the way on have it from here."""
         seen = self._scratch("normed", self._spec.hidden_size)
+        total = 0.0
         for batch in self._batches:
-            seen[batch] = self._rounding.activations(self._unit(batch)).cpu().numpy()
+            x = self._unit(batch)
+            total += float((x**4).mean(-1).sum())
+            seen[batch] = self._rounding.activations(x).cpu().numpy()
+        self.kurtosis.append(total / (self._shape[0] * self._shape[1]))
         return seen
 
     def _unit(self, batch: slice) -> Tensor:

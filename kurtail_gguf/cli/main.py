@@ -63,7 +63,8 @@ def main() -> None:
     """Entry point of the installed program."""
     # a terminated run cleans up and says how to go on, as an interrupted one does
     signal.signal(signal.SIGTERM, _as_interrupt)
-    commands()
+    # the name that shell completion goes by, however the program was started
+    commands(prog_name="kurtail-gguf")
 
 
 def _as_interrupt(signal_number: int, frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -41,11 +42,11 @@ class BarProgress:
         bars = Bars(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(),
             TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("memory"), TextColumn("{task.fields[memory]}"), TextColumn("[dim]{task.fields[note]}"),
             console=self._console,
         )  # fmt: skip
         with bars:
-            yield _Bar(bars, bars.add_task(name, total=total, note=""))
+            yield _Bar(bars, bars.add_task(name, total=total, note="", memory=_memory()))
 
 
 class _Bar:
@@ -54,7 +55,7 @@ class _Bar:
         self._task = task
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self._bars.update(self._task, advance=n, note=note)
+        self._bars.update(self._task, advance=n, note=note, memory=_memory())
 
 
 class PlainProgress:
@@ -97,9 +98,14 @@ class _PlainStage:
         percent = 100 * self._done // max(1, self._total)
         text = (
             f"{self._name}: {percent}% ({self._done}/{self._total}), "
-            f"elapsed {format_seconds(self.elapsed)}, ETA {format_seconds(remaining)} {note}"
+            f"elapsed {format_seconds(self.elapsed)}, ETA {format_seconds(remaining)}, memory {_memory()} {note}"
         )
         self._console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+
+def _memory() -> str:
+    """What this process has in memory now."""
+    return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB"
 
 
 def format_seconds(seconds: float) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import click
@@ -12,7 +16,7 @@ from click.testing import CliRunner
 from kurtail_gguf import __version__
 from kurtail_gguf.cli.main import commands
 from kurtail_gguf.cli.output import write_json
-from kurtail_gguf.config import ConvertConfig, ConvertResult
+from kurtail_gguf.config import ConvertConfig, ConvertResult, Provenance
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.measurement import ModelResult, Report
 
@@ -208,3 +212,51 @@ def test_convert_says_what_it_took(run, monkeypatch, tmp_path, resumed):
     each = [] if resumed else ["rotations and gptq together: 4.00 s a layer, 2.00 s a million weights"]
     assert lines[2:-1] == each
     assert lines[-1] == f"run it with: llama-cli -m {out}"
+
+
+def _converted(out: Path) -> ConvertResult:
+    out.write_bytes(b"12345")
+    provenance = Provenance(
+        rotation="none", objective="none", weights="rtn", tune_steps=0, seed=0, r1_kind="none", r1_size=0, r2_kind="none",
+        r2_size=0, r3_kind="none", r3_size=0, r4_kind="none", r4_size=0, activation_bits=4, kv_bits=4, calibration_name="",
+        calibration_tokens=0, calibration_sha256="",
+    )  # fmt: skip
+    return ConvertResult(out, provenance, {"quantize": 1.5}, 2, 100, False)
+
+
+def test_quiet_prints_nothing_and_json_the_result(run, monkeypatch, tmp_path):
+    def fake(config, progress):
+        with progress.stage("quantize", 1) as stage:
+            stage.advance()
+        return _converted(config.out)
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    quiet = run("convert", "M", tmp_path / "o.gguf", "--quiet")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+    done = run("convert", "M", tmp_path / "o.gguf", "--json")
+    content = json.loads(done.stdout)
+    assert (content["bytes"], content["seconds"], content["resumed"]) == (5, {"quantize": 1.5}, False)
+    assert content["kurtail"]["weights"] == "rtn" and "quantize" in done.stderr
+
+
+def test_help_has_examples(run):
+    told = run("convert", "--help").stdout
+    assert "Examples:" in told and "kurtail-gguf convert ./Llama-3.1-8B out.gguf --plan" in told
+
+
+def test_words_are_completed_for_the_shell():
+    environment = {**os.environ, "_KURTAIL_GGUF_COMPLETE": "bash_complete", "COMP_WORDS": "kurtail-gguf convert --ro", "COMP_CWORD": "2"}
+    command = [sys.executable, "-P", "-m", "kurtail_gguf.cli.main"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["plain,--rotation"]
+
+
+def test_what_to_type_after_an_interruption_does_not_restart(run, monkeypatch, tmp_path):
+    def fake(config, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr(sys, "argv", ["kurtail-gguf", "convert", "M", "o.gguf", "--restart", "--seed", "3"])
+    done = run("convert", "M", tmp_path / "o.gguf", "--restart")
+    assert done.exit_code == 130
+    assert done.stderr.strip().endswith("go on from the last finished step, type: kurtail-gguf convert M o.gguf --seed 3")

@@ -21,6 +21,7 @@ def test_format_seconds(seconds, text):
 def test_plain_lines(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "_memory", lambda: "1.2 GB")
     out = io.StringIO()
     console = Console(file=out, width=20)
     with make_progress(console).stage("learn [R1]", 10) as stage:
@@ -30,8 +31,8 @@ def test_plain_lines(monkeypatch):
     lines = out.getvalue().splitlines()
     assert lines == [
         "learn [R1] …",
-        "learn [R1]: 20% (2/10), elapsed 12 s, ETA 48 s loss 0.5",
-        "learn [R1]: 40% (4/10), elapsed 24 s, ETA 36 s loss 0.5",
+        "learn [R1]: 20% (2/10), elapsed 12 s, ETA 48 s, memory 1.2 GB loss 0.5",
+        "learn [R1]: 40% (4/10), elapsed 24 s, ETA 36 s, memory 1.2 GB loss 0.5",
         "learn [R1]: done in 24 s",
     ]
 
@@ -45,9 +46,9 @@ def test_a_failed_stage_is_not_called_done():
 
 def test_a_terminal_gets_a_bar_with_percent_and_eta():
     out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=120)
+    console = Console(file=out, force_terminal=True, width=160)
     drawn = make_progress(console)
     assert isinstance(drawn, BarProgress)
     with drawn.stage("capture", 4) as stage:
         stage.advance(3, "layer 2")
-    assert all(part in out.getvalue() for part in ("capture", "75%", "3/4", "elapsed", "ETA", "layer 2"))
+    assert all(part in out.getvalue() for part in ("capture", "75%", "3/4", "elapsed", "ETA", "memory", " GB", "layer 2"))

@@ -91,6 +91,8 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
     start = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
     output = runner.run(layer, weights, start, runner.rotary(0, IDS.shape[1]))
     assert np.allclose(np.load(tmp_path / "prefix-hidden.npy"), output.numpy(), atol=1e-4)
+    units = [x / x.square().mean(-1, keepdim=True).sqrt() for x in (start, residual[0])]
+    assert prefix.kurtosis == pytest.approx([float((x**4).mean()) for x in units], rel=1e-2)
     eps = checkpoint.config.rms_norm_eps
     streams = {family.attention_writer: start, family.ffn_writer: residual[0]}
     for names, hessian in stops:
