@@ -181,7 +181,8 @@ def _pair(
     dense = (*spec.family.attention_readers, spec.family.attention_writer)
     dense += () if spec.experts else (*spec.ffn_readers, spec.family.ffn_writer)
     if not 0 <= layer < spec.layers or linear not in dense:
-        raise AdapterError(f"{where} cannot be adapted: {checkpoint.directory} has {spec.layers} layers of {', '.join(dense)}")
+        known = ", ".join(dense)
+        raise AdapterError(f"{where} cannot be adapted: {checkpoint.directory} has {spec.layers} layers of {known}")
     if pair.keys() != {"A", "B"}:
         raise AdapterError(f"{where} lacks lora_{'B' if 'A' in pair else 'A'}")
     a, b = pair["A"].double(), pair["B"].double()

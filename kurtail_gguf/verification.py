@@ -140,7 +140,8 @@ def _tokenizer(path: Path, source: Path) -> str:
     for text, found in zip(TEXTS, runtime_tokens(path, TEXTS), strict=True):
         expected = tokenizer.encode(text, add_special_tokens=False)
         if found != expected:
-            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+            same = [a == b for a, b in zip(found, expected, strict=False)]
+            at = [*same, False].index(False)
             raise _Differs(f"{text!r}: token {at} of the file's is {found[at:at + 1]}, of the model's {expected[at:at + 1]}")
     return f"{len(TEXTS)} texts"
 
@@ -253,7 +254,8 @@ def _bounded(
         raise _Differs(f"tensor {where} has the type {info.type_name}, which convert does not write")
     # NaN is above every bound
     if not relative <= bound:
-        raise _Differs(f"tensor {where} ({info.type_name}) is off by {relative:.3g} of its size, at most {bound:g} is expected")
+        limit = f"at most {bound:g} is expected"
+        raise _Differs(f"tensor {where} ({info.type_name}) is off by {relative:.3g} of its size, {limit}")
     return relative
 
 
@@ -276,11 +278,12 @@ def _logits(
     folding, whole = _divergence(original, turned), _divergence(original, found)
     if not folding <= SAME:
         raise _Differs(f"the rotated weights say something else than the original ones: divergence {folding:.3g} nats")
+    different = f"the file says something else than the original: divergence {whole:.3g} nats"
     if unquantized and not whole <= SAME:
-        raise _Differs(f"the file says something else than the original: divergence {whole:.3g} nats, at most {SAME:g} is expected")
+        raise _Differs(f"{different}, at most {SAME:g} is expected")
     elsewhere = _divergence(original, np.roll(found, 1, axis=0))
     if not whole <= NEARER * elsewhere:
-        raise _Differs(f"the file says something else than the original: divergence {whole:.3g} nats, {elsewhere:.3g} from the next position's")
+        raise _Differs(f"{different}, {elsewhere:.3g} from what it says at the next position")
     agree = float((original.argmax(-1) == found.argmax(-1)).mean())
     return (
         f"{len(ids)} tokens; divergence original to rotated {abs(folding):.1e}, to the file {whole:.3g} nats; "

@@ -29,7 +29,7 @@ _BATCH = 512
 #: ``GGML_TYPE_F32``.
 _F32 = 0
 #: ``GGML_LOG_LEVEL_ERROR``.
-_LOG_ERROR = 3
+_LOG_ERROR = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 Request: ``path``; ``texts``, perhaps none; ``sequences``, ``[[token, …], …]`` or null; ``out``,
 where their log-probabilities go (.npy, float32 ``[Σ tokens, vocabulary]``); ``exact_cache``, whether keys and values are
-cached in single precision instead of what the file asks for; ``adapter``, a LoRA adapter's file or null. The result is the texts' tokens, BOS left out.
+cached in single precision instead of what the file asks for; ``adapter``, a LoRA adapter's file or null. The result is
+the texts' tokens, BOS left out.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = 
   undoes it at o_proj's input: W_o' = W_o R2 on that head's columns;
 * the runtime multiplies down_proj's input by the block-diagonal H (R4): W_down' = W_down H;
 * before that, up_proj's outputs may be multiplied by any s, which down_proj's columns are divided by;
-* a router reads what its experts read, and its scores stay the same; each expert's down_proj has R4 and R1 like any other.
+* a router reads what its experts read, and its scores stay the same; each expert's down_proj has R4 and R1 as any other.
 
-Where q, k and v, or gate and up, are one linear, the rows of v and up are what the above is about. R3 acts on queries and keys alike inside attention and needs no folding.
+Where q, k and v, or gate and up, are one linear, the rows of v and up are what the above is about. R3 acts on queries and
+keys alike inside attention and needs no folding.
 """
 
 from __future__ import annotations

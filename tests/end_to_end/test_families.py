@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from kurtail_gguf.arch.registry import FAMILIES
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.evaluate.logits import runtime_log_probabilities
 from kurtail_gguf.pipeline import convert
 from kurtail_gguf.progress import NullProgress
-from transformers import AutoModelForCausalLM
 
 KINDS = (
     "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite", "phi3",

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.evaluate.logits import runtime_log_probabilities
 from kurtail_gguf.export import export_reference
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.usefixtures("bindings")
 

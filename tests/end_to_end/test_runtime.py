@@ -88,6 +88,7 @@ def test_flash_attention_switched_off_wins(tiny, program) -> None:
         ("kurtail.format_version", 2, "kurtail.format_version is 2, this runtime reads up to 1"),
         ("kurtail.kv_bits", 3, "kurtail.kv_bits is 3, this runtime knows 4, 8, 16"),
         ("kurtail.activation_bits", 6, "kurtail.activation_bits is 6, this runtime knows 4, 8"),
+        ("kurtail.activation_bits", 32, "is kt4, whose inputs are rounded to 4 or 8 bits"),
         ("kurtail.r4.size", 96, "kurtail.r4.size is 96, needs a power of two from 2 to 8192"),
         ("kurtail.r4.size", 256, "kurtail.r4.size is 256, which does not divide the 384 inputs of blk.0.ffn_down.weight"),
         ("kurtail.r3.size", 128, "kurtail.r3.size is 128, head_dim is 64"),

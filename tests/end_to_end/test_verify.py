@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.evaluate.file_tensors import FileTensors
 from kurtail_gguf.export import export_reference

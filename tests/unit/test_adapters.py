@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from kurtail_gguf.adapters import AdapterError, read_adapter
 from kurtail_gguf.loading.checkpoint import open_checkpoint
-from safetensors.torch import save_file
 
 PREFIX = "base_model.model.model.layers"
 
