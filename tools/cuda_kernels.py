@@ -1,9 +1,12 @@
+#!/usr/bin/env python3
 """What ptxas says about the CUDA kernels: registers, spills, shared memory, occupancy. No card needed."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,3 +110,23 @@ def kernels(nvcc: str, arch: int) -> list[Kernel]:
     if done.returncode != 0:
         raise ToolError(f"nvcc for sm_{arch}: " + " | ".join(done.stderr.strip().splitlines()[:3]))
     return parse(done.stderr, arch)
+
+
+def main() -> int:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise ToolError("nvcc is not there: install a CUDA toolkit (12.8 or later), or pip install nvidia-cuda-nvcc and put it on the PATH")
+    print("| | threads | KiB | " + " | ".join(f"sm_{arch}" for arch in ARCHITECTURES) + " |")
+    print("|---" * (3 + len(ARCHITECTURES)) + "|")
+    found = [{kernel.name: kernel for kernel in kernels(nvcc, arch)} for arch in ARCHITECTURES]
+    for name, first in sorted(found[0].items()):
+        cells = [f"{k.registers}, {k.blocks} ({k.occupancy:.0%})" + (f", spills {k.spills}" if k.spills else "") for k in (by_name[name] for by_name in found)]
+        print(f"| {name} | {first.threads} | {first.shared / 1024:.1f} | " + " | ".join(cells) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ToolError as e:
+        sys.exit(f"error: {e}")

@@ -13,7 +13,7 @@
 namespace ggml::cuda::kt4 {
 
 // An accumulator that starts here is, read as a float, 1.5 * 2^23 + sum for |sum| < 2^22: conversion to float is then a
-// subtraction, which runs at full rate where the conversion runs at a quarter. The sums are at most 64*16*8*128 = 2^20.
+// subtraction, which runs at full rate where the conversion runs at a quarter or half. The sums are at most 64*16*8*128 = 2^20.
 constexpr int   ACCUMULATOR_START = 0x4B400000;
 constexpr float ACCUMULATOR_ZERO  = 12582912.0f;
 
