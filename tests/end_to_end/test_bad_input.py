@@ -168,7 +168,9 @@ def test_a_reference_of_another_vocabulary(cli, converted, tiny_spm, tiny_bpe, t
 def test_an_interrupted_conversion_says_how_to_go_on(tiny_bpe, outputs, number):
     out = outputs / "o.gguf"
     command = [sys.executable, "-m", "kurtail_gguf.cli.main", "convert", str(tiny_bpe), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a shell starts what it puts into the background with Ctrl-C ignored, and these tests may run there
+    with subprocess.Popen(command, **pipes, cwd=ROOT, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:
         assert process.stderr is not None
         assert process.stderr.readline()  # its first stage has begun
         time.sleep(0.5)
