@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -152,7 +150,7 @@ def test_the_command_writes_it(converted, monkeypatch, tmp_path):
     from kurtail_gguf.cli.main import commands
 
     config, result, summary = converted
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", lambda config, progress: replace(result, out=config.out))
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", lambda config, progress: replace(result, resumed=True))
     monkeypatch.setattr("kurtail_gguf.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.5, runs_as="W4A4KV4"))
     monkeypatch.setattr("kurtail_gguf.cli.convert.summary", lambda info: summary)
     done = CliRunner().invoke(commands, ["convert", "m", str(config.out), "--report", str(tmp_path / "p.html")])
@@ -161,58 +159,53 @@ def test_the_command_writes_it(converted, monkeypatch, tmp_path):
     assert (tmp_path / "p.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/dev/full"), reason="root may write anywhere")
 def test_a_page_that_cannot_be_written_is_one_line(converted, tmp_path):
     config, result, summary = converted
     with pytest.raises(KurtailError, match=r"cannot write .*gone.*; .*\.gguf is complete"):
         write_report(replace(config, report=tmp_path / "gone" / "o.html"), result, summary, "W4A4KV4", ("kurtail-gguf",))
 
 
-def test_a_browser_draws_the_plots_and_has_nothing_to_complain_of(page, tmp_path):
+@pytest.fixture
+def shown():
+    """An empty page in a real browser without a window; ``said`` and ``asked`` are what it complains of and asks for."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra test)")
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: apt-get install {BROWSERS[0]}")
-    path, said, asked = tmp_path / "page.html", [], []
+    with sync_api.sync_playwright() as playwright, playwright.chromium.launch(executable_path=browser) as running:
+        tab, said, asked = running.new_page(viewport={"width": 1000, "height": 800}), [], []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        yield SimpleNamespace(tab=tab, said=said, asked=asked)
+
+
+def test_a_browser_draws_the_plots_and_has_nothing_to_complain_of(page, shown, tmp_path):
+    path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
-    with sync_api.sync_playwright() as playwright, playwright.chromium.launch(executable_path=browser) as running:
-        shown = running.new_page(viewport={"width": 1000, "height": 800})
-        shown.on("console", lambda message: said.append(message.text))
-        shown.on("pageerror", lambda error: said.append(str(error)))
-        shown.on("request", lambda request: asked.append(request.url))
-        shown.goto(path.as_uri())
-        assert shown.title() == "a <b> & c.gguf: conversion report"
-        plots = shown.locator("figure svg")
-        assert plots.count() == 3
-        for plot, curves in zip(plots.all(), (4, 3, 2), strict=True):
-            box = plot.bounding_box()
-            assert box["width"] > 500 and box["height"] > 200
-            # a curve spans its axes, and is drawn in a colour of its own
-            drawn = plot.evaluate(
-                """svg => [...svg.querySelectorAll('[id*="line2d_"] > path')].map(path => {
-                    const box = path.getBoundingClientRect(), style = getComputedStyle(path)
-                    return {width: box.width, height: box.height, clipped: style.clipPath, stroke: style.stroke}
-                })"""
-            )
-            curved = [line for line in drawn if line["width"] > 300 and line["height"] > 5 and "url" in line["clipped"]]
-            assert len(curved) == curves, drawn
-            assert all(line["stroke"].startswith("rgb") for line in curved)
-            image = plot.screenshot()
-            assert image.startswith(b"\x89PNG") and len(image) > 10_000
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    shown.tab.goto(path.as_uri())
+    assert shown.tab.title() == "a <b> & c.gguf: conversion report"
+    plots = shown.tab.locator("figure svg")
+    assert plots.count() == 3
+    # two curves in each of two panels; three linears; two inputs
+    for plot, curves in zip(plots.all(), (4, 3, 2), strict=True):
+        box = plot.bounding_box()
+        assert box["width"] > 500 and box["height"] > 200
+        drawn = plot.evaluate(
+            """svg => [...svg.querySelectorAll('[id*="line2d_"] > path')].map(path => {
+                const box = path.getBoundingClientRect(), style = getComputedStyle(path)
+                return {width: box.width, height: box.height, clipped: style.clipPath, stroke: style.stroke}
+            })"""
+        )
+        # grid lines and axes have no area
+        curved = [line for line in drawn if line["width"] > 300 and line["height"] > 5 and "url" in line["clipped"]]
+        assert len(curved) == curves, drawn
+        assert all(line["stroke"].startswith("rgb") for line in curved)
+    assert shown.said == []
+    assert [url for url in shown.asked if not url.startswith("data:")] == [path.as_uri()]
 
 
-def test_the_browsers_test_notices_complaints():
-    """Kept honest: see test_a_browser_…; a page with a broken script and a missing picture must be heard."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra test)")
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser: apt-get install {BROWSERS[0]}")
-    said = []
-    with sync_api.sync_playwright() as playwright, playwright.chromium.launch(executable_path=browser) as running:
-        shown = running.new_page()
-        shown.on("console", lambda message: said.append(message.text))
-        shown.on("pageerror", lambda error: said.append(str(error)))
-        shown.set_content("<script>console.error('one'); nothing.at.all</script>")
-    assert said[0] == "one" and "nothing" in said[1]
+def test_the_browsers_complaints_are_heard(shown):
+    """Of a page that has some, lest the test above could not fail."""
+    shown.tab.set_content("<script>console.error('one'); nothing.at.all</script>")
+    assert shown.said[0] == "one" and "nothing" in shown.said[1]
