@@ -82,7 +82,7 @@ def render(
     """
     parts = [
         f"# {file.name}",
-        _table(("", ""), _identity(file, summary, model.runs_as, made_by)),
+        _table(("", ""), identity(file, summary, model.runs_as, made_by)),
         "## Measured",
         _figures(model, reference),
         *_conditions(circumstances.request, model.tasks.version if model.tasks else ""),
@@ -106,9 +106,13 @@ def mmlu_sha256(directory: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _identity(
+def identity(
     file: Path, summary: Mapping[str, Any], runs_as: str, made_by: Sequence[str]
 ) -> list[tuple[str, str]]:
+    """What a file is, as rows of a name and a text in which hashes and commands stand between backticks.
+
+    The arguments are those of :func:`render`; ``runs_as`` is as ``inspect`` says it.
+    """
     block = summary["block_bits_per_weight"]
     types = (f"{name} ({total['tensors']} tensors, {total['bytes']:,} bytes)" for name, total in summary["types"].items())
     rows = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kurtail_gguf import __version__
 from kurtail_gguf.errors import ConfigError
@@ -84,6 +86,7 @@ class ConvertConfig:
             only. It rounds activations and cache by its own rules, so neither can be chosen then.
         work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
         keep_rotations: a file for R1, R2 and the scales of FFN channels, which ``convert-lora`` needs; None for none.
+        report: an HTML file for which every layer is measured (``ConvertResult.figures``); the command line writes it.
         restart: forget what an earlier run left there.
     """
 
@@ -102,6 +105,7 @@ class ConvertConfig:
     target: str = "kurtail"
     work_dir: Path | None = None
     keep_rotations: Path | None = None
+    report: Path | None = None
     restart: bool = False
 
     def __post_init__(self) -> None:
@@ -121,6 +125,8 @@ class ConvertConfig:
             raise ConfigError(f"--budget {self.budget} is of no use with --activations {self.activations}: give auto")
         if self.budget is not None and not 0 < self.budget < 1:
             raise ConfigError(f"--budget {self.budget} is no share between 0 and 1: 0 is --activations 4, 1 is 8")
+        if self.report is not None and self.report.resolve() == self.out.resolve():
+            raise ConfigError(f"--report {self.report} is OUT itself: give the page a name of its own, say out.html")
         if not self.model:
             raise ConfigError("MODEL is empty: give an HF directory, a GGUF file or a recipe's name")
         if not self.calibration:
@@ -218,6 +224,8 @@ class ConvertResult:
         layers: of the model.
         weights: of its block linears, all layers together.
         resumed: whether results of an earlier run were taken over, and so are not in ``seconds``.
+        peak_bytes: the most resident memory of the process until the end of each stage.
+        figures: ``figures.Figures`` of the layers where a report was asked for, else None.
     """
 
     out: Path
@@ -226,3 +234,5 @@ class ConvertResult:
     layers: int
     weights: int
     resumed: bool
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
+    figures: Any = None

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
-from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix, remove_files
+from kurtail_gguf.calibration.quantized_prefix import Quantize, QuantizedPrefix, remove_files
 from kurtail_gguf.files import replacing
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows, fold_embedding, fold_head
@@ -74,27 +74,23 @@ def fold_and_quantize(
             if not (target / name).exists():
                 fold(checkpoint, r1, target / name)
             stage.advance(1, name.removesuffix(".npy"))
-        paths = [target / f"layer-{layer:05d}.safetensors" for layer in range(spec.layers)]
+        paths = [layer_path(target, layer) for layer in range(spec.layers)]
         if calibrated_on is not None and not all(path.exists() for path in paths):
             prefix = QuantizedPrefix(
                 checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING, spec.embedding_scale),
                 calibrated_on.rounding, target.parent, device,
             )  # fmt: skip
         for layer, path in enumerate(paths):
-            r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
             note = ""
             if not path.exists():
-                weights = checkpoint.layer(layer, device, check=True)
-                scales = None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]).to(device)
-                folded = _single(fold_layer(weights, spec, LayerRotations(r1, r2, r4, scales)))
-                del weights
+                folded = folded_layer(checkpoint, layer, rotations, r1, r4, device)
                 results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
                 del folded
                 _save(results, path)
                 del results
                 note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
             elif prefix is not None:
-                _replay(prefix, checkpoint, layer, path, block_format)
+                replay(prefix, checkpoint, layer, path, block_format)
             seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
             stage.advance(1, f"layer {layer}{seen}{note}")
     if prefix is None:
@@ -104,6 +100,25 @@ def fold_and_quantize(
     norm = f"{spec.family.final_norm}.weight"
     _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
     return target
+
+
+def layer_path(directory: Path, layer: int) -> Path:
+    """Where a layer's tensors are in the directory that :func:`fold_and_quantize` filled."""
+    return directory / f"layer-{layer:05d}.safetensors"
+
+
+def folded_layer(
+    checkpoint: Checkpoint, layer: int, rotations: Rotations, r1: torch.Tensor | None, r4: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A layer's tensors with everything folded, float32 by name below its prefix; ``r1`` is ``rotations``' on the device.
+
+    Raises:
+        SourceError: NaN or infinite weights; the message names the tensor.
+    """
+    r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
+    scales = None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]).to(device)
+    weights = checkpoint.layer(layer, device, check=True)
+    return _single(fold_layer(weights, checkpoint.spec, LayerRotations(r1, r2, r4, scales)))
 
 
 def _quantize(
@@ -179,17 +194,26 @@ def _single(folded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: folded.pop(name).float() for name in list(folded)}
 
 
-def _replay(
-    prefix: QuantizedPrefix, checkpoint: Checkpoint, layer: int, path: Path, block_format: BlockFormat
+def _nothing_changes(names: tuple[str, ...], hessian: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {}
+
+
+def replay(
+    prefix: QuantizedPrefix,
+    checkpoint: Checkpoint,
+    layer: int,
+    path: Path,
+    block_format: BlockFormat,
+    at_stops: Quantize = _nothing_changes,
 ) -> None:
-    """Take the tokens through a layer that an earlier run has finished."""
+    """Take the tokens through a finished layer, the file ``path``; ``at_stops`` sees the stops and changes nothing."""
     above = checkpoint.spec.layer_prefix(layer)
     stored = {name.removeprefix(above): value for name, value in load_file(path).items()}
     weights = {
         name: torch.from_numpy(block_format.dequantize(*block_format.unpack(value)) if value.dtype == np.uint8 else value)
         for name, value in stored.items()
     }
-    prefix.run_layer(layer, weights, lambda names, hessian: {})
+    prefix.run_layer(layer, weights, at_stops)
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:

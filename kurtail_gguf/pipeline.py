@@ -39,7 +39,9 @@ from kurtail_gguf.config import (
 )
 from kurtail_gguf.distill.scales import STEP_TOKENS
 from kurtail_gguf.errors import CalibrationError, KurtailError, QuantizeError, SourceError
+from kurtail_gguf.evaluate.outliers import check_matplotlib
 from kurtail_gguf.export import check_vocabulary, write_gguf
+from kurtail_gguf.figures import MEASURED_TOKENS, measure_figures
 from kurtail_gguf.files import file_sha256, replacing, write_atomically
 from kurtail_gguf.formats.hadamard import MAX_R4, r4_size
 from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
@@ -47,6 +49,7 @@ from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
+from kurtail_gguf.resources import peak_memory
 from kurtail_gguf.rotation.store import Rotations, save_rotations
 from kurtail_gguf.rotation_choice import choose_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
@@ -74,6 +77,9 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
     check_out(config.out)
     if config.keep_rotations is not None:
         check_out(config.keep_rotations, "--keep-rotations")
+    if config.report is not None:
+        check_out(config.report, "--report")
+        check_matplotlib("--report")
     device = pick_device(config.device)
     texts = _text_hashes(config)
     work_dir = config.work_dir or config.out.with_name(config.out.name + ".work")
@@ -127,6 +133,11 @@ def _convert(
         with clock.measure("calibration"):
             tokens = _tokens(config, steps * STEP_TOKENS, checkpoint, work_dir, device, progress)
             calibration = tokens.first(config.calibration_tokens)
+    measured_on = calibration
+    if config.report is not None and measured_on is None:
+        with clock.measure("text for the report"):
+            few = replace(config, calibration_tokens=MEASURED_TOKENS)
+            measured_on = _tokens(few, 0, checkpoint, work_dir, device, progress)
     with clock.measure("rotations"):
         rotations = choose_rotations(config, checkpoint, calibration, rounding, work_dir, device, progress)
     calibrated_on = None
@@ -152,13 +163,23 @@ def _convert(
             quantized = tune(
                 checkpoint, tokens.ids, quantized, block_format, rounding, steps, work_dir / "tuned", device, progress
             )
+    figures = None
+    if config.report is not None:
+        assert measured_on is not None
+        with clock.measure("measure for the report"):
+            figures = measure_figures(
+                checkpoint, measured_on, rotations, rounding, None if config.weights == "f32" else block_format, quantized,
+                work_dir, config.seed, device, progress,
+            )  # fmt: skip
     provenance = _provenance(config, checkpoint, rotations, rounding, tokens, steps)
     if config.keep_rotations is not None:
         save_rotations(rotations, config.keep_rotations)
     with clock.measure("export"):
         write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions)
     weights = sum(_multiply_accumulates(checkpoint).values())
-    return ConvertResult(config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed)
+    return ConvertResult(
+        config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed, clock.peak_bytes, figures
+    )
 
 
 def check_out(out: Path, name: str = "OUT") -> None:
@@ -221,12 +242,14 @@ def _r4(rotation: str, intermediate_size: int, block: int) -> int:
 class _Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
+        self.peak_bytes[name] = peak_memory()
 
 
 def _text_hashes(config: ConvertConfig) -> dict[str, str]:

@@ -61,7 +61,7 @@ def choose_rotations(
     elif config.rotation == "spinquant":
         rotations = _spinquant(checkpoint, tokens, rounding, config.seed, device, progress)
     else:
-        samples = _capture(checkpoint, tokens, work_dir / "capture", config.seed, device, progress)
+        samples = captured(checkpoint, tokens, work_dir, config.seed, device, progress)
         rotations = _learn(config, checkpoint, samples, device, progress)
     save_rotations(rotations, path)
     return rotations
@@ -118,14 +118,16 @@ def _random(checkpoint: Checkpoint, seed: int) -> Rotations:
     return Rotations(r1_kind, heads[0][0], r1, r2)
 
 
-def _capture(
+def captured(
     checkpoint: Checkpoint,
     tokens: CalibrationTokens,
-    target: Path,
+    work_dir: Path,
     seed: int,
     device: torch.device,
     progress: Progress,
 ) -> Capture:
+    """Activations of the first :data:`CAPTURED_TOKENS`, kept in the work directory and taken over from there."""
+    target = work_dir / "capture"
     if not target.exists():
         with filling(target) as directory:
             sequences = -(-CAPTURED_TOKENS // tokens.ids.shape[1])

@@ -19,7 +19,7 @@ _LOCK = "lock"
 #: What a conversion leaves in a work directory, later stages first. Each is there whole or not at all, and removing
 #: the first few leaves a directory that a run can go on from.
 STAGES = (
-    "tuned", "tuning", "damage.json", "measuring", "quantized", "rotations.safetensors", "capture", "tokens.npy",
+    "figures", "tuned", "tuning", "damage.json", "measuring", "quantized", "rotations.safetensors", "capture", "tokens.npy",
     "tuning-steps.json",
 )  # fmt: skip
 _SCRATCH = ("*.partial", "*.removed", "*.tmp", "*.tmp.npy", "prefix-*.npy", "source.*")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from kurtail_gguf.cli.inspect import summary
 from kurtail_gguf.cli.plan import show_plan
 from kurtail_gguf.cli.progress import format_seconds, make_progress
 from kurtail_gguf.config import (
@@ -106,6 +108,11 @@ Examples:
     help="Keep R1, R2 and what else was folded in a file, for convert-lora.",
 )
 @click.option(
+    "--report", type=click.Path(path_type=Path), default=None, metavar="HTML",
+    help="Measure every layer and write a page with plots of kurtosis, weight and activation errors: one file that "
+    "needs nothing else. Folding is done a second time for it.",
+)
+@click.option(
     "--work-dir", type=click.Path(path_type=Path), default=None,
     help="Where finished steps are kept; beside OUT, and removed at the end, if not given.",
 )
@@ -135,6 +142,11 @@ def convert_command(
         show_plan(config, as_json)
         return
     result = convert(config, NullProgress() if quiet else make_progress(Console(stderr=True)))
+    if config.report is not None:
+        from kurtail_gguf.report.page import write_report
+
+        info = read_gguf(result.out)
+        write_report(config, result, summary(info), info.runs_as, ("kurtail-gguf", *sys.argv[1:]))
     if as_json:
         click.echo(json.dumps(_as_json(result, peak_memory()), indent=2))
     if as_json or quiet:
@@ -144,6 +156,8 @@ def convert_command(
     click.echo(f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight ({info.runs_as})")
     for line in _cost(result, peak_memory()):
         click.echo(line)
+    if config.report is not None:
+        click.echo(f"wrote {config.report}: open it in a browser")
     click.echo(f"run it with: llama-cli -m {click.format_filename(result.out)}")
 
 

@@ -11,11 +11,15 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from kurtail_gguf.errors import KurtailError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Values that share a scale (docs/format.md).
 BLOCK = 64
@@ -68,8 +72,17 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise KurtailError(f"a picture {path} cannot be drawn: its name must end with {' or '.join(PICTURE_SUFFIXES)}")
+    check_matplotlib("a picture")
+
+
+def check_matplotlib(what: str) -> None:
+    """Refuse ``what`` is to be drawn where there is no matplotlib.
+
+    Raises:
+        KurtailError: it names the extra to install.
+    """
     if importlib.util.find_spec("matplotlib") is None:
-        raise KurtailError("a picture needs matplotlib: pip install 'kurtail-gguf[eval]'")
+        raise KurtailError(f"{what} needs matplotlib: pip install 'kurtail-gguf[eval]'")
 
 
 def draw(path: Path, title: str, layers: int, before: Outliers, after: Mapping[str, Outliers]) -> None:
@@ -83,12 +96,20 @@ def draw(path: Path, title: str, layers: int, before: Outliers, after: Mapping[s
         after: by the name of a method.
     """
     check_picture(path)
+    try:
+        figure(title, layers, before, after).savefig(path, dpi=120)
+    except OSError as error:
+        raise KurtailError(f"cannot write {path}: {error.strerror}") from None
+
+
+def figure(title: str, layers: int, before: Outliers, after: Mapping[str, Outliers]) -> Figure:
+    """The picture itself; the arguments are those of :func:`draw`."""
     # not pyplot: a figure of its own needs no display and leaves no global state
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    drawn = Figure(figsize=(9, 7), layout="constrained")
+    upper, lower = drawn.subplots(2, 1, sharex=True)
     x = np.arange(len(before.kurtosis)) * layers / len(before.kurtosis)
     for axes, measure in ((upper, "kurtosis"), (lower, "block_maxima")):
         axes.plot(x, getattr(before, measure), color="black", linestyle=":", label="before rotation")
@@ -106,8 +127,5 @@ def draw(path: Path, title: str, layers: int, before: Outliers, after: Mapping[s
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     lower.set_xlabel("layer: inputs of attention and FFN")
     upper.legend()
-    figure.suptitle(title)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise KurtailError(f"cannot write {path}: {error.strerror}") from None
+    drawn.suptitle(title)
+    return drawn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -21,6 +21,7 @@ class RuntimeRounding:
         r4: size of R4's Hadamard blocks before down_proj, 0 for none.
         cache: bits of the KV cache, and R3.
         exceptions: other bits of single linears, by their weights' full names (``model.layers.0.mlp.up_proj.weight``).
+        watch: told of everything that :meth:`activations` rounds, before and after; it changes nothing.
     """
 
     activation_bits: int
@@ -28,6 +29,7 @@ class RuntimeRounding:
     r4: int
     cache: CacheSettings
     exceptions: Mapping[str, int] = field(default_factory=dict)
+    watch: Callable[[Tensor, Tensor], None] | None = None
 
     def bits_of(self, weight: str) -> int:
         """Bits of what enters the block linear of this weight."""
@@ -35,4 +37,7 @@ class RuntimeRounding:
 
     def activations(self, x: Tensor) -> Tensor:
         """``x`` as a block linear that is no exception sees it, in the same shape."""
-        return round_to(x, self.activation_bits, self.activation_block)
+        rounded = round_to(x, self.activation_bits, self.activation_block)
+        if self.watch is not None:
+            self.watch(x, rounded)
+        return rounded

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kurtail_gguf import layerwise, pipeline, tuning
+from kurtail_gguf import figures, layerwise, pipeline, tuning
 from kurtail_gguf.config import Provenance
 from kurtail_gguf.fold import tables
 
@@ -58,5 +58,5 @@ def plain_embedding(monkeypatch) -> None:
         def __call__(self, ids):
             return self._rows[ids] * np.float32(self._scale)
 
-    for module in (tables, layerwise, tuning):
+    for module in (tables, layerwise, tuning, figures):
         monkeypatch.setattr(module, "EmbeddingRows", Rows)

@@ -21,8 +21,10 @@ LAYERS = (
     ("distill",),
     ("layerwise", "tuning", "basis"),
     ("activation_choice", "rotation_choice"),
+    ("figures",),
     ("pipeline", "measurement", "verification", "adapters"),
     ("comparison", "card", "plan"),
+    ("report",),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,1 @@
+"""The page of ``convert --report``: one HTML file that needs nothing else."""
