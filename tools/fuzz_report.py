@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 
 OURS = "cpp_patches/src/"
 FRAME = re.compile(r"^\s+#\d+ 0x[0-9a-f]+ in (?P<function>.+?) (?P<place>/\S+?:\d+)(?::\d+)?$", re.M)
 # what ends a process; AddressSanitizer and libFuzzer name it alike
 HEAD = re.compile(r"^(?:==\d+==\s*)?ERROR: (?:AddressSanitizer|libFuzzer): (?P<what>.*)$|^(?=.*cpp_patches/src/).*: runtime error: (?P<undefined>.*)$", re.M)
-COVERED = re.compile(r"^(?:UN)?COVERED_FUNC: hits: \d+ edges: (\d+)/(\d+) .*?(\S+):\d+$", re.M)
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,14 @@ def finding(output: str) -> Finding | None:
     return Finding(bool(mine), f"{what}: {_short((mine or stack or ['?'])[0])}")
 
 
-def coverage(output: str) -> dict[str, tuple[int, int]]:
-    """Edges reached and edges there are, of each of our sources, out of ``-print_coverage=1``."""
-    edges: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for hit, total, place in COVERED.findall(output):
-        if OURS in place:
-            name = place[place.index(OURS) + len(OURS) :]
-            edges[name][0] += int(hit)
-            edges[name][1] += int(total)
-    return {name: (hit, total) for name, (hit, total) in edges.items()}
+def coverage(exported: str) -> dict[str, tuple[int, int]]:
+    """Lines reached and lines there are, of each of our sources, out of ``llvm-cov export -summary-only``."""
+    lines = {}
+    for file in json.loads(exported)["data"][0]["files"]:
+        if OURS in file["filename"]:
+            summary = file["summary"]["lines"]
+            lines[file["filename"].split(OURS, 1)[1]] = (summary["covered"], summary["count"])
+    return lines
 
 
 def upstream_notes(output: str) -> list[str]:

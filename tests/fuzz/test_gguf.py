@@ -88,6 +88,6 @@ def test_with_sanitizers(seeds: list[Path], tmp_path: Path) -> None:
     for path in seeds:
         shutil.copy(path, tmp_path)
     done = _run(program, "-runs=300", "-seed=1", f"-artifact_prefix={tmp_path}/", tmp_path,
-                KURTAIL_FUZZ_BASE=seeds[0], ASAN_OPTIONS="detect_leaks=0")  # fmt: skip
+                KURTAIL_FUZZ_BASE=seeds[0], ASAN_OPTIONS="detect_leaks=0", LLVM_PROFILE_FILE=os.devnull)  # fmt: skip
     assert "cpp_patches/src" not in done.stderr, done.stderr[-4000:]
     assert re.search(r"^Done \d+ runs|ERROR: ", done.stderr, re.M), done.stderr[-4000:]

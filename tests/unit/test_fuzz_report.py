@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -67,10 +68,8 @@ def test_no_crash(report):
 
 
 def test_coverage(report):
-    output = """\
-COVERED_FUNC: hits: 3 edges: 5/9 kurtail_model::load(llama_model_loader const&, llama_model&) /a/cpp_patches/src/llama/kurtail.cpp:99
-UNCOVERED_FUNC: hits: 0 edges: 0/4 kurtail_model::other(int) const /a/cpp_patches/src/llama/kurtail.cpp:200
-  UNCOVERED_PC: /a/cpp_patches/src/llama/kurtail.cpp:101
-COVERED_FUNC: hits: 3 edges: 1/1 main /b/vendor/llama.cpp/src/llama.cpp:4
-"""
-    assert report.coverage(output) == {"llama/kurtail.cpp": (5, 13)}
+    files = [
+        {"filename": "/a/cpp_patches/src/llama/kurtail.cpp", "summary": {"lines": {"count": 13, "covered": 5, "percent": 38.4}}},
+        {"filename": "/b/vendor/llama.cpp/src/llama.cpp", "summary": {"lines": {"count": 1, "covered": 1, "percent": 100}}},
+    ]
+    assert report.coverage(json.dumps({"data": [{"files": files}]})) == {"llama/kurtail.cpp": (5, 13)}
