@@ -1,5 +1,7 @@
 #include "kt4-layout.h"
 
+#include <cstddef>
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -28,12 +30,12 @@ static void transpose_words(const uint8_t * from, size_t stride, uint8_t * to) {
 
 static void pack_whole_group(const char * w, size_t stride, int64_t nb, block_kt4x16 * out) {
     for (int64_t b = 0; b < nb; ++b) {
-        const block_kt4 * first = (const block_kt4 *) w + b;
+        const uint8_t * first = (const uint8_t *) w + b*sizeof(block_kt4); // the first row's block
         for (int r = 0; r < GROUP_ROWS; ++r) {
-            memcpy(&out[b].d[r], (const char *) &first->d + r*stride, sizeof(ggml_half));
+            memcpy(&out[b].d[r], first + offsetof(block_kt4, d) + r*stride, sizeof(ggml_half));
         }
         for (int r = 0; r < GROUP_ROWS; r += 4) {
-            const uint8_t * from = first->qs + r*stride;
+            const uint8_t * from = first + offsetof(block_kt4, qs) + r*stride;
             transpose_words(from,      stride, out[b].qs + 4*r);
             transpose_words(from + 16, stride, out[b].qs + 4*r + 4*4*GROUP_ROWS);
         }
