@@ -50,7 +50,7 @@ def finding(output: str) -> Finding | None:
     if head["undefined"] is not None:
         return Finding(True, f"undefined behaviour: {_short(head[0].split(': runtime error')[0])}: {head['undefined']}")
     stack = [place for place in _first_stack(output[head.end() :]) if OURS in place or "vendor/llama.cpp/" in place]
-    what = re.sub(r" (?:on|at|in) (?:unknown )?address.*| \(.*|0x[0-9a-f]+|: (?:libFuzzer|requested).*", "", head["what"]).strip()
+    what = re.sub(r" (?:on|at|in) (?:unknown )?address.*| \(.*|0x[0-9a-f]+|: (?:libFuzzer|requested).*| trying to allocate.*", "", head["what"]).strip()
     mine = [place for place in stack if OURS in place]
     return Finding(bool(mine), f"{what}: {_short((mine or stack or ['?'])[0])}")
 

@@ -16,6 +16,7 @@
 #include "llama.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -196,6 +197,9 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "usage: fuzz-gguf [--mutate N] FILE...\n");
         return 2;
     }
+    // a size out of a file must not take the machine's memory: std::bad_alloc, which the runtime catches
+    const rlimit memory = { 4ull << 30, 4ull << 30 };
+    setrlimit(RLIMIT_AS, &memory);
     set_up();
     for (int i = first; i < argc; ++i) {
         const std::vector<uint8_t> content = read_file(argv[i]);

@@ -63,7 +63,7 @@ class Seed:
 
 
 def model(path: Path, *, arch: str = "llama", kurtail: dict[str, int | str] | None = None, kind: gguf.GGMLQuantizationType | None = KT4,
-          eight_bit: tuple[str, ...] = (), experts: int = 0) -> None:  # fmt: skip
+          eight_bit: tuple[str, ...] = (), experts: int = 0, embedding: gguf.GGMLQuantizationType | None = None) -> None:  # fmt: skip
     """Write a model of one layer.
 
     Args:
@@ -73,6 +73,7 @@ def model(path: Path, *, arch: str = "llama", kurtail: dict[str, int | str] | No
         kind: type of the block linears; f32 where None.
         eight_bit: tensors that general.tensor_extra gives 8-bit activations.
         experts: FFNs of a layer; 0 for one without a router.
+        embedding: type of token_embd; f32 where None.
     """
     seed = Seed(path, arch)
     w = seed.writer
@@ -95,7 +96,10 @@ def model(path: Path, *, arch: str = "llama", kurtail: dict[str, int | str] | No
         w.add_array("general.tensor_extra.name", list(eight_bit))
         w.add_array("general.tensor_extra.prec_a4", [False] * len(eight_bit))
 
-    seed.f32("token_embd.weight", VOCABULARY, WIDTH)
+    if embedding is None:
+        seed.f32("token_embd.weight", VOCABULARY, WIDTH)
+    else:
+        seed.quantized("token_embd.weight", embedding, VOCABULARY, WIDTH)
     seed.f32("output_norm.weight", WIDTH)
     seed.f32("output.weight", VOCABULARY, WIDTH)
     seed.f32("blk.0.attn_norm.weight", WIDTH)
@@ -138,7 +142,7 @@ def write(directory: Path) -> None:
     model(directory / "experts.gguf", kurtail=ROTATED, experts=EXPERTS)
     model(directory / "stock.gguf", kurtail=PLAIN | {"target": "stock", "activation_bits": 8, "kv_bits": 16}, kind=Q4_0)
     model(directory / "f32.gguf", kurtail=ROTATED | {"activation_bits": 32, "kv_bits": 16}, kind=None)
-    model(directory / "no-keys.gguf")
+    model(directory / "no-keys.gguf", embedding=KT4)
     adapter(directory / "adapter.gguf")
 
 
