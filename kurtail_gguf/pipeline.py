@@ -342,10 +342,11 @@ def _check_memory(
 def _multiply_accumulates(checkpoint: Checkpoint) -> dict[str, int]:
     """Of every block linear for a token, by its weight's full name."""
     spec = checkpoint.spec
+    shapes = spec.linear_shapes()
     return {
-        f"{spec.layer_prefix(layer)}{name}.weight": math.prod(spec.linear_shape(name))
+        f"{spec.layer_prefix(layer)}{name}.weight": math.prod(shape)
         for layer in range(spec.layers)
-        for name in spec.linears
+        for name, shape in shapes.items()
     }
 
 

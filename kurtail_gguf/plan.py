@@ -27,6 +27,7 @@ from kurtail_gguf.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.memory import memory_available
 from kurtail_gguf.pipeline import check_out, pick_device, runtime_rounding
+from kurtail_gguf.quantize.gptq import PART
 from kurtail_gguf.rotation.learn import OUTPUT_STEPS, R1_STEPS
 from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
 from kurtail_gguf.rotation_choice import CAPTURED_TOKENS
@@ -34,8 +35,8 @@ from kurtail_gguf.tuning import memory_needed, memory_shortage, what_fits
 
 #: Python, torch, transformers and what the allocator keeps: measured with models of a few million weights a layer.
 PROGRAM_BYTES = 700_000_000
-#: Arrays of a part's size that GPTQ has at once, and how many values a part has at most (quantize/gptq.py).
-_PART_ARRAYS, _PART = 12, 1 << 25
+#: Arrays of a part's size that GPTQ has at once.
+_PART_ARRAYS = 12
 #: Products of all rows with the Hessian: three refits of four each, two sweeps of two, half of one in the first pass.
 _GPTQ_PRODUCTS = 16.5
 #: Seconds a column takes whatever its length: a few dozen calls of torch in each of three passes.
@@ -138,7 +139,7 @@ class _Sizes:
     def of(cls, checkpoint: Checkpoint, config: ConvertConfig) -> _Sizes:
         spec, family = checkpoint.spec, checkpoint.spec.family
         layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
-        shapes = {name: spec.linear_shape(name) for name in spec.linears}
+        shapes = spec.linear_shapes()
         groups = [family.attention_readers, (family.attention_writer,)]
         if family.experts is None:
             groups += [spec.ffn_readers, (family.ffn_writer,)]
@@ -185,7 +186,7 @@ def _memory(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned:
     if config.weights == "gptq":
         # in double precision, damped, and the factor; then parts of the rows
         of_stops = (
-            max(16 * inputs**2, 8 * inputs**2 + 4 * _PART_ARRAYS * min(_PART, rows * inputs)) + 4 * rows * inputs
+            max(16 * inputs**2, 8 * inputs**2 + 4 * _PART_ARRAYS * min(PART, rows * inputs)) + 4 * rows * inputs
             for rows, inputs in sizes.stops
         )
         found["quantize by GPTQ"] = max(*of_stops, 8 * ffn * hidden + forward) + r1 + r2
@@ -206,7 +207,8 @@ def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: i
     if config.rotation != "none":
         found["rotations"] = 8 * (hidden**2 + layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size))
     if _learns(config):
-        readers = sum(min(SKETCH_ROWS, spec.linear_shape(name)[0]) for name in (*spec.family.attention_readers, *spec.ffn_readers))
+        shapes = spec.linear_shapes()
+        readers = sum(min(SKETCH_ROWS, shapes[name][0]) for name in (*spec.family.attention_readers, *spec.ffn_readers))
         a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden + 4 * spec.intermediate_size
         found["captured activations"] = layers * a_layer + 4 * CAPTURED_TOKENS * hidden
     if config.weights == "gptq":

@@ -178,23 +178,23 @@ class ModelSpec:
         fused = len(self.family.ffn_readers) == 1
         return self.family.up, slice(width, 2 * width) if fused else slice(0, width)
 
-    def linear_shape(self, name: str) -> tuple[int, int]:
-        """``(out_features, in_features)`` of a block linear."""
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """``(out_features, in_features)`` of every block linear, in the order of :attr:`linears`."""
         family, q, kv = self.family, self.heads * self.head_dim, self.kv_heads * self.head_dim
         if family.fused_attention:
-            shapes = {family.query: (q + 2 * kv, self.hidden_size)}
+            rows = {family.query: q + 2 * kv}
         else:
-            shapes = {family.query: (q, self.hidden_size)}
-            shapes |= {name: (kv, self.hidden_size) for name in (family.key, family.value)}
+            rows = {family.query: q, family.key: kv, family.value: kv}
+        shapes = {name: (rows[name], self.hidden_size) for name in family.attention_readers}
         shapes[family.attention_writer] = (self.hidden_size, q)
-        if name in shapes:
-            return shapes[name]
-        if name in self.ffn_writers:
-            return self.hidden_size, self.intermediate_size
-        if name not in self.ffn_readers:
-            raise KeyError(name)
-        fused = self.family.experts is None and len(self.ffn_readers) == 1
-        return (2 if fused else 1) * self.intermediate_size, self.hidden_size
+        fused = family.experts is None and len(family.ffn_readers) == 1
+        width = (2 if fused else 1) * self.intermediate_size
+        shapes |= dict.fromkeys(self.ffn_readers, (width, self.hidden_size))
+        return shapes | dict.fromkeys(self.ffn_writers, (self.hidden_size, self.intermediate_size))
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """One of :meth:`linear_shapes`; who wants many asks there, since each answer is made anew."""
+        return self.linear_shapes()[name]
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of a layer, by name below :meth:`layer_prefix`."""
@@ -205,10 +205,10 @@ class ModelSpec:
         }
         shapes |= {f"{name}.weight": (self.head_dim,) for name in (family.query_norm, family.key_norm) if name}
         shapes |= {f"{name}.weight": (self.experts, self.hidden_size) for name in self.unquantized_readers}
-        for name in self.linears:
-            shapes[f"{name}.weight"] = self.linear_shape(name)
+        for name, shape in self.linear_shapes().items():
+            shapes[f"{name}.weight"] = shape
             if name in self.biased:
-                shapes[f"{name}.bias"] = self.linear_shape(name)[:1]
+                shapes[f"{name}.bias"] = shape[:1]
         return shapes
 
     def top_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,7 @@ SWEEPS: Final = 2
 
 #: Values of a weight matrix that are worked on at once (a dozen arrays of so many are alive), and those of the
 #: normal equations of its scales; more rows than that wait. Models below a billion weights never do.
-_PART: Final = 1 << 25
+PART: Final = 1 << 25
 #: Values of the Hessian that are brought into order at once.
 _REORDERED: Final = 1 << 24
 
@@ -77,7 +77,7 @@ def quantize_gptq(
     rows, columns = weight.shape
     codes = np.empty((rows, columns), np.int8)
     scales = np.empty((rows, columns // block), np.float16)
-    step = max(1, _PART // columns)
+    step = max(1, PART // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         codes[part], scales[part] = _quantize_rows(weight[part], curvature, order, block, sweeps)
@@ -230,7 +230,7 @@ def _refit(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.
     A s = c with A_bc = q_b H q_cᵀ and c_b = q_b H wᵀ.
     """
     count = w.shape[1] // block
-    step = max(1, _PART // count**2)
+    step = max(1, PART // count**2)
     parts = (slice(start, start + step) for start in range(0, len(w), step))
     return torch.cat([_refit_rows(w[part], h, codes[part], scales[part], block) for part in parts])
 

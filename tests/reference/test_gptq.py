@@ -147,7 +147,7 @@ def test_rows_in_parts_are_rows_at_once(monkeypatch):
     """Memory is bounded by working on parts of the rows; no row notices."""
     w, h = _problem(3, rows=40)
     expected = quantize_gptq(w, h, "w")
-    monkeypatch.setattr(gptq, "_PART", 7 * 128)
+    monkeypatch.setattr(gptq, "PART", 7 * 128)
     monkeypatch.setattr(gptq, "_REORDERED", 5 * 128)
     found = quantize_gptq(w, h, "w")
     # products of fewer rows may sum in another order: a tie may fall on the other side
