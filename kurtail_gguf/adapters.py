@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 from kurtail_gguf.arch.names import file_rows, file_tensor
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.export import write_adapter
-from kurtail_gguf.fold.layer import LayerRotations
 from kurtail_gguf.fold.lora import fold_pair
 from kurtail_gguf.gguf_info import read_gguf
+from kurtail_gguf.layerwise import layer_rotations
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
@@ -90,10 +90,10 @@ def convert_lora(
         raise AdapterError(f"{rotations} holds other rotations than {file}: give those that were kept with it")
     checkpoint = open_checkpoint(resolve_source(model, work_dir, progress))
     loaded = read_adapter(adapter, checkpoint)
-    tensors = {}
+    known, tensors = {tensor.name for tensor in info.tensors}, {}
     with progress.stage("rotate adapter", len(loaded.pairs)) as stage:
         for name, a, b in _folded(loaded, checkpoint, kept, provenance.r4_size):
-            if name not in {tensor.name for tensor in info.tensors}:
+            if name not in known:
                 raise AdapterError(f"{file} has no tensor {name}: {model} is not what it was made of")
             tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
             stage.advance(1, name)
@@ -116,13 +116,7 @@ def _folded(
             norm: checkpoint.tensor(f"{prefix}{norm}.weight")
             for norm in (spec.family.attention_norm, spec.family.ffn_norm)
         }
-        own = LayerRotations(
-            r1,
-            None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]),
-            r4,
-            None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]),
-        )
-        a, b = fold_pair(a, b, linear, gains, spec, own)
+        a, b = fold_pair(a, b, linear, gains, spec, layer_rotations(rotations, layer, r1, r4, torch.device("cpu")))
         name, _ = file_tensor(spec, layer, linear)
         rows = file_rows(spec, linear, b.float().numpy())
         yield name, np.ascontiguousarray(a.float().numpy()), np.ascontiguousarray(rows)

@@ -115,10 +115,17 @@ def folded_layer(
     Raises:
         SourceError: NaN or infinite weights; the message names the tensor.
     """
+    weights = checkpoint.layer(layer, device, check=True)
+    return _single(fold_layer(weights, checkpoint.spec, layer_rotations(rotations, layer, r1, r4, device)))
+
+
+def layer_rotations(
+    rotations: Rotations, layer: int, r1: torch.Tensor | None, r4: int, device: torch.device
+) -> LayerRotations:
+    """A layer's share of ``rotations``, on a device where ``r1`` is already."""
     r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
     scales = None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]).to(device)
-    weights = checkpoint.layer(layer, device, check=True)
-    return _single(fold_layer(weights, checkpoint.spec, LayerRotations(r1, r2, r4, scales)))
+    return LayerRotations(r1, r2, r4, scales)
 
 
 def _quantize(
@@ -129,14 +136,11 @@ def _quantize(
     prefix: QuantizedPrefix | None,
 ) -> tuple[dict[str, np.ndarray], int]:
     """The layer's tensors as its file has them, and how many experts saw too few tokens."""
-    if block_format is None:
-        above = checkpoint.spec.layer_prefix(layer)
-        return {above + name: value.float().cpu().numpy() for name, value in folded.items()}, 0
     one, starved = _Layer(checkpoint, layer, folded, block_format), 0
-    if prefix is None:
-        one.round_to_nearest()
-    else:
+    if prefix is not None:
         starved = prefix.run_layer(layer, folded, one.gptq)
+    elif block_format is not None:
+        one.round_to_nearest()
     return one.results(), starved
 
 
@@ -145,10 +149,11 @@ class _Layer:
 
     Args:
         folded: float32 by name below the layer's prefix; a linear leaves it once it is quantized.
+        block_format: what linears are quantized to; None where none is.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor], block_format: BlockFormat
+        self, checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor], block_format: BlockFormat | None
     ) -> None:
         self._prefix = checkpoint.spec.layer_prefix(layer)
         self._linears = checkpoint.spec.linears

@@ -125,6 +125,7 @@ def _convert(
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
     _check_family(config, checkpoint)
     block_format, rounding = BLOCK_FORMATS[config.target], runtime_rounding(config, checkpoint)
+    stored_as = None if config.weights == "f32" else block_format
     _check_memory(config, checkpoint, block_format, device)
     resumed = open_work_dir(work_dir, _settings(config, checkpoint, texts, device))
     steps = _tuning_steps(config, checkpoint, block_format, work_dir, device, progress)
@@ -146,9 +147,8 @@ def _convert(
         calibrated_on = CalibratedOn(calibration.ids, rounding)
     with clock.measure("quantize"):
         quantized = fold_and_quantize(
-            checkpoint, rotations, rounding.r4, None if config.weights == "f32" else block_format, calibrated_on,
-            work_dir / "quantized", device, progress,
-        )  # fmt: skip
+            checkpoint, rotations, rounding.r4, stored_as, calibrated_on, work_dir / "quantized", device, progress
+        )
     if config.activations == "auto":
         assert calibration is not None
         with clock.measure("measure damage"):
@@ -168,9 +168,8 @@ def _convert(
         assert measured_on is not None
         with clock.measure("measure for the report"):
             figures = measure_figures(
-                checkpoint, measured_on, rotations, rounding, None if config.weights == "f32" else block_format, quantized,
-                work_dir, config.seed, device, progress,
-            )  # fmt: skip
+                checkpoint, measured_on, rotations, rounding, stored_as, quantized, work_dir, config.seed, device, progress
+            )
     provenance = _provenance(config, checkpoint, rotations, rounding, tokens, steps)
     if config.keep_rotations is not None:
         save_rotations(rotations, config.keep_rotations)

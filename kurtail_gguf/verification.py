@@ -209,8 +209,6 @@ def _compare(
 
     ``unrounded`` is the bound of what is in single precision.
     """
-    if name not in file:
-        raise _Differs(f"tensor {name} is missing")
     _check_shape(file, name, expected.shape, expert)
     if expected.ndim == 2:
         _check_scales(file, name, expected, expert)
@@ -230,7 +228,7 @@ def _check_scales(file: FileTensors, name: str, expected: npt.NDArray | None, ex
     scales = file.scales(name, expert)
     if scales is None:
         return
-    where = name if expert is None else f"{name} (expert {expert})"
+    where = _where(name, expert)
     bad = np.argwhere(~np.isfinite(scales))
     if len(bad):
         raise _Differs(f"tensor {where}: the scale of row {bad[0][0]}, block {bad[0][1]} is {scales[tuple(bad[0])]}")
@@ -249,7 +247,7 @@ def _bounded(
     relative = math.sqrt(error / total) if total > 0 else math.sqrt(error)
     info = file.info(name)
     bound = unrounded if info.type_id == ggml.F32 else BOUNDS.get(info.type_id)
-    where = name if expert is None else f"{name} (expert {expert})"
+    where = _where(name, expert)
     if bound is None:
         raise _Differs(f"tensor {where} has the type {info.type_name}, which convert does not write")
     # NaN is above every bound
@@ -257,6 +255,10 @@ def _bounded(
         limit = f"at most {bound:g} is expected"
         raise _Differs(f"tensor {where} ({info.type_name}) is off by {relative:.3g} of its size, {limit}")
     return relative
+
+
+def _where(name: str, expert: int | None) -> str:
+    return name if expert is None else f"{name} (expert {expert})"
 
 
 def _logits(

@@ -9,12 +9,11 @@ import numpy.typing as npt
 
 from kurtail_gguf import ggml
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.formats import kt4, q4_0
+from kurtail_gguf.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.gguf_info import GgufInfo, TensorInfo
 
-#: Types of codes with a scale a block, and how their rows are unpacked.
-_UNPACK = {kt4.TYPE_ID: kt4.unpack, q4_0.TYPE_ID: q4_0.unpack}
-_DEQUANTIZE = {kt4.TYPE_ID: kt4.dequantize, q4_0.TYPE_ID: q4_0.dequantize}
+#: Types of codes with a scale a block.
+_CODED = {block_format.type_id: block_format for block_format in BLOCK_FORMATS.values()}
 
 
 class FileTensors:
@@ -54,8 +53,8 @@ class FileTensors:
         raw = raw[start : None if count is None else start + count]
         if tensor.type_id == ggml.F32:
             values = raw.view("<f4").astype(np.float32)
-        elif tensor.type_id in _UNPACK:
-            values = _DEQUANTIZE[tensor.type_id](*_UNPACK[tensor.type_id](raw))
+        elif coded := _CODED.get(tensor.type_id):
+            values = coded.dequantize(*coded.unpack(raw))
         else:
             values = self._library.dequantize(np.ascontiguousarray(raw), tensor.type_id, tensor.shape[-1])
         return values[0] if len(tensor.shape) == 1 else values
@@ -63,8 +62,8 @@ class FileTensors:
     def scales(self, name: str, expert: int | None = None) -> npt.NDArray[np.float16] | None:
         """Block scales ``[out, in/block]``; None for types without a plain scale a block."""
         tensor = self.info(name)
-        unpack = _UNPACK.get(tensor.type_id)
-        return None if unpack is None else unpack(self._rows(tensor, expert))[1]
+        coded = _CODED.get(tensor.type_id)
+        return None if coded is None else coded.unpack(self._rows(tensor, expert))[1]
 
     def _rows(self, tensor: TensorInfo, expert: int | None) -> npt.NDArray[np.uint8]:
         raw = np.asarray(self._data[tensor.offset : tensor.offset + tensor.bytes])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from kurtail_gguf.files import publish
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.progress import Progress
 
-_WORKER = "kurtail_gguf.export.worker"
+_WORKER, _ADAPTER_WORKER = "kurtail_gguf.export.worker", "kurtail_gguf.export.adapter_worker"
 
 #: Only float types of the checkpoint are offered for a reference.
 REFERENCE_TYPES = ("auto",)
@@ -82,7 +82,7 @@ def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
         raise ExportError(f"a reference of type {outtype!r} is not offered: choose {', '.join(REFERENCE_TYPES)}")
     with _whole_or_not_at_all(out) as beside:
         request = {"task": "reference", "source": str(source.resolve()), "out": str(beside)}
-        _run(request, f"cannot write {out}", lambda message: None)
+        _run(request, f"cannot write {out}")
 
 
 def check_vocabulary(source: Path) -> None:
@@ -91,7 +91,7 @@ def check_vocabulary(source: Path) -> None:
     Meant to be asked before the work of hours, since :func:`write_gguf` would only find out at its end.
     """
     request = {"task": "vocabulary", "source": str(source.resolve())}
-    _run(request, f"the vocabulary of {source} cannot be written", lambda message: None)
+    _run(request, f"the vocabulary of {source} cannot be written")
 
 
 def read_metadata(source: Path, scratch: Path) -> Mapping[str, Any]:
@@ -105,7 +105,7 @@ def read_metadata(source: Path, scratch: Path) -> Mapping[str, Any]:
         ExportError: a model or tokenizer that upstream's converter does not know.
     """
     request = {"task": "metadata", "source": str(source.resolve()), "out": str(scratch)}
-    _run(request, f"the metadata of {source} cannot be read", lambda message: None)
+    _run(request, f"the metadata of {source} cannot be read")
     return read_gguf(scratch).metadata
 
 
@@ -120,15 +120,17 @@ def write_adapter(tensors: Path, architecture: str, rotations: str, out: Path) -
     """
     request = {"tensors": str(tensors.resolve()), "architecture": architecture, "rotations": rotations, "tool": TOOL}
     with _whole_or_not_at_all(out) as beside:
-        try:
-            vendored.run("kurtail_gguf.export.adapter_worker", {**request, "out": str(beside)})
-        except vendored.WorkerError as error:
-            raise ExportError(f"cannot write {out}: {error}") from None
+        _run({**request, "out": str(beside)}, f"cannot write {out}", worker=_ADAPTER_WORKER)
 
 
-def _run(request: dict[str, Any], what: str, on_message: Any) -> None:
+def _run(
+    request: dict[str, Any],
+    what: str,
+    on_message: Callable[[dict[str, Any]], None] = lambda message: None,
+    worker: str = _WORKER,
+) -> None:
     try:
-        vendored.run(_WORKER, request, on_message)
+        vendored.run(worker, request, on_message)
     except vendored.WorkerError as error:
         raise ExportError(f"{what}: {error}") from None
 
