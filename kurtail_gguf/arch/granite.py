@@ -6,15 +6,13 @@ runtime does from its own keys.
 
 from __future__ import annotations
 
-from kurtail_gguf.arch.spec import Family
+from dataclasses import replace
 
-FAMILY = Family(
+from kurtail_gguf.arch.llama import FAMILY as LLAMA
+
+FAMILY = replace(
+    LLAMA,
     architecture="GraniteForCausalLM",
-    rope_pairs=True,
-    biased_by={
-        "attention_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-        "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    },
     embedding_scale="embedding_multiplier",
     residual_scale="residual_multiplier",
     logit_divisor="logits_scaling",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from kurtail_gguf.arch.spec import ExpertNames, Family
+from dataclasses import replace
 
-FAMILY = Family(
+from kurtail_gguf.arch.mistral import FAMILY as MISTRAL
+from kurtail_gguf.arch.spec import ExpertNames
+
+FAMILY = replace(
+    MISTRAL,
     architecture="MixtralForCausalLM",
-    rope_pairs=True,
     experts=ExpertNames(
         router="block_sparse_moe.gate",
         gate="block_sparse_moe.experts.{}.w1",

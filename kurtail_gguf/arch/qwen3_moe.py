@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from kurtail_gguf.arch.spec import ExpertNames, Family
+from dataclasses import replace
 
-FAMILY = Family(
+from kurtail_gguf.arch.qwen3 import FAMILY as QWEN3
+from kurtail_gguf.arch.spec import ExpertNames
+
+FAMILY = replace(
+    QWEN3,
     architecture="Qwen3MoeForCausalLM",
-    query_norm="self_attn.q_norm",
-    key_norm="self_attn.k_norm",
-    refused={"attention_bias": "upstream's graph has no bias at attention's output for Qwen3"},
     experts=ExpertNames(
         router="mlp.gate",
         gate="mlp.experts.{}.gate_proj",
