@@ -33,15 +33,17 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KurtailError as error:
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, KeyboardInterrupt) or (ctx.obj is not None and ctx.obj.seen):
+                # what this run has finished is not to be forgotten by the next
+                again = shlex.join(["kurtail-gguf", *(word for word in sys.argv[1:] if word != "--restart")])
+                how = "to go on from the last finished step" if ctx.invoked_subcommand in _RESUMES else "to start again"
+                click.echo(f"\ninterrupted; {how}, type: {again}", err=True)
+                ctx.exit(_INTERRUPTED)
+            if not isinstance(error, KurtailError):
+                raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
-        except KeyboardInterrupt:
-            # what this run has finished is not to be forgotten by the next
-            again = shlex.join(["kurtail-gguf", *(word for word in sys.argv[1:] if word != "--restart")])
-            how = "to go on from the last finished step" if ctx.invoked_subcommand in _RESUMES else "to start again"
-            click.echo(f"\ninterrupted; {how}, type: {again}", err=True)
-            ctx.exit(_INTERRUPTED)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,16 +61,31 @@ commands.add_command(convert_lora_command)
 commands.add_command(install_bindings_command)
 
 
+class _Interrupts:
+    """What a signal does: raises KeyboardInterrupt, and remembers that.
+
+    One that comes while native code calls back into Python can leave it as an error of another kind: torch once said
+    that it could not determine the shape of a storage.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, signal_number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of the installed program."""
+    interrupts = _Interrupts()
     # a terminated run cleans up and says how to go on, as an interrupted one does
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    signal.signal(signal.SIGTERM, interrupts)
+    # ignored, as in a shell's background, it stays
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupts)
     # the name that shell completion goes by, however the program was started
-    commands(prog_name="kurtail-gguf")
-
-
-def _as_interrupt(signal_number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    commands(prog_name="kurtail-gguf", obj=interrupts)
 
 
 if __name__ == "__main__":

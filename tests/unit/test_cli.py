@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from kurtail_gguf import __version__
-from kurtail_gguf.cli.main import commands
+from kurtail_gguf.cli.main import commands, main
 from kurtail_gguf.cli.output import write_json
 from kurtail_gguf.config import ConvertConfig, ConvertResult, Provenance
 from kurtail_gguf.errors import KurtailError
@@ -135,6 +136,26 @@ def test_interruption_says_how_to_go_on(run, monkeypatch, tmp_path):
     assert result.stderr.strip().splitlines() == [
         "interrupted; to go on from the last finished step, type: kurtail-gguf convert M 'my file.gguf'"
     ]
+
+
+def test_an_interruption_that_comes_out_as_another_error_is_one(monkeypatch, tmp_path, capsys):
+    def fake(config, progress):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None  # as torch has done
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("sys.argv", ["kurtail-gguf", "convert", "M", str(tmp_path / "o.gguf")])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 130
+    assert "go on from the last finished step, type: kurtail-gguf convert M" in capsys.readouterr().err
 
 
 def test_a_defect_is_not_hidden(run, monkeypatch):
