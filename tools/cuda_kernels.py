@@ -112,10 +112,16 @@ def kernels(nvcc: str, arch: int) -> list[Kernel]:
     return parse(done.stderr, arch)
 
 
-def main() -> int:
+def find_nvcc() -> str:
+    """nvcc, or a ToolError that says how to get it."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise ToolError("nvcc is not there: install a CUDA toolkit (12.8 or later), or pip install nvidia-cuda-nvcc and put it on the PATH")
+    return nvcc
+
+
+def main() -> int:
+    nvcc = find_nvcc()
     print("| | threads | KiB | " + " | ".join(f"sm_{arch}" for arch in ARCHITECTURES) + " |")
     print("|---" * (3 + len(ARCHITECTURES)) + "|")
     found = [{kernel.name: kernel for kernel in kernels(nvcc, arch)} for arch in ARCHITECTURES]
