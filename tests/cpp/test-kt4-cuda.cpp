@@ -2,6 +2,7 @@
 // (cuda-emulator.h), against references written here. Equal to the last bit: integer sums are exact, and the order of the
 // additions in single precision is part of what is promised (kt4-gemm.h, kt4-gemv.h).
 
+#include "check.h"
 #include "cuda-emulator.h"
 
 #include "kt4-activations.h"
@@ -18,30 +19,6 @@
 
 using namespace ggml::cuda::kt4;
 using emulator::generation;
-
-static int failures = 0;
-static int checks   = 0;
-
-static void check(bool ok, const std::string & what) {
-    ++checks;
-    if (!ok) {
-        ++failures;
-        printf("FAILED: %s\n", what.c_str());
-    }
-}
-
-static std::vector<float> random_values(size_t n, uint32_t seed, float outliers = 0.0f) {
-    std::mt19937 rng(seed);
-    std::normal_distribution<float> normal;
-    std::vector<float> x(n);
-    for (float & v : x) {
-        v = normal(rng);
-        if (outliers > 0.0f && rng() % 97 == 0) {
-            v *= outliers;
-        }
-    }
-    return x;
-}
 
 static bool same_bits(const std::vector<float> & a, const std::vector<float> & b) {
     return a.size() == b.size() && memcmp(a.data(), b.data(), a.size()*sizeof(float)) == 0;

@@ -1,6 +1,8 @@
 // The tensor type through ggml's public interface: both sides of a product are quantized, to the file's bits, and
 // the result is that of exact arithmetic on the quantized values, to rounding.
 
+#include "check.h"
+
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
@@ -19,30 +21,6 @@
 #include <random>
 #include <string>
 #include <vector>
-
-static int failures = 0;
-static int checks   = 0;
-
-static void check(bool ok, const std::string & what) {
-    ++checks;
-    if (!ok) {
-        ++failures;
-        printf("FAILED: %s\n", what.c_str());
-    }
-}
-
-static std::vector<float> random_values(size_t n, uint32_t seed, float outliers = 0.0f) {
-    std::mt19937 rng(seed);
-    std::normal_distribution<float> normal;
-    std::vector<float> x(n);
-    for (size_t i = 0; i < n; ++i) {
-        x[i] = normal(rng);
-        if (outliers > 0.0f && rng() % 97 == 0) {
-            x[i] *= outliers;
-        }
-    }
-    return x;
-}
 
 static std::vector<uint8_t> quantized(const std::vector<float> & x, int64_t k) {
     std::vector<uint8_t> q(ggml_row_size(GGML_TYPE_KT4, k)*(x.size()/k));
@@ -124,6 +102,20 @@ static std::vector<float> compute(const std::function<ggml_tensor * (ggml_contex
     return result;
 }
 
+// w: rows of k values as in the file; x: cols of k -> the product, its inputs rounded to so many bits
+static std::vector<float> multiply(const void * w, const void * x, int64_t k, int64_t rows, int64_t cols, int bits, int threads, bool ref, layout where = AS_IN_FILE) {
+    return compute([&](ggml_context * ctx, inputs_t & inputs) {
+        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
+        ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
+        inputs = { { a, w }, { b, x } };
+        ggml_tensor * out = ggml_mul_mat(ctx, a, b);
+        if (bits == 8) {
+            ggml_prec_set_src(out, GGML_PREC_Q8, 1);
+        }
+        return out;
+    }, threads, ref, where);
+}
+
 // relative to the size of the sum's terms: only the order of a few hundred float additions differs
 static void check_close(const std::vector<float> & got, const std::vector<double> & want, const std::vector<double> & magnitude, const std::string & what) {
     double worst = 0.0;
@@ -152,16 +144,7 @@ static void test_mul_mat(int64_t k, int64_t rows, int64_t cols, int bits, int th
         }
     }
 
-    const auto got = compute([&](ggml_context * ctx, auto & inputs) {
-        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
-        ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
-        inputs = { { a, w.data() }, { b, x.data() } };
-        ggml_tensor * out = ggml_mul_mat(ctx, a, b);
-        if (bits == 8) {
-            ggml_prec_set_src(out, GGML_PREC_Q8, 1);
-        }
-        return out;
-    }, threads, ref, where);
+    const auto got = multiply(w.data(), x.data(), k, rows, cols, bits, threads, ref, where);
 
     char name[128];
     snprintf(name, sizeof(name), "mul_mat k=%d rows=%d cols=%d A%d threads=%d%s%s", (int) k, (int) rows, (int) cols, bits, threads,
@@ -180,18 +163,7 @@ static void test_mul_mat(int64_t k, int64_t rows, int64_t cols, int bits, int th
 static void test_same_bits(int64_t k, int64_t rows, int64_t cols, int bits, layout where) {
     const auto w = quantized(random_values(k*rows, 71), k);
     const auto x = random_values(k*cols, 72, 20.0f);
-    const auto product = [&](bool ref) {
-        return compute([&](ggml_context * ctx, auto & inputs) {
-            ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
-            ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
-            inputs = { { a, w.data() }, { b, x.data() } };
-            ggml_tensor * out = ggml_mul_mat(ctx, a, b);
-            if (bits == 8) {
-                ggml_prec_set_src(out, GGML_PREC_Q8, 1);
-            }
-            return out;
-        }, 2, ref, where);
-    };
+    const auto product = [&](bool ref) { return multiply(w.data(), x.data(), k, rows, cols, bits, 2, ref, where); };
     check(product(false) == product(true), "k=" + std::to_string(k) + " cols=" + std::to_string(cols) + " A" + std::to_string(bits) +
           (where == REPACKED ? " repacked" : "") + ": the portable kernel's bits");
 }
@@ -239,12 +211,7 @@ static void test_threads() {
     const auto w = quantized(random_values(k*rows, 71), k);
     const auto x = random_values(k*cols, 72);
     const auto product = [&](int64_t n, int threads, layout where) {
-        return compute([&](ggml_context * ctx, inputs_t & inputs) {
-            ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
-            ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, n);
-            inputs = { { a, w.data() }, { b, x.data() } };
-            return ggml_mul_mat(ctx, a, b);
-        }, threads, false, where);
+        return multiply(w.data(), x.data(), k, rows, n, 4, threads, false, where);
     };
     const auto want = product(cols, 1, REPACKED);
     for (layout where : { AS_IN_FILE, REPACKED }) {
@@ -337,12 +304,7 @@ static void test_rotated_input() {
             }
             check(worst < 1e-5, "Hadamard " + std::to_string(n) + ": off by " + std::to_string(worst));
 
-            const auto want = compute([&](ggml_context * ctx, inputs_t & inputs) {
-                ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
-                ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
-                inputs = { { a, w.data() }, { b, y.data() } };
-                return ggml_mul_mat(ctx, a, b);
-            }, 1, false);
+            const auto want = multiply(w.data(), y.data(), k, rows, cols, 4, 1, false);
             for (int threads : { 1, 3 }) {
                 const auto got = compute([&](ggml_context * ctx, inputs_t & inputs) {
                     ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
@@ -441,12 +403,7 @@ static void test_activations() {
     }
     const auto want = dequantized(quantized(x, QK_KT4), x.size());
     for (bool ref : { false, true }) {
-        const auto got = compute([&](ggml_context * ctx, auto & inputs) {
-            ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, QK_KT4, QK_KT4);
-            ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, QK_KT4, cols);
-            inputs = { { a, w.data() }, { b, x.data() } };
-            return ggml_mul_mat(ctx, a, b);
-        }, 2, ref);
+        const auto got = multiply(w.data(), x.data(), QK_KT4, QK_KT4, cols, 4, 2, ref);
         int64_t wrong = 0;
         for (int64_t i = 0; i < (int64_t) want.size(); ++i) {
             wrong += got[i] != want[i];

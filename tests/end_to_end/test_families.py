@@ -6,8 +6,8 @@ must be nearer to that than what it says elsewhere.
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,20 +45,12 @@ def tokens() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory, tiny_spm, tiny_bpe, save_tiny):
+def family(tiny_spm, tiny_bpe, with_tokenizer):
     """``family(kind)``: an HF directory with a real tokenizer, made once."""
-    made: dict[str, Path] = {}
 
+    @functools.cache
     def make(kind: str) -> Path:
-        if kind not in made:
-            # not named after the kind: the runtime expects special tokens in the vocabulary of what is called phi3
-            directory = tmp_path_factory.mktemp("family")
-            tokenizer, vocabulary = (tiny_bpe, 49152) if kind in WITHOUT_SENTENCEPIECE else (tiny_spm, 400)
-            save_tiny(kind, directory, vocab_size=vocabulary)
-            for path in tokenizer.glob("tokenizer*"):
-                shutil.copy(path, directory)
-            made[kind] = directory
-        return made[kind]
+        return with_tokenizer(kind, *((tiny_bpe, 49152) if kind in WITHOUT_SENTENCEPIECE else (tiny_spm, 400)))
 
     return make
 

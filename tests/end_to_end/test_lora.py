@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,8 @@ RANK, ALPHA = 4, 6
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, save_tiny, tiny_spm) -> Path:
-    directory = tmp_path_factory.mktemp("adapted")
-    save_tiny("mistral", directory, vocab_size=400)
-    for path in tiny_spm.glob("tokenizer*"):
-        shutil.copy(path, directory)
-    return directory
+def source(with_tokenizer, tiny_spm) -> Path:
+    return with_tokenizer("mistral", tiny_spm, 400)
 
 
 @pytest.fixture(scope="module")

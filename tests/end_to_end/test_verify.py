@@ -22,12 +22,8 @@ pytestmark = pytest.mark.usefixtures("bindings")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, save_tiny, tiny_spm) -> Path:
-    directory = tmp_path_factory.mktemp("verified")
-    save_tiny("llama-biases", directory, vocab_size=400)
-    for path in tiny_spm.glob("tokenizer*"):
-        shutil.copy(path, directory)
-    return directory
+def source(with_tokenizer, tiny_spm) -> Path:
+    return with_tokenizer("llama-biases", tiny_spm, 400)
 
 
 @pytest.fixture(scope="module")
