@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
 def run(command: list, log: Path, what: str) -> None:
     """Run a long command, its output in `log`, its ninja steps ([n/N]) as a line with percent and ETA."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = shown = time.monotonic()
+    start = last = time.monotonic()
     tty = sys.stdout.isatty()
     with log.open("w") as f, subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                               text=True, errors="replace", cwd=ROOT) as process:
@@ -49,8 +49,8 @@ def run(command: list, log: Path, what: str) -> None:
             f.write(line)
             step = re.match(r"\s*\[(\d+)/(\d+)\] ", line)
             now = time.monotonic()
-            if step and now - shown >= (1 if tty else 30):
-                shown = now
+            if step and now - last >= (1 if tty else 30):
+                last = now
                 done, total = int(step[1]), int(step[2])
                 eta = (now - start) / done * (total - done)
                 text = f"   {what}: {done}/{total} ({100 * done // total} %), {duration(now - start)} elapsed, ETA {duration(eta)}"
@@ -59,7 +59,8 @@ def run(command: list, log: Path, what: str) -> None:
         print("\r\033[K", end="")
     if process.returncode != 0:
         tail = "".join(f"   {x}\n" for x in log.read_text(errors="replace").splitlines()[-25:])
-        raise ToolError(f"{what} failed; the end of {log.relative_to(ROOT)}:\n{tail}")
+        shown = log.relative_to(ROOT) if log.is_relative_to(ROOT) else log  # a build may lie anywhere
+        raise ToolError(f"{what} failed; the end of {shown}:\n{tail}")
     print(f"   {what}: {duration(time.monotonic() - start)}", flush=True)
 
 
