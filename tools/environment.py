@@ -49,7 +49,8 @@ def run(command: list, log: Path, what: str) -> None:
             f.write(line)
             step = re.match(r"\s*\[(\d+)/(\d+)\] ", line)
             now = time.monotonic()
-            if step and now - last >= (1 if tty else 30):
+            # ninja's [0/N] (it looks at globs, or runs CMake again) says nothing about the time left
+            if step and int(step[1]) and now - last >= (1 if tty else 30):
                 last = now
                 done, total = int(step[1]), int(step[2])
                 eta = (now - start) / done * (total - done)
