@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ ACTIVATIONS = (*ACTIVATION_BITS, "auto")
 DEFAULT_BUDGET = 0.1
 KV_BITS = (4, 8, 16)
 DEVICES = ("auto", "cpu", "cuda")
+#: One card of several, as torch counts them.
+_NUMBERED_CARD = re.compile(r"cuda:[0-9]{1,3}")
 #: ``kurtail``: kt4 linears and online rotations, for the shipped runtime; ``stock``: for unpatched llama.cpp.
 TARGETS = ("kurtail", "stock")
 
@@ -81,7 +84,7 @@ class ConvertConfig:
         calibration_tokens: how many tokens to calibrate on; tuning takes more of the same, 512 a step.
         tune: steps of tuning the block scales end to end; None lets the method decide (:attr:`tuning_steps`).
         seed: seed of everything random.
-        device: where tensors are computed.
+        device: where tensors are computed: one of :data:`DEVICES`, or ``cuda:N``.
         target: ``kurtail``, or ``stock``: a q4_0 file that stock llama.cpp runs, with folded rotations
             only. It rounds activations and cache by its own rules, so neither can be chosen then.
         work_dir: where finished stages are kept; beside ``out`` and removed on success if None.
@@ -113,7 +116,8 @@ class ConvertConfig:
         _one_of("--weights", self.weights, WEIGHTS)
         _one_of("--activations", self.activations, ACTIVATIONS)
         _one_of("--kv", self.kv, KV_BITS)
-        _one_of("--device", self.device, DEVICES)
+        if not _NUMBERED_CARD.fullmatch(self.device):
+            _one_of("--device", self.device, (*DEVICES, "cuda:N"))
         _one_of("--target", self.target, TARGETS)
         if self.target == "stock" and (self.activations, self.kv) != (4, 4):
             raise not_with_stock("--activations and --kv")
@@ -225,6 +229,8 @@ class ConvertResult:
         weights: of its block linears, all layers together.
         resumed: whether results of an earlier run were taken over, and so are not in ``seconds``.
         peak_bytes: the most resident memory of the process until the end of each stage.
+        device: what was computed on, as torch calls it.
+        card_peak: the most of that card's memory in each stage, ``memory.CardMemory``; nothing on the CPU.
         figures: ``figures.Figures`` of the layers where a report was asked for, else None.
     """
 
@@ -236,3 +242,12 @@ class ConvertResult:
     resumed: bool
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
     figures: Any = None
+    device: str = "cpu"
+    card_peak: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def card_peak_bytes(self) -> tuple[int, int] | None:
+        """The most over all stages, in tensors and with what torch held for the next ones; None on the CPU."""
+        if not self.card_peak:
+            return None
+        return max(peak.allocated for peak in self.card_peak.values()), max(peak.reserved for peak in self.card_peak.values())

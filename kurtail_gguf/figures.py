@@ -24,7 +24,7 @@ from kurtail_gguf.evaluate.outliers import Outliers, measure_outliers
 from kurtail_gguf.files import write_atomically
 from kurtail_gguf.fold.tables import EMBEDDING, EmbeddingRows
 from kurtail_gguf.formats.targets import BlockFormat
-from kurtail_gguf.layerwise import folded_layer, layer_path, replay
+from kurtail_gguf.layerwise import folded_layer, layer_path, layer_rotations, replay
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.store import Rotations
@@ -106,7 +106,8 @@ def measure_figures(
             for layer in range(spec.layers):
 
                 def weights_of(layer: int = layer) -> dict[str, float]:
-                    folded = folded_layer(checkpoint, layer, rotations, r1, rounding.r4, device)
+                    share = layer_rotations(rotations, layer, r1, rounding.r4, device)
+                    folded = folded_layer(checkpoint.layer(layer, device, check=True), spec, share)
                     return _weight_errors(spec, layer, folded, layer_path(quantized, layer), block_format)
 
                 weights |= _kept(directory / f"weights-{layer:05d}.json", weights_of)

@@ -6,6 +6,7 @@ With GPTQ the calibration tokens go along, through the layers as they come out (
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
+from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.calibration.quantized_prefix import Quantize, QuantizedPrefix, remove_files
 from kurtail_gguf.files import replacing
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows, fold_embedding, fold_head
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.loading.prefetch import layer_stream
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.quantize.gptq import quantize_gptq
 from kurtail_gguf.quantize.rtn import quantize_rtn
@@ -69,7 +72,7 @@ def fold_and_quantize(
     spec = checkpoint.spec
     r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
     prefix = None
-    with progress.stage("fold and quantize", spec.layers + 2) as stage:
+    with progress.stage("fold and quantize", spec.layers + 2) as stage, ExitStack() as streams:
         for name, fold in ((EMBEDDING, fold_embedding), (HEAD, fold_head)):
             if not (target / name).exists():
                 fold(checkpoint, r1, target / name)
@@ -80,10 +83,12 @@ def fold_and_quantize(
                 checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING, spec.embedding_scale),
                 calibrated_on.rounding, target.parent, device,
             )  # fmt: skip
+        missing = [layer for layer, path in enumerate(paths) if not path.exists()]
+        layers = streams.enter_context(layer_stream(checkpoint, missing, device, check=True))
         for layer, path in enumerate(paths):
             note = ""
-            if not path.exists():
-                folded = folded_layer(checkpoint, layer, rotations, r1, r4, device)
+            if layer in missing:
+                folded = folded_layer(next(layers), checkpoint.spec, layer_rotations(rotations, layer, r1, r4, device))
                 results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
                 del folded
                 _save(results, path)
@@ -107,16 +112,9 @@ def layer_path(directory: Path, layer: int) -> Path:
     return directory / f"layer-{layer:05d}.safetensors"
 
 
-def folded_layer(
-    checkpoint: Checkpoint, layer: int, rotations: Rotations, r1: torch.Tensor | None, r4: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """A layer's tensors with everything folded, float32 by name below its prefix; ``r1`` is ``rotations``' on the device.
-
-    Raises:
-        SourceError: NaN or infinite weights; the message names the tensor.
-    """
-    weights = checkpoint.layer(layer, device, check=True)
-    return _single(fold_layer(weights, checkpoint.spec, layer_rotations(rotations, layer, r1, r4, device)))
+def folded_layer(weights: dict[str, torch.Tensor], spec: ModelSpec, rotations: LayerRotations) -> dict[str, torch.Tensor]:
+    """A layer's tensors with everything folded, float32; arguments as :func:`fold_layer`'s."""
+    return _single(fold_layer(weights, spec, rotations))
 
 
 def layer_rotations(
@@ -215,7 +213,9 @@ def replay(
     above = checkpoint.spec.layer_prefix(layer)
     stored = {name.removeprefix(above): value for name, value in load_file(path).items()}
     weights = {
-        name: torch.from_numpy(block_format.dequantize(*block_format.unpack(value)) if value.dtype == np.uint8 else value)
+        name: torch.from_numpy(
+            block_format.dequantize(*block_format.unpack(value)) if value.dtype == np.uint8 else value
+        ).to(prefix.device)
         for name, value in stored.items()
     }
     prefix.run_layer(layer, weights, at_stops)

@@ -1,11 +1,68 @@
-"""How much memory is free, asked before a step that needs much of it."""
+"""Memory of the device that computes: how much is free before a step that needs much, and what was taken of a card's.
+
+Everything here asks torch's module of the device's own name (``torch.cuda`` for a card), so that nothing else has to
+know which kind of device it computes on.
+"""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 
 
+@dataclass(frozen=True, slots=True)
+class CardMemory:
+    """Most bytes of a card's memory at once: in tensors, and with what torch held for the next ones."""
+
+    allocated: int
+    reserved: int
+
+
+def is_card(device: torch.device) -> bool:
+    """Whether the device has memory of its own, which tensors must be copied to."""
+    return device.type != "cpu"
+
+
+def card_module(device: torch.device) -> Any:
+    """torch's module of a card: ``torch.cuda``."""
+    return getattr(torch, device.type)
+
+
+def current_card(device: torch.device) -> AbstractContextManager[Any]:
+    """A ``with`` block in which a numbered card is the current one; what the card is asked without a name is then its own."""
+    numbered = is_card(device) and device.index is not None
+    return card_module(device).device(device) if numbered else nullcontext()
+
+
 def memory_available(device: torch.device) -> int:
-    """Bytes free on the device, as far as one process can know."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes free on the device, as far as one process can know; what torch keeps of a card for itself is not among them."""
+    return card_module(device).mem_get_info(device)[0] if is_card(device) else psutil.virtual_memory().available
+
+
+def memory_total(device: torch.device) -> int:
+    """Bytes that the device has."""
+    return card_module(device).mem_get_info(device)[1] if is_card(device) else psutil.virtual_memory().total
+
+
+def memory_held(device: torch.device) -> int:
+    """Bytes of a card that torch has taken for this process."""
+    return card_module(device).memory_reserved(device)
+
+
+def start_card_peak(device: torch.device) -> None:
+    """Let :func:`card_peak` speak of what comes now; what torch keeps without use is given back to the card."""
+    if is_card(device):
+        card_module(device).empty_cache()
+        card_module(device).reset_peak_memory_stats(device)
+
+
+def card_peak(device: torch.device) -> CardMemory | None:
+    """The most of a card's memory since :func:`start_card_peak`; None on the CPU."""
+    if not is_card(device):
+        return None
+    module = card_module(device)
+    return CardMemory(module.max_memory_allocated(device), module.max_memory_reserved(device))

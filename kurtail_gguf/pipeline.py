@@ -48,6 +48,15 @@ from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
+from kurtail_gguf.memory import (
+    CardMemory,
+    card_peak,
+    current_card,
+    memory_available,
+    memory_held,
+    memory_total,
+    start_card_peak,
+)
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.resources import peak_memory
 from kurtail_gguf.rotation.store import Rotations, save_rotations
@@ -87,8 +96,12 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
     with locked(work_dir):
         if config.restart:
             discard(work_dir, source=True)
+        clock = _Clock(device)
         try:
-            result = _convert(config, texts, work_dir, device, progress)
+            with current_card(device):
+                result = _convert(config, texts, work_dir, device, clock, progress)
+        except torch.cuda.OutOfMemoryError as error:
+            raise _card_full(device, clock.running, work_dir) from error
         except (SourceError, CalibrationError, QuantizeError):
             # Bad input: nothing that was computed from it is worth keeping.
             if disposable:
@@ -111,14 +124,25 @@ def _disk_error(error: OSError | SafetensorError, work_dir: Path) -> KurtailErro
     )
 
 
+def _card_full(device: torch.device, stage: str, work_dir: Path) -> KurtailError:
+    """A card without enough memory. What is finished is kept."""
+    total, held = memory_total(device), memory_held(device)
+    others = total - held - memory_available(device)
+    return KurtailError(
+        f"{device} ran out of memory in the stage {stage!r}: of its {total / 1e9:.1f} GB this run held {held / 1e9:.1f}, others "
+        f"{others / 1e9:.1f}: end what else computes there and type the same line again (the work directory {work_dir} keeps "
+        "what is finished), or give --device cpu --restart; --plan tells what is needed"
+    )
+
+
 def _convert(
     config: ConvertConfig,
     texts: dict[str, str],
     work_dir: Path,
     device: torch.device,
+    clock: _Clock,
     progress: Progress,
 ) -> ConvertResult:
-    clock = _Clock()
     with clock.measure("source"):
         source = resolve_source(config.model, work_dir, progress)
         checkpoint = open_checkpoint(source)
@@ -177,8 +201,9 @@ def _convert(
         write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions)
     weights = sum(_multiply_accumulates(checkpoint).values())
     return ConvertResult(
-        config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed, clock.peak_bytes, figures
-    )
+        config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed, clock.peak_bytes, figures,
+        str(device), clock.card_peak,
+    )  # fmt: skip
 
 
 def check_out(out: Path, name: str = "OUT") -> None:
@@ -197,15 +222,30 @@ def check_out(out: Path, name: str = "OUT") -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
+    """``auto`` is CUDA where there is one, ``cuda`` the current card, ``cuda:N`` the one of that number.
 
     Raises:
-        KurtailError: CUDA was asked for and torch sees none.
+        KurtailError: CUDA was asked for and torch sees none, or none of that number.
     """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise KurtailError("--device cuda: torch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if cards else "cpu")
+    chosen = torch.device(device)
+    if not cards and torch.version.cuda is None and torch.version.hip is None:
+        raise KurtailError(
+            f"--device {device}: this torch ({torch.__version__}) is built without CUDA: install one with it (pytorch.org), "
+            "or give --device cpu"
+        )
+    if not cards:
+        raise KurtailError(
+            f"--device {device}: torch sees no CUDA device: check the driver with nvidia-smi and CUDA_VISIBLE_DEVICES, or "
+            "give --device cpu"
+        )
+    if (chosen.index or 0) >= cards:
+        raise KurtailError(f"--device {device}: torch sees {cards} CUDA device{'s' if cards > 1 else ''}, counted from cuda:0")
+    return chosen
 
 
 def runtime_rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRounding:
@@ -239,16 +279,25 @@ def _r4(rotation: str, intermediate_size: int, block: int) -> int:
 
 
 class _Clock:
-    def __init__(self) -> None:
+    """Seconds and memory of each stage; ``running`` is the one that began last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.running = ""
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.card_peak: dict[str, CardMemory] = {}
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
+        self.running = name
+        start_card_peak(self._device)
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
         self.peak_bytes[name] = peak_memory()
+        if (peak := card_peak(self._device)) is not None:
+            self.card_peak[name] = peak
 
 
 def _text_hashes(config: ConvertConfig) -> dict[str, str]:

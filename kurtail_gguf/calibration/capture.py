@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kurtail_gguf.calibration.precision import forward_dtype
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.loading.prefetch import layer_stream
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.row_file import RowFile
 
@@ -99,6 +101,7 @@ def capture(
     device: torch.device,
     progress: Progress,
     max_sample: int = MAX_SAMPLE,
+    multiplied_in: torch.dtype | None = None,
 ) -> Capture:
     """Run the sequences through the model layer by layer and keep a sample at every site.
 
@@ -111,6 +114,7 @@ def capture(
         progress: advanced once a layer.
         max_sample: most tokens kept at a site. The first token of every sequence is always among
             them (as far as they fit): its activations are the heaviest-tailed of all.
+        multiplied_in: what the linears multiply in; None for what suits the device (calibration/precision.py).
 
     Returns:
         The samples.
@@ -120,16 +124,22 @@ def capture(
     """
     sequences, length = ids.shape
     spec = checkpoint.spec
-    runner = LayerRunner(checkpoint, device, length)
+    runner = LayerRunner(
+        checkpoint, device, length, multiplied_in=forward_dtype(device) if multiplied_in is None else multiplied_in
+    )
     path = directory / "hidden.npy"
     hidden = RowFile(path, (sequences, length, spec.hidden_size))
     rotary = runner.rotary(0, length)
-    with progress.stage("capture activations", spec.layers) as stage, torch.inference_mode():
+    with (
+        progress.stage("capture activations", spec.layers) as stage,
+        torch.inference_mode(),
+        layer_stream(checkpoint, range(spec.layers), device, check=True, dtype_of=runner.dtype_of) as layers,
+    ):
         for start in range(0, sequences, BATCH):
             embedded = runner.embed(torch.from_numpy(ids[start : start + BATCH].astype(np.int64)))
             hidden[start : start + BATCH] = embedded.cpu().numpy()
         for layer in range(spec.layers):
-            weights = checkpoint.layer(layer, device, check=True)
+            weights = next(layers)
             samples = [
                 _Sample(choose_tokens(sequences, length, max_sample, (seed, layer, site)), length)
                 for site in range(3)
@@ -162,6 +172,8 @@ def capture(
                 np.save(directory / _name(layer, f"{site}-readers"), sketch.cpu().numpy())
             values = samples[2].rows().reshape(-1, spec.kv_heads, spec.head_dim)
             np.save(directory / _name(layer, "value"), values)
+            # the next layer wants their memory
+            del weights, folded
             stage.advance(1, f"layer {layer}, kurtosis {' '.join(f'{value:.1f}' for value in kurtosis)}")
     hidden.close()
     path.unlink()
@@ -248,7 +260,8 @@ class _Hooks:
         self._handles.append(module.get_submodule(value).register_forward_hook(self._value_hook))
         if not spec.experts:
             down = module.get_submodule(family.ffn_writer)
-            self._handles.append(down.register_forward_pre_hook(self._down_hook))
+            # before the linear makes its input what it multiplies in
+            self._handles.append(down.register_forward_pre_hook(self._down_hook, prepend=True))
 
     def __enter__(self) -> _Hooks:
         return self

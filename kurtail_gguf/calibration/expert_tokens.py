@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_gguf.arch.spec import ModelSpec
+from kurtail_gguf.calibration.precision import linear
 from kurtail_gguf.simulation.attention import rotated
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
@@ -64,6 +65,7 @@ class ExpertTokens:
         routes: of the tokens.
         importance: how much an error of the FFN's output matters at a token, float32 ``[tokens]``.
         device: where to compute.
+        multiplied_in: what the experts' linears multiply in (calibration/precision.py).
     """
 
     def __init__(
@@ -75,11 +77,12 @@ class ExpertTokens:
         routes: Routes,
         importance: Tensor,
         device: torch.device,
+        multiplied_in: torch.dtype = torch.float32,
     ) -> None:
         assert spec.family.experts is not None
         self._spec, self._names, self._rounding = spec, spec.family.experts, rounding
         self._weights, self._seen, self._routes, self._importance = weights, seen, routes, importance
-        self._device = device
+        self._device, self._multiplied_in = device, multiplied_in
         self._everything: Tensor | None = None
 
     def quantize(self, expert: int, quantize: Callable[..., dict[str, Tensor]]) -> bool:
@@ -101,11 +104,14 @@ class ExpertTokens:
         tokens, shares = self._routes.to(expert)
         down = self._weights[f"{self._names.down.format(expert)}.weight"]
         for part, share in zip(tokens.split(_CHUNK), shares.split(_CHUNK), strict=True):
-            yield part, nn.functional.linear(self._inner(expert, part), down) * share.to(self._device)[:, None]
+            yield part, self._linear(self._inner(expert, part), down) * share.to(self._device)[:, None]
 
     def _take(self, quantized: dict[str, Tensor]) -> None:
         for name, weight in quantized.items():
             self._weights[f"{name}.weight"] = weight.to(self._device)
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x, weight, self._multiplied_in)
 
     def _rows(self, tokens: Tensor) -> Tensor:
         return torch.from_numpy(self._seen[tokens.numpy()]).to(self._device)
@@ -114,7 +120,7 @@ class ExpertTokens:
         """What down reads, rotated and rounded, float32 ``[n, width]``."""
         x = self._rows(tokens)
         gate, up = (self._weights[f"{name.format(expert)}.weight"] for name in (self._names.gate, self._names.up))
-        inner = nn.functional.silu(x @ gate.T) * (x @ up.T)
+        inner = nn.functional.silu(self._linear(x, gate)) * self._linear(x, up)
         return self._rounding.activations(rotated(inner, self._rounding.r4))
 
     def _all_inputs(self) -> Tensor:

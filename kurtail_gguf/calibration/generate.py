@@ -6,12 +6,16 @@ token, the next few tokens greedily, the rest sampled from the model's distribut
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kurtail_gguf.calibration.precision import forward_dtype
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.loading.prefetch import layer_stream
 from kurtail_gguf.progress import Progress
 
 #: Tokens in a generated sequence.
@@ -68,19 +72,24 @@ def generate(
     sequences = -(-n_tokens // length)
     batches = [min(BATCH, sequences - start) for start in range(0, sequences, BATCH)]
     generator = torch.Generator().manual_seed(seed)
-    runner = LayerRunner(checkpoint, device, length)
+    runner = LayerRunner(checkpoint, device, length, multiplied_in=forward_dtype(device))
     allowed = torch.tensor([i for i in range(checkpoint.spec.vocab_size) if i not in forbidden])
     parts = []
     with progress.stage("generate text", len(batches) * length) as stage, torch.inference_mode():
         for batch in batches:
             first = allowed[torch.randint(len(allowed), (batch,), generator=generator)]
             prompt = [torch.full((batch,), bos)] if bos is not None else []
-            parts.append(_sample(checkpoint, runner, [*prompt, first], length, generator, device, stage))
+            every = itertools.chain.from_iterable(itertools.repeat(range(checkpoint.spec.layers), length - 1))
+            with layer_stream(checkpoint, every, device, dtype_of=runner.dtype_of) as layers:
+                parts.append(_sample(checkpoint, runner, layers, [*prompt, first], length, generator, device, stage))
     return torch.cat(parts).numpy().astype(np.int32)
 
 
-def _sample(checkpoint, runner, prompt, length, generator, device, stage) -> torch.Tensor:
-    """One batch, int64 ``[batch, length]``, that starts with the tokens of ``prompt`` (``[batch]`` each)."""
+def _sample(checkpoint, runner, layers, prompt, length, generator, device, stage) -> torch.Tensor:
+    """One batch, int64 ``[batch, length]``, that starts with the tokens of ``prompt`` (``[batch]`` each).
+
+    ``layers`` gives the tensors of all layers once for every position but the last.
+    """
     spec = checkpoint.spec
     batch = len(prompt[0])
     caches = [
@@ -92,7 +101,7 @@ def _sample(checkpoint, runner, prompt, length, generator, device, stage) -> tor
         hidden = runner.embed(tokens[position])[:, None]
         rotary = runner.rotary(position, 1)
         for layer, cache in enumerate(caches):
-            hidden = runner.run(layer, checkpoint.layer(layer, device), hidden, rotary, cache)
+            hidden = runner.run(layer, next(layers), hidden, rotary, cache)
         stage.advance()
         if position + 1 < len(tokens):
             continue

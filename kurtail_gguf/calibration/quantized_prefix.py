@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kurtail_gguf.calibration.expert_tokens import ExpertTokens, Routes, route
+from kurtail_gguf.calibration.precision import forward_dtype, linear
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.row_file import RowFile
@@ -49,6 +50,7 @@ class QuantizedPrefix:
         rounding: what the runtime rounds, all linears alike: exceptions are chosen on what GPTQ leaves.
         directory: where the files are kept, until :meth:`close`.
         device: where layers are computed.
+        multiplied_in: what the linears multiply in; None for what suits the device (calibration/precision.py).
     """
 
     def __init__(
@@ -59,13 +61,15 @@ class QuantizedPrefix:
         rounding: RuntimeRounding,
         directory: Path,
         device: torch.device,
+        multiplied_in: torch.dtype | None = None,
     ) -> None:
         if rounding.exceptions:
             raise ValueError("linears with activation bits of their own are chosen after quantization, not before")
         self._spec, self._rounding, self._device = checkpoint.spec, rounding, device
         self._directory = directory
         self._shape = sequences, length = ids.shape
-        self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
+        self._multiplied_in = forward_dtype(device) if multiplied_in is None else multiplied_in
+        self._runner = LayerRunner(checkpoint, device, length, rounding.cache, self._multiplied_in)
         self._rotary = self._runner.rotary(0, length)
         self._eps = checkpoint.config.rms_norm_eps
         #: Of what attention and FFN of the last layer read, mean over the tokens: 3 for normal values.
@@ -76,13 +80,18 @@ class QuantizedPrefix:
             part = ids[batch].astype(np.int64)
             self._hidden[batch] = embed(part.reshape(-1)).reshape(*part.shape, -1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where layers are computed, and their tensors must be."""
+        return self._device
+
     def run_layer(self, layer: int, folded: dict[str, Tensor], quantize: Quantize) -> int:
         """Take the tokens through one layer.
 
         Args:
             layer: its number.
-            folded: its tensors by name below the layer's prefix, rotated and with unit norms; any float type. What
-                ``quantize`` takes out of it is not kept here either.
+            folded: its tensors by name below the layer's prefix, on the device, rotated and with unit norms; any float
+                type. What ``quantize`` takes out of it is not kept here either.
             quantize: called at each of the four stops; in a mixture of experts at the last two for every expert.
 
         Returns:
@@ -98,9 +107,13 @@ class QuantizedPrefix:
         def close_part(writer: str, seen: RowFile, width: int, arguments: dict) -> None:
             """From the readers' quantized weights to the residual stream behind the writer."""
             name = f"{writer.rpartition('.')[0]}."
-            own = {key.removeprefix(name): value for key, value in (folded | quantized).items() if key.startswith(name)}
+            own = {
+                key.removeprefix(name): value.to(self._runner.dtype_of(key))
+                for key, value in (folded | quantized).items()
+                if key.startswith(name)
+            }
             values = self._scratch(writer.rpartition(".")[2], width)
-            self._run_to(module, writer, {key: value.float() for key, value in own.items()}, seen, values, arguments)
+            self._run_to(module, writer, own, seen, values, arguments)
             # the next Hessian wants the memory more than they do
             del own
             quantized.clear()
@@ -177,7 +190,8 @@ class QuantizedPrefix:
         ``weights`` are the module's own, by their names in it.
         """
         part = layer.get_submodule(writer.rpartition(".")[0])
-        handle = layer.get_submodule(writer).register_forward_pre_hook(_stop)
+        # before the linear makes its input what it multiplies in
+        handle = layer.get_submodule(writer).register_forward_pre_hook(_stop, prepend=True)
         try:
             for batch in self._batches:
                 try:
@@ -200,7 +214,7 @@ class QuantizedPrefix:
         experts, shares = (torch.cat([getattr(one, name) for one in routes]).cpu() for name in ("experts", "shares"))
         tokens = ExpertTokens(
             spec, self._rounding, weights, normed[:].reshape(-1, width), Routes(experts, shares),
-            torch.cat(importance).cpu(), self._device,
+            torch.cat(importance).cpu(), self._device, self._multiplied_in,
         )  # fmt: skip
         # routes and importance are those of the residual stream before any expert has written to it
         hidden = self._hidden[:].reshape(-1, width)
@@ -217,9 +231,9 @@ class QuantizedPrefix:
 
     def _add(self, values: RowFile, weights: dict[str, Tensor], writer: str) -> None:
         """Add the writer's output to the residual stream."""
-        weight, bias = weights[f"{writer}.weight"].float(), weights.get(f"{writer}.bias")
+        weight, bias = weights[f"{writer}.weight"].to(self._multiplied_in), weights.get(f"{writer}.bias")
         for batch in self._batches:
-            added = nn.functional.linear(self._load(values, batch), weight, None if bias is None else bias.float())
+            added = linear(self._load(values, batch), weight, self._multiplied_in, bias)
             self._hidden[batch] += (added * self._spec.residual_scale).cpu().numpy()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from kurtail_gguf.calibration.precision import multiply_in, weight_dtype
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.loading.experts import module_weights
@@ -23,16 +24,22 @@ class LayerRunner:
 
     Args:
         checkpoint: the model.
-        device: where the layers are computed, in float32.
+        device: where the layers are computed.
         max_length: the longest sequence that will be run.
         cache: rounds queries, keys and values as the runtime does; None leaves them alone.
+        multiplied_in: what the linears multiply in, everything else being float32 (calibration/precision.py).
 
     Raises:
         SourceError: a sliding window shorter than that, where the default mask would be wrong.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, max_length: int, cache: CacheSettings | None = None
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        max_length: int,
+        cache: CacheSettings | None = None,
+        multiplied_in: torch.dtype = torch.float32,
     ) -> None:
         window = checkpoint.spec.window
         if window and window < max_length:
@@ -44,8 +51,14 @@ class LayerRunner:
         self._checkpoint = checkpoint
         self._device = device
         self._layers = model.model.layers.eval()
+        self._multiplied_in = multiplied_in
+        multiply_in(self._layers, checkpoint.spec, multiplied_in)
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What :meth:`run` wants a layer's tensor in, by its name below the layer's prefix."""
+        return weight_dtype(name, self._checkpoint.spec, self._multiplied_in)
 
     def module(self, layer: int) -> torch.nn.Module:
         """The layer's module, to hang hooks on (weights on the meta device)."""
@@ -73,7 +86,7 @@ class LayerRunner:
 
         Args:
             layer: layer number.
-            weights: as :meth:`Checkpoint.layer` gives them.
+            weights: as :meth:`Checkpoint.layer` gives them with :meth:`dtype_of`.
             hidden: residual stream before the layer.
             rotary: as :meth:`rotary` gives them for the positions of ``hidden``.
             cache: an object with transformers' ``update``, or None.

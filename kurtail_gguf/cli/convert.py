@@ -102,7 +102,10 @@ Examples:
     f"{DEFAULT_TUNE} with --rotation output --weights gptq where the model fits into memory, else 0.",
 )
 @click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of everything random.")
-@click.option("--device", type=click.Choice(DEVICES), default=_DEFAULTS["device"], show_default=True)
+@click.option(
+    "--device", metavar=f"[{'|'.join(DEVICES)}|cuda:N]", default=_DEFAULTS["device"], show_default=True,
+    help="Where to compute; auto takes a CUDA card where there is one.",
+)
 @click.option(
     "--keep-rotations", type=click.Path(path_type=Path), default=None, metavar="FILE",
     help="Keep R1, R2 and what else was folded in a file, for convert-lora.",
@@ -165,7 +168,7 @@ def _cost(result: ConvertResult, peak_bytes: int) -> Iterator[str]:
     """Where the time went; by layer and weight only where all of it went into this run."""
     stages = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result.seconds.items() if seconds >= 0.5)
     spent = format_seconds(sum(result.seconds.values()))
-    yield f"took {spent} ({stages or 'no stage half a second'}); peak memory {peak_bytes / 1e9:.1f} GB"
+    yield f"took {spent} ({stages or 'no stage half a second'}); peak memory {_peak(result, peak_bytes)}"
     if not result.resumed:
         seconds = result.seconds["rotations"] + result.seconds["quantize"]
         yield (
@@ -174,15 +177,30 @@ def _cost(result: ConvertResult, peak_bytes: int) -> Iterator[str]:
         )
 
 
+def _peak(result: ConvertResult, peak_bytes: int) -> str:
+    """The most memory of the process, and of the card where there was one, with what torch held of it for the next tensors."""
+    card = result.card_peak_bytes
+    return f"{peak_bytes / 1e9:.1f} GB" + ("" if card is None else f", {card[1] / 1e9:.1f} GB on {result.device}")
+
+
 def _as_json(result: ConvertResult, peak_bytes: int) -> dict[str, Any]:
     return {
         "out": str(result.out),
         "bytes": os.path.getsize(result.out),
         "seconds": result.seconds,
         "peak_bytes": peak_bytes,
+        "device": result.device,
+        **_card_json(result),
         "resumed": result.resumed,
         "kurtail": asdict(result.provenance),
     }
+
+
+def _card_json(result: ConvertResult) -> dict[str, Any]:
+    if (card := result.card_peak_bytes) is None:
+        return {}
+    stages = {name: asdict(peak) for name, peak in result.card_peak.items()}
+    return {"card_peak_bytes": {"allocated": card[0], "reserved": card[1], "stages": stages}}
 
 
 def _refuse_with_stock(target: str) -> None:

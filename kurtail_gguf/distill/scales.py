@@ -152,7 +152,7 @@ def _save(path: Path, parameters: list[Tensor], optimiser: torch.optim.Adam, ste
         tensors[f"{number}.scale"] = parameter.detach()
         tensors[f"{number}.mean"], tensors[f"{number}.square"] = kept["exp_avg"], kept["exp_avg_sq"]
     with replacing(path) as scratch:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, scratch, {"step": str(step)})
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, scratch, {"step": str(step)})
 
 
 def _resume(path: Path, parameters, optimiser, schedule) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.loading.prefetch import layer_stream
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.row_file import RowFile
 
@@ -46,7 +47,7 @@ def run_teacher(
 ) -> None:
     """Write the normalised last hidden states to ``path`` (.npy, float32 ``[sequences, length, hidden]``).
 
-    One layer's weights are in memory at a time.
+    One layer's weights are in memory at a time. Everything is in single precision: quantized models are measured by it.
     """
     spec = checkpoint.spec
     sequences, length = ids.shape
@@ -54,14 +55,19 @@ def run_teacher(
     rotary = runner.rotary(0, length)
     hidden = RowFile(path, (sequences, length, spec.hidden_size))
     batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]
-    with progress.stage("run the unquantized model", spec.layers) as stage, torch.inference_mode():
+    with (
+        progress.stage("run the unquantized model", spec.layers) as stage,
+        torch.inference_mode(),
+        layer_stream(checkpoint, range(spec.layers), device) as layers,
+    ):
         for batch in batches:
             hidden[batch] = runner.embed(torch.from_numpy(ids[batch].astype(np.int64))).cpu().numpy()
         for layer in range(spec.layers):
-            weights = checkpoint.layer(layer, device)
+            weights = next(layers)
             for batch in batches:
                 x = torch.from_numpy(hidden[batch]).to(device)
                 hidden[batch] = runner.run(layer, weights, x, rotary).cpu().numpy()
+            del weights  # the next layer wants their memory
             stage.advance(1, f"layer {layer}")
         for batch in batches:
             x = torch.from_numpy(hidden[batch])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,15 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 #: Suffixes of the files that are read, here or by upstream's converter.
 _READ = frozenset({".json", ".safetensors", ".model", ".jinja", ".txt"})
-_DTYPES = {"F32", "F16", "BF16"}
+#: What can be read, and bytes of a value.
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 #: Rows of an embedding checked or converted at once: 8192 x 4096 float32 is 128 MiB.
 CHUNK_ROWS = 8192
+
+
+def single(_name: str) -> torch.dtype:
+    """Single precision, whatever the tensor's name."""
+    return torch.float32
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,11 @@ class Checkpoint:
         return tensor
 
     def layer(
-        self, index: int, device: str | torch.device = "cpu", check: bool = False
+        self,
+        index: int,
+        device: str | torch.device = "cpu",
+        check: bool = False,
+        dtype_of: Callable[[str], torch.dtype] = single,
     ) -> dict[str, torch.Tensor]:
         """All tensors of a layer, by name below ``model.layers.N.``.
 
@@ -62,23 +73,44 @@ class Checkpoint:
             index: layer number.
             device: where to put them; on the CPU float32 tensors stay views of the mapped file.
             check: refuse NaN and infinities.
+            dtype_of: what a tensor of this name is wanted in.
 
         Returns:
-            float32 tensors, shapes as in ``spec.layer_shapes()``.
+            float32 tensors where ``dtype_of`` says nothing else, shapes as in ``spec.layer_shapes()``.
         """
-        prefix = self.spec.layer_prefix(index)
-        names = [prefix + name for name in self.spec.layer_shapes()]
-        weights = {}
+        stored = self.stored_layer(index, check)
+        return {name: tensor.to(device, dtype_of(name)) for name, tensor in stored}
+
+    def stored_layer(self, index: int, check: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """A layer's tensors as stored, one by one, with their names: views of the mapped file, as :meth:`tensor`'s."""
         # Opened once a file and not once a tensor: generation asks for every layer at every token.
-        for path in {self.files[name]: None for name in names}:
+        for path, names in self._layer_files(index).items():
             with _open(path) as file:
                 for name in names:
-                    if self.files[name] == path:
-                        tensor = file.get_tensor(name)
-                        if check:
-                            _check_finite(tensor, name, path)
-                        weights[name.removeprefix(prefix)] = tensor.to(device, torch.float32)
-        return weights
+                    tensor = file.get_tensor(name)
+                    if check:
+                        _check_finite(tensor, name, path)
+                    yield name.removeprefix(self.spec.layer_prefix(index)), tensor
+                    del tensor
+
+    def stored_sizes(self, index: int) -> dict[str, int]:
+        """Bytes of a layer's tensors as stored, from the shards' headers."""
+        found = {}
+        for path, names in self._layer_files(index).items():
+            with _open(path) as file:
+                for name in names:
+                    info = file.get_slice(name)
+                    size = _DTYPES[info.get_dtype()] * math.prod(info.get_shape())
+                    found[name.removeprefix(self.spec.layer_prefix(index))] = size
+        return found
+
+    def _layer_files(self, index: int) -> dict[Path, list[str]]:
+        """Full names of a layer's tensors by the file that holds them."""
+        found: dict[Path, list[str]] = {}
+        for name in self.spec.layer_shapes():
+            full = self.spec.layer_prefix(index) + name
+            found.setdefault(self.files[full], []).append(full)
+        return found
 
     def rows(self, name: str, chunk: int = CHUNK_ROWS) -> Iterator[tuple[int, torch.Tensor]]:
         """A matrix in chunks of rows: ``(first row, float32 [≤ chunk, columns])``, checked for NaN."""

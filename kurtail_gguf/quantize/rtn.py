@@ -25,8 +25,10 @@ FACTORS: Final = (
 )  # fmt: skip
 #: Refits of the scale to its codes, each followed by choosing the codes anew.
 REFITS: Final = 2
-#: Blocks searched at once: of 64 float32 they are 1 MiB, which stays in a core's cache.
+#: Blocks searched at once: of 64 float32 they are 1 MiB, which stays in a core's cache; on a card 64 MiB, since every
+#: step of a search is a call of its own there.
 _CHUNK: Final = 4096
+_CARD_CHUNK: Final = 1 << 18
 
 
 def quantize_rtn(
@@ -59,8 +61,9 @@ def quantize_rtn(
             f"tensor {name}: a weight of {largest:.4g} needs a block scale beyond half precision "
             f"(limit {limit:.4g}): the checkpoint's weights are not those of a usable model"
         )
-    for start in range(0, len(blocks), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    step = _CHUNK if blocks.device.type == "cpu" else _CARD_CHUNK
+    for start in range(0, len(blocks), step):
+        part = slice(start, start + step)
         codes[part], scales[part] = _search(blocks[part])
     return codes.reshape(rows, columns).cpu().numpy(), scales.reshape(rows, -1).cpu().numpy()
 

@@ -58,7 +58,8 @@ def render(
     return environment.get_template("page.html").render(
         title=f"{config.out.name}: conversion report",
         identity=[("source", config.model), *identity(config.out, summary, runs_as, command)],
-        stages=[(name, seconds, result.peak_bytes[name] / 1e9) for name, seconds in result.seconds.items()],
+        stages=[(name, seconds, *_peaks(result, name)) for name, seconds in result.seconds.items()],
+        card=result.device if result.card_peak else None,
         resumed=result.resumed,
         figures=figures,
         plots=list(_plots(figures)),
@@ -69,6 +70,12 @@ def render(
         tool=TOOL,
         machine=describe_machine(),
     )
+
+
+def _peaks(result: ConvertResult, stage: str) -> tuple[float, float | None]:
+    """GB of the process until the stage's end, and of the card in the stage; None where there was no card."""
+    card = result.card_peak.get(stage)
+    return result.peak_bytes[stage] / 1e9, None if card is None else card.reserved / 1e9
 
 
 def _plots(figures: Figures) -> Iterator[tuple[str, Markup]]:
