@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +23,27 @@ from kurtail_gguf.calibration.tokens import SEQ_LEN
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.distill.scales import STEP_TOKENS
 from kurtail_gguf.errors import KurtailError, SourceError
-from kurtail_gguf.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
-from kurtail_gguf.memory import memory_available
+from kurtail_gguf.memory import card_module, is_card, memory_available
 from kurtail_gguf.pipeline import check_out, pick_device, runtime_rounding
-from kurtail_gguf.quantize.gptq import PART
+from kurtail_gguf.plan_memory import Sizes, learns, memory_by_stage
 from kurtail_gguf.rotation.learn import OUTPUT_STEPS, R1_STEPS
 from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
 from kurtail_gguf.rotation_choice import CAPTURED_TOKENS
-from kurtail_gguf.tuning import memory_needed, memory_shortage, what_fits
+from kurtail_gguf.tuning import memory_shortage
 
-#: Python, torch, transformers and what the allocator keeps: measured with models of a few million weights a layer.
-PROGRAM_BYTES = 700_000_000
-#: Arrays of a part's size that GPTQ has at once.
-_PART_ARRAYS = 12
 #: Products of all rows with the Hessian: three refits of four each, two sweeps of two, half of one in the first pass.
 _GPTQ_PRODUCTS = 16.5
 #: Seconds a column takes whatever its length: a few dozen calls of torch in each of three passes.
 _COLUMN_SECONDS = 5e-4
-#: Matrices of R1's size while it is learned: parameter, averages, gradient, the solve and what autograd keeps.
-_LEARNING_MATRICES = 16
-#: Tokens in one forward pass of the layers.
-_FORWARD = 4 * SEQ_LEN
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What ``convert --plan`` prints. Bytes and seconds by stage; ``refused`` is why it would not start or not end."""
+    """What ``convert --plan`` prints. Bytes and seconds by stage; ``refused`` is why it would not start or not end.
+
+    ``memory`` is the host's; ``card`` is what lies on ``device``, nothing where that is the CPU.
+    """
 
     model: str
     architecture: str
@@ -63,14 +57,23 @@ class Plan:
     rotations: dict[str, str]
     notes: tuple[str, ...]
     refused: tuple[str, ...]
+    device: str = "cpu"
+    card: dict[str, int] = field(default_factory=dict)
+    card_available: int = 0
 
     @property
     def peak_bytes(self) -> int:
         return max(self.memory.values())
 
+    @property
+    def card_peak_bytes(self) -> int:
+        """0 on the CPU."""
+        return max(self.card.values(), default=0)
+
     def to_json(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
-        return asdict(self) | {"peak_bytes": self.peak_bytes, "disk_bytes": sum(self.disk.values())}
+        peaks = {"peak_bytes": self.peak_bytes, "card_peak_bytes": self.card_peak_bytes}
+        return asdict(self) | peaks | {"disk_bytes": sum(self.disk.values())}
 
 
 def plan(config: ConvertConfig) -> Plan:
@@ -88,7 +91,7 @@ def plan(config: ConvertConfig) -> Plan:
         )
     checkpoint = open_checkpoint(directory)
     device = pick_device(config.device)
-    sizes = _Sizes.of(checkpoint, config)
+    sizes = Sizes.of(checkpoint, config)
     notes, refused = [], []
     shortage = memory_shortage(checkpoint, sizes.block, device) if config.tuning_steps else None
     tuned = config.tuning_steps if shortage is None else 0
@@ -98,20 +101,27 @@ def plan(config: ConvertConfig) -> Plan:
         refused.append(f"--activations auto {short}: give 4 or 8")
     if config.rotation == "spinquant":
         _tell(refused, lambda: check_memory(checkpoint, BATCH * SEQUENCE, device))
-    memory, disk = _memory(checkpoint, config, sizes, tuned), _disk(checkpoint, config, sizes, tuned)
+    memory, card = memory_by_stage(checkpoint, config, sizes, tuned, device)
+    disk = _disk(checkpoint, config, sizes, tuned)
     window = checkpoint.spec.window
     length = GENERATED_LENGTH if config.calibration == ("self",) else SEQ_LEN
     if config.needs_calibration and window and window < length:
         refused.append(f"sliding_window {window} is below the calibration length {length}")
-    free, available = shutil.disk_usage(config.out.absolute().parent).free, memory_available(device)
+    free, available = shutil.disk_usage(config.out.absolute().parent).free, memory_available(torch.device("cpu"))
     if sum(disk.values()) > free:
         refused.append(f"{sum(disk.values()) / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free beside OUT")
     if max(memory.values()) > available:
         refused.append(f"{max(memory.values()) / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
+    on_card = memory_available(device) if card else 0
+    if card and max(card.values()) > on_card:
+        refused.append(f"{max(card.values()) / 1e9:.1f} GB of {device}'s memory are needed, {on_card / 1e9:.1f} GB are free there")
+    if card:
+        notes.append(f"{device} also holds what the driver and cuBLAS take, some hundred MB; figures are of no run on a card yet")
     spec = checkpoint.spec
     return Plan(
         config.model, spec.family.architecture, spec.layers, sizes.parameters, memory, available, disk, free,
-        _seconds(checkpoint, config, sizes, tuned), _rotations(checkpoint, config), tuple(notes), tuple(refused),
+        _seconds(checkpoint, config, sizes, tuned, device), _rotations(checkpoint, config), tuple(notes), tuple(refused),
+        str(device), card, on_card,
     )  # fmt: skip
 
 
@@ -122,81 +132,7 @@ def _tell(refused: list[str], check: Callable[[], None]) -> None:
         refused.append(str(error))
 
 
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """Values of things: a layer, its widest linear, a table, a step's stops of GPTQ as (rows, inputs)."""
-
-    layer: int
-    linears: int
-    widest: int
-    table: int
-    parameters: int
-    stops: tuple[tuple[int, int], ...]
-    block: int
-    block_bytes: int
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, config: ConvertConfig) -> _Sizes:
-        spec, family = checkpoint.spec, checkpoint.spec.family
-        layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
-        shapes = spec.linear_shapes()
-        groups = [family.attention_readers, (family.attention_writer,)]
-        if family.experts is None:
-            groups += [spec.ffn_readers, (family.ffn_writer,)]
-        else:  # one after the other
-            names = family.experts
-            for expert in range(spec.experts):
-                groups += [(names.gate.format(expert), names.up.format(expert)), (names.down.format(expert),)]
-        block = BLOCK_FORMATS[config.target].block
-        return cls(
-            layer=layer,
-            linears=sum(math.prod(shape) for shape in shapes.values()),
-            widest=max(math.prod(shape) for shape in shapes.values()),
-            table=spec.vocab_size * spec.hidden_size,
-            parameters=spec.layers * layer + sum(math.prod(shape) for shape in spec.top_shapes().values()),
-            stops=tuple((sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in groups),
-            block=block,
-            block_bytes=block // 2 + 2,
-        )
-
-
-def _learns(config: ConvertConfig) -> bool:
-    return config.rotation in ("output", "kurtail")
-
-
-def _memory(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: int) -> dict[str, int]:
-    spec = checkpoint.spec
-    hidden, ffn = spec.hidden_size, spec.intermediate_size
-    r1 = 8 * hidden**2 if config.rotation != "none" else 0
-    r2 = 8 * spec.layers * (spec.kv_heads * spec.head_dim**2 + ffn) if config.rotation != "none" else 0
-    # the checkpoint's own bytes are mapped while a layer is converted to single precision
-    loading = 6 * sizes.layer
-    forward = 4 * _FORWARD * (4 * ffn + 4 * hidden)
-    found = {"embedding and head": 3 * 8 * 8192 * hidden + r1}
-    if config.needs_calibration and config.calibration == ("self",):
-        cache = 8 * spec.layers * min(GENERATED_TOGETHER, -(-config.calibration_tokens // GENERATED_LENGTH))
-        cache *= GENERATED_LENGTH * spec.kv_heads * spec.head_dim
-        found["generate text"] = 4 * sizes.table + loading + cache
-    if _learns(config):
-        found["capture activations"] = loading + 8 * ffn * hidden + forward
-        found["learn R1"] = max(4 * _LEARNING_MATRICES, 8 * 9) * hidden**2
-    if config.rotation == "spinquant":
-        found["learn R1 and R2"] = 4 * sizes.parameters + 4 * BATCH * SEQUENCE * (3 * spec.vocab_size + spec.layers * hidden)
-    found["fold a layer"] = 12 * sizes.layer + 16 * sizes.widest + r1 + r2
-    if config.weights == "gptq":
-        # in double precision, damped, and the factor; then parts of the rows
-        of_stops = (
-            max(16 * inputs**2, 8 * inputs**2 + 4 * _PART_ARRAYS * min(PART, rows * inputs)) + 4 * rows * inputs
-            for rows, inputs in sizes.stops
-        )
-        found["quantize by GPTQ"] = max(*of_stops, 8 * ffn * hidden + forward) + r1 + r2
-    if tuned:
-        found["tune scales"] = memory_needed(checkpoint, sizes.block, what_fits(checkpoint, sizes.block, pick_device(config.device)))
-    found["export"] = (64 << 20) * 2 + sizes.widest
-    return {name: PROGRAM_BYTES + value for name, value in found.items()}
-
-
-def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: int) -> dict[str, int]:
+def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int) -> dict[str, int]:
     spec = checkpoint.spec
     hidden, layers = spec.hidden_size, spec.layers
     unrounded = config.weights == "f32"
@@ -206,7 +142,7 @@ def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: i
     found = {"OUT": quantized + int(sizes.table * tables), "folded tables": 8 * sizes.table, "quantized layers": quantized}
     if config.rotation != "none":
         found["rotations"] = 8 * (hidden**2 + layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size))
-    if _learns(config):
+    if learns(config):
         shapes = spec.linear_shapes()
         readers = sum(min(SKETCH_ROWS, shapes[name][0]) for name in (*spec.family.attention_readers, *spec.ffn_readers))
         a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden + 4 * spec.intermediate_size
@@ -220,9 +156,11 @@ def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: i
     return found
 
 
-def _seconds(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned: int) -> dict[str, float]:
+def _seconds(
+    checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int, device: torch.device
+) -> dict[str, float]:
     spec = checkpoint.spec
-    single, double = _speed(torch.float32), _speed(torch.float64)
+    single, double = _speed(torch.float32, device), _speed(torch.float64, device)
     tokens, hidden, every = config.calibration_tokens, spec.hidden_size, spec.layers * sizes.linears
     found = {}
     if config.needs_calibration and config.calibration == ("self",):
@@ -230,7 +168,7 @@ def _seconds(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned
         passes = -(-wanted // (GENERATED_TOGETHER * GENERATED_LENGTH)) * GENERATED_LENGTH
         # a layer's weights are converted anew at every token: memory's pace, about 2 GB a second
         found["generate text"] = passes * spec.layers * sizes.layer * 6 / 2e9 + 2 * wanted * sizes.parameters / single
-    if _learns(config):
+    if learns(config):
         steps = OUTPUT_STEPS if config.rotation == "output" else R1_STEPS
         found["rotations"] = 2 * CAPTURED_TOKENS * every / single + steps * 24 * hidden**3 / single
     if config.rotation == "spinquant":
@@ -252,15 +190,18 @@ def _seconds(checkpoint: Checkpoint, config: ConvertConfig, sizes: _Sizes, tuned
     return found
 
 
-def _speed(dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a product of two matrices on the CPU, undisturbed by other programs."""
-    a = torch.ones(768, 768, dtype=dtype)
+def _speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second in a product of two matrices, undisturbed by other programs."""
+    size = 4096 if is_card(device) else 768
+    a = torch.ones(size, size, dtype=dtype, device=device)
     best = math.inf
     for _ in range(20):
         start = time.perf_counter()
         a @ a
+        if is_card(device):
+            card_module(device).synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * 768**3 / best
+    return 2 * size**3 / best
 
 
 def _rotations(checkpoint: Checkpoint, config: ConvertConfig) -> dict[str, str]:

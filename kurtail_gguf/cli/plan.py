@@ -34,11 +34,16 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"{plan.model}: {plan.architecture}, {plan.layers} layers, {plan.parameters / 1e9:.2f} billion weights; can be folded"
     for name, text in plan.rotations.items():
         yield f"  {name}: {text}"
-    yield f"memory at most {plan.peak_bytes / 1e9:.1f} GB, {plan.memory_available / 1e9:.1f} GB are free; by stage:"
+    yield f"memory{' of the host' if plan.card else ''} at most {plan.peak_bytes / 1e9:.1f} GB, {plan.memory_available / 1e9:.1f} GB are free; by stage:"
     yield from (f"  {name}: {value / 1e9:.1f} GB" for name, value in plan.memory.items())
+    if plan.card:
+        peak, free = plan.card_peak_bytes / 1e9, plan.card_available / 1e9
+        yield f"on {plan.device} at most {peak:.1f} GB in tensors, {free:.1f} GB are free there; by stage:"
+        yield from (f"  {name}: {value / 1e9:.1f} GB" for name, value in plan.card.items())
     yield f"disk {sum(plan.disk.values()) / 1e9:.1f} GB until the end, {plan.disk_available / 1e9:.1f} GB are free:"
     yield from (f"  {name}: {value / 1e9:.2f} GB" for name, value in plan.disk.items())
-    yield f"time on the CPU about {format_seconds(sum(plan.seconds.values()))}, by operations; expect a factor of two:"
+    where = "the CPU" if plan.device == "cpu" else plan.device
+    yield f"time on {where} about {format_seconds(sum(plan.seconds.values()))}, by operations; expect a factor of two:"
     yield from (f"  {name}: {format_seconds(value)}" for name, value in plan.seconds.items())
     yield from (f"note: {text}" for text in plan.notes)
     yield from (f"would be refused: {text}" for text in plan.refused)

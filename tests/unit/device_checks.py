@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from card_device import CARD, MEMORY, MODULE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from card_device import CARD, MEMORY, MODULE
 from kurtail_gguf import pipeline, rotation_choice
+from kurtail_gguf import plan as planning
+from kurtail_gguf.calibration.capture import capture
 from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.plan import plan
 from kurtail_gguf.progress import NullProgress
 
 
@@ -72,3 +78,61 @@ def test_a_card_gives_the_bytes_of_the_cpu(kind, changes, tiny_checkpoint, tmp_p
     assert (result.device, plain.device) == ("card", "cpu")
     assert set(result.card_peak) == set(result.seconds) and plain.card_peak == {} and plain.card_peak_bytes is None
     assert result.card_peak["quantize"].allocated > 0
+
+
+def test_a_run_goes_on_and_reports_on_a_card(tiny_checkpoint, tmp_path, on):
+    model = tiny_checkpoint("llama")
+    options = {"rotation": "hadamard", "tune": 0, "work_dir": tmp_path / "w", "report": tmp_path / "r.html"}
+    whole, first = on(CARD, model, tmp_path, **options)
+    (tmp_path / "w" / "quantized" / "layer-00001.safetensors").unlink()
+    again, second = on(CARD, model, tmp_path, **options)
+    assert again == whole and second.resumed
+    _, plain = on(torch.device("cpu"), model, tmp_path, **options | {"work_dir": tmp_path / "v"})
+    assert first.figures == plain.figures
+
+
+def test_without_memory_the_card_and_the_stage_are_named(tiny_checkpoint, tmp_path, on, monkeypatch):
+    monkeypatch.setattr(MEMORY, "total", MEMORY.allocated + 200_000)
+    with pytest.raises(KurtailError, match=r"^card ran out of memory in the stage 'rotations': of its .* GB this run held ") as told:
+        on(CARD, tiny_checkpoint("llama"), tmp_path, tune=0)
+    assert "--device cpu --restart" in str(told.value)
+    assert (tmp_path / "card.gguf.work" / "tokens.npy").exists()
+
+
+def test_bfloat16_on_a_card_is_that_of_the_cpu(tiny_checkpoint, tmp_path, recorder, monkeypatch):
+    monkeypatch.setattr(MODULE, "bf16", True)
+    checkpoint = open_checkpoint(tiny_checkpoint("qwen3-moe", dtype=torch.bfloat16))
+    ids = np.random.default_rng(0).integers(3, 320, (5, 24)).astype(np.int32)
+    found = []
+    for device, dtype in ((CARD, None), (torch.device("cpu"), torch.bfloat16)):
+        directory = tmp_path / device.type
+        directory.mkdir()
+        capture(checkpoint, ids, directory, 0, device, recorder, multiplied_in=dtype)
+        found.append({path.name: path.read_bytes() for path in directory.iterdir()})
+    assert found[0] == found[1] and len(found[0]) > 5
+
+
+#: What of a plan falls into which stage that is measured.
+_PLANNED = {
+    "calibration": ("generate text",),
+    "rotations": ("capture activations", "learn R1", "learn R1 and R2"),
+    "quantize": ("embedding and head", "fold a layer", "quantize by GPTQ"),
+    "tune": ("tune scales",),
+}
+
+
+@pytest.mark.parametrize(("kind", "changes", "bf16"), [("qwen3", {"calibration": ("self",)}, False), ("mixtral", {"tune": 0}, True)])
+def test_a_plan_bounds_what_lies_on_the_card(kind, changes, bf16, save_tiny, tiny_checkpoint, tmp_path, on, monkeypatch):
+    monkeypatch.setattr(MODULE, "bf16", bf16)
+    model = tmp_path / "wider"
+    save_tiny(kind, model, hidden_size=256, intermediate_size=768, dtype=torch.bfloat16)
+    for path in tiny_checkpoint(kind).glob("tokenizer*"):
+        shutil.copy(path, model)
+    _, result = on(CARD, model, tmp_path, **changes)
+    monkeypatch.setattr(planning, "pick_device", lambda name: CARD)
+    monkeypatch.setattr(planning, "_speed", lambda dtype, device: 1e9)  # a card's size of matrices is not for a CPU
+    found = plan(ConvertConfig(str(model), tmp_path / "o.gguf", calibration_tokens=1024, tune=2, **{"calibration": ("a",)} | changes))
+    for stage, parts in _PLANNED.items():
+        planned = [found.card[name] for name in parts if name in found.card]
+        if planned:
+            assert 0.3 * max(planned) < result.card_peak[stage].allocated < max(planned), stage

@@ -23,6 +23,7 @@ LAYERS = (
     ("activation_choice", "rotation_choice"),
     ("figures",),
     ("pipeline", "measurement", "verification", "adapters"),
+    ("plan_memory",),
     ("comparison", "card", "plan"),
     ("report",),
     ("cli",),

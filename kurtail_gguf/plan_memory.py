@@ -1,0 +1,213 @@
+"""Memory of each stage of a conversion, by the arrays that are alive together at its fullest moment.
+
+With a card there are two sums: what lies on it, which is a layer and what is computed from it, and what the host holds,
+which is the next layer as it was read and what goes to files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kurtail_gguf.calibration.capture import MAX_SAMPLE
+from kurtail_gguf.calibration.generate import BATCH as GENERATED_TOGETHER
+from kurtail_gguf.calibration.generate import GENERATED_LENGTH
+from kurtail_gguf.calibration.precision import forward_dtype
+from kurtail_gguf.calibration.tokens import SEQ_LEN
+from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.formats.targets import BLOCK_FORMATS
+from kurtail_gguf.loading.checkpoint import Checkpoint
+from kurtail_gguf.memory import is_card
+from kurtail_gguf.quantize.gptq import PART
+from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE
+from kurtail_gguf.tuning import memory_needed, what_fits
+
+#: Python, torch, transformers and what the allocator keeps: measured with models of a few million weights a layer.
+PROGRAM_BYTES = 700_000_000
+#: Arrays of a part's size that GPTQ has at once.
+_PART_ARRAYS = 12
+#: Matrices of R1's size while it is learned: parameter, averages, gradient, the solve and what autograd keeps.
+_LEARNING_MATRICES = 16
+#: Tokens in one forward pass of the layers.
+_FORWARD = 4 * SEQ_LEN
+#: Rows of a table that are folded at once.
+_ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Values of things: a layer, its widest linear, a table, a step's stops of GPTQ as (rows, inputs).
+
+    ``stored`` is the bytes of the largest layer in the checkpoint, ``readers`` the values of the linears that read a norm.
+    """
+
+    layer: int
+    linears: int
+    widest: int
+    table: int
+    parameters: int
+    stops: tuple[tuple[int, int], ...]
+    block: int
+    block_bytes: int
+    stored: int
+    readers: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: ConvertConfig) -> Sizes:
+        spec, family = checkpoint.spec, checkpoint.spec.family
+        layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
+        shapes = spec.linear_shapes()
+        groups = [family.attention_readers, (family.attention_writer,)]
+        if family.experts is None:
+            groups += [spec.ffn_readers, (family.ffn_writer,)]
+        else:  # one after the other
+            names = family.experts
+            for expert in range(spec.experts):
+                groups += [(names.gate.format(expert), names.up.format(expert)), (names.down.format(expert),)]
+        block = BLOCK_FORMATS[config.target].block
+        return cls(
+            layer=layer,
+            linears=sum(math.prod(shape) for shape in shapes.values()),
+            widest=max(math.prod(shape) for shape in shapes.values()),
+            table=spec.vocab_size * spec.hidden_size,
+            parameters=spec.layers * layer + sum(math.prod(shape) for shape in spec.top_shapes().values()),
+            stops=tuple((sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in groups),
+            block=block,
+            block_bytes=block // 2 + 2,
+            stored=max(sum(checkpoint.stored_sizes(number).values()) for number in range(spec.layers)),
+            readers=max(
+                sum(math.prod(shapes[name]) for name in names) for names in (family.attention_readers, spec.ffn_readers)
+            ),
+        )
+
+
+def learns(config: ConvertConfig) -> bool:
+    """Whether rotations are learned layer by layer."""
+    return config.rotation in ("output", "kurtail")
+
+
+def memory_by_stage(
+    checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int, device: torch.device
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of the host's memory and of the card's; nothing of the latter on the CPU.
+
+    Args:
+        checkpoint: the model; its headers are all that is read.
+        config: of the conversion.
+        sizes: of the model.
+        tuned: steps of tuning.
+        device: where would be computed.
+    """
+    if not is_card(device):
+        return _on_cpu(checkpoint, config, sizes, tuned), {}
+    host = {name: PROGRAM_BYTES + value for name, value in _beside_card(checkpoint, config, sizes, tuned).items()}
+    return host, _on_card(checkpoint, config, sizes, tuned, device)
+
+
+def _on_cpu(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int) -> dict[str, int]:
+    spec = checkpoint.spec
+    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    r1 = 8 * hidden**2 if config.rotation != "none" else 0
+    r2 = 8 * spec.layers * (spec.kv_heads * spec.head_dim**2 + ffn) if config.rotation != "none" else 0
+    # the checkpoint's own bytes are mapped while a layer is converted to single precision
+    loading = 6 * sizes.layer
+    forward = 4 * _FORWARD * (4 * ffn + 4 * hidden)
+    found = {"embedding and head": 3 * 8 * _ROWS * hidden + r1}
+    if config.needs_calibration and config.calibration == ("self",):
+        cache = 8 * spec.layers * min(GENERATED_TOGETHER, -(-config.calibration_tokens // GENERATED_LENGTH))
+        cache *= GENERATED_LENGTH * spec.kv_heads * spec.head_dim
+        found["generate text"] = 4 * sizes.table + loading + cache
+    if learns(config):
+        found["capture activations"] = loading + 8 * ffn * hidden + forward
+        found["learn R1"] = max(4 * _LEARNING_MATRICES, 8 * 9) * hidden**2
+    if config.rotation == "spinquant":
+        found["learn R1 and R2"] = 4 * sizes.parameters + 4 * BATCH * SEQUENCE * (3 * spec.vocab_size + spec.layers * hidden)
+    found["fold a layer"] = 12 * sizes.layer + 16 * sizes.widest + r1 + r2
+    if config.weights == "gptq":
+        # in double precision, damped, and the factor; then parts of the rows
+        of_stops = (
+            max(16 * inputs**2, 8 * inputs**2 + 4 * _PART_ARRAYS * min(PART, rows * inputs)) + 4 * rows * inputs
+            for rows, inputs in sizes.stops
+        )
+        found["quantize by GPTQ"] = max(*of_stops, 8 * ffn * hidden + forward) + r1 + r2
+    if tuned:
+        found["tune scales"] = memory_needed(checkpoint, sizes.block, what_fits(checkpoint, sizes.block, torch.device("cpu")))
+    found["export"] = (64 << 20) * 2 + sizes.widest
+    return {name: PROGRAM_BYTES + value for name, value in found.items()}
+
+
+
+def _on_card(
+    checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int, device: torch.device
+) -> dict[str, int]:
+    spec = checkpoint.spec
+    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    rotated = config.rotation != "none"
+    r1 = 8 * hidden**2 if rotated else 0
+    r2 = 8 * (spec.kv_heads * spec.head_dim**2 + ffn) if rotated else 0
+    multiplied = forward_dtype(device).itemsize
+    # a tensor comes as it is stored and is converted there; experts are stacked anew for each forward pass
+    loaded = multiplied * sizes.layer * (2 if spec.experts else 1) + 4 * sizes.widest
+    forward = 4 * _FORWARD * (4 * ffn * max(1, spec.experts_used) + 8 * hidden)
+    found = {"embedding and head": 3 * 8 * min(_ROWS, spec.vocab_size) * hidden + r1}
+    if config.needs_calibration and config.calibration == ("self",):
+        batch = min(GENERATED_TOGETHER, -(-config.calibration_tokens // GENERATED_LENGTH))
+        cache = 8 * spec.layers * batch * GENERATED_LENGTH * spec.kv_heads * spec.head_dim
+        # keys and values repeated for each query head, and once more where attention scales them
+        repeated = 16 * batch * GENERATED_LENGTH * spec.heads * spec.head_dim
+        found["generate text"] = 4 * sizes.table + loaded + cache + repeated + 8 * batch * spec.vocab_size
+    if learns(config):
+        sketch = 4 * sizes.readers + 4 * MAX_SAMPLE * (hidden + 4 * ffn)
+        found["capture activations"] = loaded + max(forward, sketch)
+        found["learn R1"] = max(4 * _LEARNING_MATRICES, 8 * 9) * hidden**2
+    if config.rotation == "spinquant":
+        found["learn R1 and R2"] = 4 * sizes.parameters + 4 * BATCH * SEQUENCE * (3 * spec.vocab_size + spec.layers * hidden)
+    found["fold a layer"] = 12 * sizes.layer + 16 * sizes.widest + r1 + r2
+    if config.weights == "gptq":
+        found["quantize by GPTQ"] = _gptq_on_card(sizes, forward + multiplied * (sizes.layer - sizes.readers)) + r1 + r2
+    if tuned:
+        found["tune scales"] = memory_needed(checkpoint, sizes.block, what_fits(checkpoint, sizes.block, device))
+    return found
+
+
+def _gptq_on_card(sizes: Sizes, forward: int) -> int:
+    """The fullest stop: the layer's linears that are still to come, and either the Hessian or what runs between stops."""
+    left, fullest = 4 * sizes.layer, 0
+    for rows, inputs in sizes.stops:
+        # cuSOLVER inverts in a copy: double precision twice, and single; then parts of the rows
+        work = max(20 * inputs**2, 8 * inputs**2 + 4 * _PART_ARRAYS * min(PART, rows * inputs))
+        fullest = max(fullest, left + max(work + 4 * rows * inputs, forward))
+        left -= 4 * rows * inputs
+    return fullest
+
+
+def _beside_card(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int) -> dict[str, int]:
+    """The host's memory, without the program's own."""
+    spec = checkpoint.spec
+    hidden, ffn = spec.hidden_size, spec.intermediate_size
+    rotations = 8 * (hidden**2 + spec.layers * (spec.kv_heads * spec.head_dim**2 + ffn)) if config.rotation != "none" else 0
+    # the mapped file's pages, and the buffer, which page-locked memory rounds up to a power of two
+    ahead = sizes.stored + (1 << (sizes.stored - 1).bit_length())
+    # torch converts what it copies from the CPU before it goes
+    table = 4 * sizes.table + 4 * sizes.table
+    found = {"embedding and head": 3 * 4 * _ROWS * hidden + rotations}
+    if config.needs_calibration and config.calibration == ("self",):
+        found["generate text"] = table + ahead + 3 * 8 * GENERATED_TOGETHER * spec.vocab_size
+    if learns(config):
+        samples = 4 * MAX_SAMPLE * (3 * hidden + spec.kv_heads * spec.head_dim)
+        found["capture activations"] = ahead + 4 * _FORWARD * 2 * hidden + 2 * samples
+        found["learn R1"] = 3 * 8 * hidden**2
+    if config.rotation == "spinquant":
+        found["learn R1 and R2"] = rotations + table + 8 * sizes.widest
+    results = sizes.layer * (4 if config.weights == "f32" else 1)
+    found["fold a layer"] = ahead + rotations + results
+    if config.weights == "gptq":
+        # codes, what they stand for and a copy on the way; tokens of a batch, read and written
+        widest = max(rows * inputs for rows, inputs in sizes.stops)
+        found["quantize by GPTQ"] = ahead + rotations + results + 9 * widest + 4 * _FORWARD * 2 * max(hidden, ffn)
+    if tuned:
+        found["tune scales"] = table + 5 * sizes.layer
+    found["export"] = (64 << 20) * 2 + sizes.widest
+    return found
