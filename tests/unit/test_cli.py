@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from kurtail_gguf.cli.output import write_json
 from kurtail_gguf.config import ConvertConfig, ConvertResult, Provenance
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.measurement import ModelResult, Report
+from kurtail_gguf.memory import CardMemory
 
 
 @pytest.fixture
@@ -210,7 +212,7 @@ def test_commands_are_documented():
     for command in commands.commands.values():
         assert command.help
         for parameter in command.params:
-            if isinstance(parameter, click.Option) and parameter.name != "device":
+            if isinstance(parameter, click.Option):
                 assert parameter.help, (command.name, parameter.name)
 
 
@@ -235,6 +237,26 @@ def test_convert_says_what_it_took(run, monkeypatch, tmp_path, resumed):
     assert lines[-1] == f"run it with: llama-cli -m {out}"
 
 
+def test_memory_of_a_card_is_told_beside_the_hosts(run, monkeypatch, tmp_path):
+    peaks = {"rotations": CardMemory(2_000_000_000, 2_500_000_000), "quantize": CardMemory(3_000_000_000, 3_400_000_000)}
+
+    def fake(config, progress):
+        assert config.device == "cuda:1"
+        return dataclasses.replace(_converted(config.out), resumed=True, device="cuda:1", card_peak=peaks)
+
+    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.25, runs_as="W4A4KV4"))
+    monkeypatch.setattr("kurtail_gguf.cli.convert.peak_memory", lambda: 1_200_000_000)
+    arguments = ("convert", "M", tmp_path / "o.gguf", "--device", "cuda:1")
+    assert run(*arguments).stdout.splitlines()[1].endswith("; peak memory 1.2 GB, 3.4 GB on cuda:1")
+    content = json.loads(run(*arguments, "--json").stdout)
+    assert (content["peak_bytes"], content["device"]) == (1_200_000_000, "cuda:1")
+    assert content["card_peak_bytes"] == {
+        "allocated": 3_000_000_000, "reserved": 3_400_000_000,
+        "stages": {name: dataclasses.asdict(peak) for name, peak in peaks.items()},
+    }  # fmt: skip
+
+
 def _converted(out: Path) -> ConvertResult:
     out.write_bytes(b"12345")
     provenance = Provenance(
@@ -257,6 +279,7 @@ def test_quiet_prints_nothing_and_json_the_result(run, monkeypatch, tmp_path):
     done = run("convert", "M", tmp_path / "o.gguf", "--json")
     content = json.loads(done.stdout)
     assert (content["bytes"], content["seconds"], content["resumed"]) == (5, {"quantize": 1.5}, False)
+    assert content["device"] == "cpu" and "card_peak_bytes" not in content
     assert content["kurtail"]["weights"] == "rtn" and "quantize" in done.stderr
 
 

@@ -263,10 +263,39 @@ def test_missing_text_is_noticed_before_the_model_is_opened(tmp_path):
     assert "no-such-text" in _refused(config)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_without_a_device(tmp_path):
-    config = dataclasses.replace(_config(tmp_path, tmp_path / "o.gguf"), device="cuda")
-    assert "no CUDA device" in _refused(config)
+@pytest.fixture
+def cards(monkeypatch):
+    """``cards(count, cuda)``: torch built with a version of CUDA, or without, on a machine with so many cards."""
+
+    def make(count: int, cuda: str | None = "13.0") -> None:
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return make
+
+
+def test_which_device_it_is(cards):
+    for count, chosen in ((0, "cpu"), (2, "cuda")):
+        cards(count)
+        assert pipeline.pick_device("auto") == torch.device(chosen)
+        assert pipeline.pick_device("cpu") == torch.device("cpu")
+    assert pipeline.pick_device("cuda:1") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "cuda", "device", "told"),
+    [
+        (0, None, "cuda", r"--device cuda: this torch \(.*\) is built without CUDA: install one with it \(pytorch.org\), or .*"),
+        (0, "13.0", "cuda:0", r"--device cuda:0: torch sees no CUDA device: check the driver with nvidia-smi .* --device cpu"),
+        (1, "13.0", "cuda:1", "--device cuda:1: torch sees 1 CUDA device, counted from cuda:0"),
+    ],
+)
+def test_a_card_that_is_not_there(cards, tmp_path, count, cuda, device, told):
+    cards(count, cuda)
+    config = dataclasses.replace(_config(tmp_path, tmp_path / "o.gguf"), device=device)
+    assert re.fullmatch(told, _refused(config))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +305,8 @@ def test_cuda_without_a_device(tmp_path):
         ({"weights": "awq"}, "--weights 'awq' is not offered"),
         ({"activations": 5}, "4, 8"),
         ({"kv": 2}, "4, 8, 16"),
-        ({"device": "tpu"}, "auto, cpu, cuda"),
+        ({"device": "tpu"}, "auto, cpu, cuda, cuda:N"),
+        ({"device": "cuda:"}, "auto, cpu, cuda, cuda:N"),
         ({"target": "ollama"}, "kurtail, stock"),
         ({"target": "stock", "kv": 16}, "--kv cannot be chosen with --target stock"),
         ({"target": "stock", "activations": 8}, "--target stock: stock llama.cpp decides"),

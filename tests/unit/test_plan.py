@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from transformers import LlamaConfig
 
 from kurtail_gguf import plan as planning
+from kurtail_gguf import plan_memory
 from kurtail_gguf import tuning
 from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.arch.spec import build_spec
@@ -86,6 +89,43 @@ def test_a_70b_model_fits_into_16_gib_whatever_its_layers(tmp_path, room):
     assert found.parameters == pytest.approx(70.55e9, rel=1e-3)
     assert found.disk["OUT"] == pytest.approx(36.4e9 + 1.44e9, rel=0.01)
     assert found.disk["folded tables"] == 2 * 4 * 128256 * 8192
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card that multiplies in bfloat16, as far as a plan asks for one."""
+    monkeypatch.setattr(planning, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(planning, "_speed", lambda dtype, device: 1e13)
+    monkeypatch.setattr(plan_memory, "forward_dtype", lambda device: torch.bfloat16)
+
+
+def test_on_a_card_it_is_a_layer_whatever_their_number(tmp_path, room, card):
+    room(24 * GIB, 1000 * GIB)
+    found = []
+    for layers in (2, 80):
+        model = _hollow(tmp_path / str(layers), layers)
+        found.append(plan(ConvertConfig(str(model), tmp_path / "o.gguf", calibration=("text.txt",), tune=0)))
+    assert found[0].card == found[1].card and all(one.refused == () and one.device == "cuda" for one in found)
+    told = found[1]
+    # the Hessian of down_proj's inputs: cuSOLVER's two in double precision, one in single, beside down_proj itself
+    fullest = 20 * 28672**2 + 4 * 8192 * 28672
+    assert max(told.card, key=told.card.get) == "quantize by GPTQ" and told.card_peak_bytes == pytest.approx(fullest, rel=0.1)
+    # the host holds a layer as it is stored, mapped and page-locked, and what becomes of one
+    stored = 2 * 855_654_400
+    assert stored + (1 << 31) < told.memory["capture activations"] - plan_memory.PROGRAM_BYTES < stored + (1 << 31) + GIB
+    assert told.peak_bytes < 11e9
+
+
+def test_a_card_too_small_would_be_refused_by_name(tmp_path, room, card, monkeypatch):
+    room(64 * GIB, 1000 * GIB)
+    free = {"cpu": 64 * GIB, "cuda": 8 * GIB}
+    monkeypatch.setattr(planning, "memory_available", lambda device: free[device.type])
+    model = _hollow(tmp_path / "m", 2)
+    done = CliRunner().invoke(commands, ["convert", str(model), str(tmp_path / "o.gguf"), "--plan", "--calibration", "t", "--tune", "0"])
+    assert done.exit_code == 1
+    for part in ("memory of the host at most", "on cuda at most", "time on cuda about", "note: cuda also holds"):
+        assert part in done.stdout
+    assert re.search(r"would be refused: \d+\.\d GB of cuda's memory are needed, 8\.6 GB are free there", done.stdout)
 
 
 def test_what_does_not_fit_would_be_refused(tmp_path, room):

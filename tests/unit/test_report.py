@@ -14,6 +14,7 @@ from kurtail_gguf.config import ConvertConfig, ConvertResult, Provenance
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.evaluate.outliers import Outliers
 from kurtail_gguf.figures import Figures
+from kurtail_gguf.memory import CardMemory
 from kurtail_gguf.report.page import render, write_report
 from kurtail_gguf.report.plots import by_linear
 
@@ -209,3 +210,12 @@ def test_the_browsers_complaints_are_heard(shown):
     """Of a page that has some, lest the test above could not fail."""
     shown.tab.set_content("<script>console.error('one'); nothing.at.all</script>")
     assert shown.said[0] == "one" and "nothing" in shown.said[1]
+
+
+def test_the_peak_on_a_card_has_a_column_of_its_own(converted):
+    config, result, summary = converted
+    on_card = replace(
+        result, device="cuda", card_peak={"quantize": CardMemory(7_000_000_000, 7_890_000_000), "export": CardMemory(0, 0)}
+    )
+    pages = [render(config, one, summary, "W4A4KV4", ("kurtail-gguf",)) for one in (result, on_card)]
+    assert [("peak on cuda in it, GB" in page, "7.89" in page) for page in pages] == [(False, False), (True, True)]
