@@ -125,7 +125,7 @@ _PLANNED = {
 def test_a_plan_bounds_what_lies_on_the_card(kind, changes, bf16, save_tiny, tiny_checkpoint, tmp_path, on, monkeypatch):
     monkeypatch.setattr(MODULE, "bf16", bf16)
     model = tmp_path / "wider"
-    save_tiny(kind, model, hidden_size=256, intermediate_size=768, dtype=torch.bfloat16)
+    save_tiny(kind, model, hidden_size=256, intermediate_size=768, num_hidden_layers=1, dtype=torch.bfloat16)
     for path in tiny_checkpoint(kind).glob("tokenizer*"):
         shutil.copy(path, model)
     _, result = on(CARD, model, tmp_path, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ HERE = Path(__file__).parent
 def test_on_a_device_of_its_own():
     """In a process of its own: a device is registered for good, and changes what torch takes for the accelerator."""
     checks = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "device_checks.py")]
-    path = f"{HERE}:{HERE.parents[1]}"
-    import os
-    done = subprocess.run(checks, capture_output=True, text=True, cwd=HERE.parents[1], env={**os.environ, "PYTHONPATH": path})
+    root = HERE.parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, root)))}
+    done = subprocess.run(checks, capture_output=True, text=True, cwd=root, env=environment, check=False, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
