@@ -33,9 +33,11 @@ def card_module(device: torch.device) -> Any:
 
 
 def current_card(device: torch.device) -> AbstractContextManager[Any]:
-    """A ``with`` block in which a numbered card is the current one; what the card is asked without a name is then its own."""
-    numbered = is_card(device) and device.index is not None
-    return card_module(device).device(device) if numbered else nullcontext()
+    """A ``with`` block in which a card is ready, and a numbered one the current one, which torch asks where nobody is named."""
+    if not is_card(device):
+        return nullcontext()
+    card_module(device).init()  # its statistics cannot be asked for before
+    return nullcontext() if device.index is None else card_module(device).device(device)
 
 
 def memory_available(device: torch.device) -> int:

@@ -148,6 +148,9 @@ class _Module:
     #: Whether bfloat16 is said to be multiplied by itself.
     bf16 = False
 
+    def init(self) -> None:
+        pass
+
     def is_initialized(self) -> bool:
         return True
 

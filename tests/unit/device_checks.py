@@ -121,7 +121,7 @@ _PLANNED = {
 }
 
 
-@pytest.mark.parametrize(("kind", "changes", "bf16"), [("qwen3", {"calibration": ("self",)}, False), ("mixtral", {"tune": 0}, True)])
+@pytest.mark.parametrize(("kind", "changes", "bf16"), [("llama", {"calibration": ("self",)}, False), ("mixtral", {"tune": 0}, True)])
 def test_a_plan_bounds_what_lies_on_the_card(kind, changes, bf16, save_tiny, tiny_checkpoint, tmp_path, on, monkeypatch):
     monkeypatch.setattr(MODULE, "bf16", bf16)
     model = tmp_path / "wider"
@@ -131,7 +131,8 @@ def test_a_plan_bounds_what_lies_on_the_card(kind, changes, bf16, save_tiny, tin
     _, result = on(CARD, model, tmp_path, **changes)
     monkeypatch.setattr(planning, "pick_device", lambda name: CARD)
     monkeypatch.setattr(planning, "_speed", lambda dtype, device: 1e9)  # a card's size of matrices is not for a CPU
-    found = plan(ConvertConfig(str(model), tmp_path / "o.gguf", calibration_tokens=1024, tune=2, **{"calibration": ("a",)} | changes))
+    options = {"calibration": ("text.txt",), "tune": 2, "calibration_tokens": 1024} | changes
+    found = plan(ConvertConfig(str(model), tmp_path / "o.gguf", **options))
     for stage, parts in _PLANNED.items():
         planned = [found.card[name] for name in parts if name in found.card]
         if planned:
