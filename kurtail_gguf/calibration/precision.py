@@ -54,11 +54,6 @@ def multiply_in(layers: Iterable[nn.Module], spec: ModelSpec, dtype: torch.dtype
             linear.register_forward_hook(widen)
 
 
-def weight_dtype(name: str, spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
-    """The type of a layer's tensor, by its name below the layer's prefix: ``dtype`` for what a linear has, else float32."""
-    return dtype if name.rpartition(".")[0] in spec.linears else torch.float32
-
-
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """``x Wᵀ + b`` multiplied in ``dtype``, float32 ``[…, out]``.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from kurtail_gguf.calibration.precision import multiply_in, weight_dtype
+from kurtail_gguf.calibration.precision import multiply_in
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.loading.experts import module_weights
@@ -52,13 +52,14 @@ class LayerRunner:
         self._device = device
         self._layers = model.model.layers.eval()
         self._multiplied_in = multiplied_in
+        self._linears = frozenset(checkpoint.spec.linears)
         multiply_in(self._layers, checkpoint.spec, multiplied_in)
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What :meth:`run` wants a layer's tensor in, by its name below the layer's prefix."""
-        return weight_dtype(name, self._checkpoint.spec, self._multiplied_in)
+        """What :meth:`run` wants a layer's tensor in, by its name below the layer's prefix: biases as their linears."""
+        return self._multiplied_in if name.rpartition(".")[0] in self._linears else torch.float32
 
     def module(self, layer: int) -> torch.nn.Module:
         """The layer's module, to hang hooks on (weights on the meta device)."""
