@@ -6,6 +6,7 @@ know which kind of device it computes on.
 
 from __future__ import annotations
 
+import gc
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ def memory_held(device: torch.device) -> int:
 def start_card_peak(device: torch.device) -> None:
     """Let :func:`card_peak` speak of what comes now; what torch keeps without use is given back to the card."""
     if is_card(device):
+        gc.collect()  # modules and their hooks hold each other, and what they had on the card
         card_module(device).empty_cache()
         card_module(device).reset_peak_memory_stats(device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def on(monkeypatch, exported, plain_embedding, text):
         monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=3))
 
     def convert(device: torch.device, model: Path, directory: Path, **changes):
+        gc.collect()
         monkeypatch.setattr(pipeline, "pick_device", lambda name: device)
         options = {"calibration": (str(text),), "tune": 2} | changes
         result = pipeline.convert(
@@ -78,6 +80,8 @@ def test_a_card_gives_the_bytes_of_the_cpu(kind, changes, tiny_checkpoint, tmp_p
     assert (result.device, plain.device) == ("card", "cpu")
     assert set(result.card_peak) == set(result.seconds) and plain.card_peak == {} and plain.card_peak_bytes is None
     assert result.card_peak["quantize"].allocated > 0
+    # nothing of a stage is left when the next one begins
+    assert result.card_peak["export"].allocated == 0
 
 
 def test_a_run_goes_on_and_reports_on_a_card(tiny_checkpoint, tmp_path, on):
