@@ -266,6 +266,7 @@ static void mul_mat_id(ggml_backend_cuda_context & ctx, const input & in, ggml_t
 
     ggml_cuda_pool_alloc<char> copy(ctx.pool());
     gemm_args a = gemm_arguments(dst, x, copy, ctx.stream());
+    a.out_plane = 0;
     a.bounds = bounds.get();
     a.from   = from.get();
     a.to     = to.get();

@@ -24,7 +24,7 @@ struct gemm_args {
     const two_floats * scales;
     int           columns; // of a plane
     float       * out;
-    int64_t       out_column, out_plane; // in floats
+    int64_t       out_column, out_plane; // in floats; experts write to one plane, 0
 
     // plane z of the activations reads plane z % ne2 / ratio2 of the weights, z / ne2 / ratio3 of dimension 3
     int           ne2, ratio2, ratio3;
@@ -241,7 +241,7 @@ template <class C, class M> KT4_HD void compute_step(M & m, const lane_places & 
 
 template <class C, class M> KT4_HD void store_tile(M & m, const gemm_args & a, int row0, int col0, const float (&out)[C::MF][C::NF][4]) {
     const column_range range = columns_of(a, m.block_z());
-    float * plane = a.bounds ? a.out : a.out + m.block_z()*a.out_plane;
+    float * plane = a.out + m.block_z()*a.out_plane;
     const int lane = m.thread() % 32;
     const int warp = m.thread() / 32;
     row0 += warp % C::WARPS_M * C::MF*16 + lane/4;
