@@ -40,7 +40,7 @@ bool fits_groups(const ggml_tensor * t) {
 // the row-wise bytes [offset, offset + size) of a tensor in groups, by way of memory that holds some groups as in the file
 template <class F> void for_chunks(const buffer_type & type, const ggml_tensor * t, size_t offset, size_t size, bool write, const F & move) {
     constexpr size_t CHUNK = 16*1024*1024;
-    const int    blocks = (int) (t->ne[0]/BLOCK);
+    const int    blocks = (int) (root_of(t)->ne[0]/BLOCK);
     const size_t group  = group_bytes(blocks);
     char * data = (char *) root_of(t)->data;
     offset += (char *) t->data - data;
@@ -127,15 +127,21 @@ size_t get_alloc_size(ggml_backend_buffer_type_t buft, const ggml_tensor * t) {
 bool ggml_cuda_kt4_is_buffer_type(ggml_backend_buffer_type_t buft) { return buft->iface.get_name == get_name; }
 
 bool ggml_cuda_kt4_in_groups(const ggml_tensor * t) {
-    return t->buffer && ggml_cuda_kt4_is_buffer_type(t->buffer->buft) && fits_groups(t);
+    const ggml_backend_buffer_t buffer = root_of(t)->buffer;
+    return buffer && ggml_cuda_kt4_is_buffer_type(buffer->buft) && fits_groups(t);
 }
 
 bool ggml_cuda_kt4_supports_buffers(const ggml_tensor * op, ggml_backend_dev_t device) {
     const bool product = op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID;
-    for (int i = 0; i < GGML_MAX_SRC; ++i) {
-        const ggml_tensor * t = op->src[i];
-        if (t && t->buffer && ggml_cuda_kt4_is_buffer_type(t->buffer->buft) &&
-            (t->buffer->buft->device != device || !product || i != 0 || t->view_src || !fits_groups(t))) {
+    const bool reads   = op->op != GGML_OP_NONE && op->op != GGML_OP_VIEW && op->op != GGML_OP_RESHAPE && op->op != GGML_OP_PERMUTE &&
+                         op->op != GGML_OP_TRANSPOSE;
+    for (const ggml_tensor * t : op->src) {
+        const ggml_backend_buffer_t buffer = t ? root_of(t)->buffer : nullptr;
+        if (!buffer || !ggml_cuda_kt4_is_buffer_type(buffer->buft)) {
+            continue;
+        }
+        // views are made, but what reads one goes elsewhere, with a copy in the file's layout
+        if (buffer->buft->device != device || (reads && (!product || t != op->src[0] || t->view_src || !fits_groups(t)))) {
             return false;
         }
     }
