@@ -83,13 +83,16 @@ def _describe(mangled: str) -> tuple[str, int, int]:
     """Readable name, threads of a block, bytes of shared memory that it is launched with."""
     if tile := re.search(r"gemm_configILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELb([01])E", mangled):
         bm, bn, wm, wn, packed = map(int, tile.groups())
-        # as gemm_config in src/cuda/kt4-gemm.h: two stages of raw weights, activations and their scales; unpacked
-        # weights and their scales; the columns' places
-        stage = bm * 80 + bn * 2 * (2 if packed else 4) * 16 + 2 * bn * 4
-        shared = 2 * stage + bm * 64 + 2 * bm * 4 + bn * 4
+        # as gemm_config in src/cuda/kt4-gemm.h: two stages of weights, their scales, activations and theirs
+        step = 2 if packed else 1
+        shared = 2 * (step * bm * 34 + bn * 64 + step * bn * 8)
         return f"gemm {bm}x{bn} {'s4' if packed else 's8'}", wm * wn * 32, shared
+    if columns := re.search(r"kt4_gemv_groupsILi(\d+)E", mangled):
+        return f"gemv {columns[1]}", 256, 8 * 16 * 4 * int(columns[1])  # GROUP_WARPS sums of 16 rows
     if columns := re.search(r"kt4_gemvILi(\d+)E", mangled):
-        return f"gemv {columns[1]}", 128, 0
+        return f"gemv {columns[1]}, as in the file", 128, 0
+    if into := re.search(r"kt4_repackILb([01])E", mangled):
+        return f"repack {'into' if into[1] == '1' else 'out of'} groups", 256, 0
     if form := re.search(r"kt4_quantizeILi(\d)ELb([01])E", mangled):
         return f"quantize A{form[1]} {'packed' if form[2] == '1' else 'bytes'}", 128, 0
     if "kt4_hadamard" in mangled:

@@ -85,7 +85,7 @@ public:
     }
 
     void copy16(int to, const void * from) { copy(to, from, 16); }
-    void copy4 (int to, const void * from) { copy(to, from, 4); }
+    void copy8 (int to, const void * from) { copy(to, from, 8); }
 
     void wait() {
         for (const pending_copy & p : copies) {
@@ -93,6 +93,9 @@ public:
         }
         copies.clear();
     }
+
+    ggml::cuda::kt4::four_words load16(int from) const { return load<ggml::cuda::kt4::four_words>(from); }
+    uint32_t                    load4 (int from) const { return load<uint32_t>(from); }
 
     void load_matrices(uint32_t (&r)[4], int row) {
         operands o;
@@ -118,6 +121,15 @@ private:
     [[noreturn]] static void fail(const char * what) {
         printf("FAILED: emulator: %s\n", what);
         exit(1);
+    }
+
+    template <typename T> T load(int from) const {
+        if (from % sizeof(T) != 0) {
+            fail("a load that is not aligned");
+        }
+        T value;
+        memcpy(&value, shared() + from, sizeof(T));
+        return value;
     }
 
     void copy(int to, const void * from, int bytes) {

@@ -32,6 +32,40 @@ ptxas info    : Used 56 registers, used 0 barriers, 480 bytes cmem[0]
 """
 
 
+# a step with an inner loop, in a loop over tiles
+SASS = """\
+	.section	.text._Z4gemmv,"ax",@progbits
+	.sectioninfo	@"SHI_REGISTERS=128"
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @!P2 LDGSTS.E.BYPASS.128 [R31], [R8.64] ;
+.L_x_2:
+        /*0020*/                   IMMA.16864.S4.S4 R60, R84.ROW, R62.COL, R44 ;
+        /*0030*/                   FFMA.FTZ R99, R28.reuse, R50, R29.reuse ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   IMMA.16832.S8.S8 R60, R84.ROW, R62.COL, R44 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/                   STG.E [R8.64], R31 ;
+        /*0080*/               @P0 BRA `(.L_x_0) ;
+        /*0090*/                   EXIT ;
+"""
+
+
+@pytest.fixture
+def cuda_roofline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("cuda_roofline")
+
+
+def test_a_steps_instructions_are_counted(cuda_roofline: ModuleType) -> None:
+    step = cuda_roofline.step(cuda_roofline.functions(SASS)["_Z4gemmv"])
+    assert step.instructions == {"LDGSTS": 1, "IMMA": 2, "FFMA": 1, "BRA": 2}
+    assert (step.fragments, step.each, step.bound) == (1.5, 4.0, 8192.0)
+    with pytest.raises(cuda_roofline.ToolError, match="no loop"):
+        cuda_roofline.step(SASS.replace("IMMA", "MOV"))
+
+
 @pytest.fixture
 def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "tools")
@@ -41,7 +75,7 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_report_is_read(cuda_kernels: ModuleType) -> None:
     spilling, clean = cuda_kernels.parse(REPORT, 86)
     assert (spilling.name, spilling.registers, spilling.spills, spilling.threads) == ("gemm 128x128 s4", 128, 948, 256)
-    assert (clean.name, clean.registers, clean.spills) == ("gemv 3", 56, 0)
+    assert (clean.name, clean.registers, clean.spills) == ("gemv 3, as in the file", 56, 0)
     assert spilling.blocks == 2 and spilling.occupancy == pytest.approx(16 / 48)
 
 
@@ -49,9 +83,10 @@ def test_the_report_is_read(cuda_kernels: ModuleType) -> None:
 @pytest.mark.parametrize("arch", [75, 80, 86, 89, 90, 120])
 def test_no_kernel_spills(cuda_kernels: ModuleType, arch: int) -> None:
     found = {kernel.name: kernel for kernel in cuda_kernels.kernels(NVCC, arch)}
-    tiles = {"gemm 128x128 s4", "gemm 64x64 s4", "gemm 64x32 s4", "gemm 128x64 s8", "gemm 64x64 s8", "gemm 64x32 s8"}
-    vectors = {f"gemv {columns}" for columns in range(1, 9)}
-    assert set(found) == tiles | vectors | {"quantize A4 packed", "quantize A4 bytes", "quantize A8 bytes", "hadamard"}
+    tiles = {f"gemm {size} {unit}" for size in ("128x128", "64x64", "64x32") for unit in ("s4", "s8")}
+    vectors = {f"gemv {columns}{layout}" for columns in range(1, 9) for layout in ("", ", as in the file")}
+    others = {"quantize A4 packed", "quantize A4 bytes", "quantize A8 bytes", "hadamard", "repack into groups", "repack out of groups"}
+    assert set(found) == tiles | vectors | others
     assert {name: (k.spills, k.stack) for name, k in found.items() if k.spills or k.stack} == {}
     for name in tiles:  # what __launch_bounds__ promises, with the shared memory that is asked for
         assert found[name].blocks >= (1 if arch == 75 else 2), found[name]

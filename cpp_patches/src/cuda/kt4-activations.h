@@ -29,8 +29,6 @@ inline size_t quantize_shared(int hadamard) {
     return hadamard > 32*THREAD_VALUES ? quantize_threads(hadamard)*THREAD_VALUES*sizeof(float) : 0;
 }
 
-struct alignas(16) four_floats { float v[4]; };
-
 // values [first, first + 8) of a row, 0 beyond its end
 KT4_HD void load_values(const activation_rows & a, int64_t row, int first, float (&v)[THREAD_VALUES]) {
     const int64_t i1 = row % a.ne1;
@@ -162,8 +160,8 @@ template <class M> KT4_HD int best_level(M & m, const int (&y)[THREAD_VALUES]) {
 }
 
 struct quantized_rows {
-    char  * codes;  // [rows][padded_blocks][32 or 64 bytes]
-    float * scales; // [rows][padded_blocks]
+    char       * codes;  // [rows][padded_blocks][32 or 64 bytes]
+    two_floats * scales; // [rows][padded_blocks]
 };
 
 // Block x of the grid is a row, y a piece of it. PACKED only with 4 BITS.
@@ -211,20 +209,23 @@ template <int BITS, bool PACKED, class M> KT4_HD void quantize(M & m, const acti
             words[h] |= m.shuffle_xor(words[h], BLOCK/THREAD_VALUES/2) << 4;
         }
     }
-    const int blocks = padded_blocks(a.values/BLOCK);
-    const int block  = first / BLOCK;
-    const int part   = first % BLOCK / THREAD_VALUES;
+    const int blocks  = padded_blocks(a.values/BLOCK);
+    const int block   = first / BLOCK;
+    const int element = first % BLOCK;
     if (block >= blocks) {
         return;
     }
     const int64_t index = row*blocks + block;
-    if (!PACKED || part < 4) {
-        uint32_t * to = (uint32_t *) (out.codes + index*(PACKED ? PACKED_BYTES : WIDE_BYTES)) + 2*part;
-        to[0] = words[0];
-        to[1] = words[1];
+    if (!PACKED || element < BLOCK/2) {
+        char * to = out.codes + index*(PACKED ? PACKED_BYTES : WIDE_BYTES);
+        KT4_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            *(uint32_t *) (to + (PACKED ? element + 4*h : bytes_place(element + 4*h))) = words[h];
+        }
     }
-    if (part == 0) {
-        out.scales[index] = half_value(scale_bits(d));
+    if (element == 0) {
+        const float scale = multiply(half_value(scale_bits(d)), PACKED ? 1.0f : BYTE_SCALE);
+        out.scales[index] = { { scale, multiply(scale, -ACCUMULATOR_ZERO) } };
     }
 }
 

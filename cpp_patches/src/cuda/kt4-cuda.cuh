@@ -1,9 +1,9 @@
 // kt4 on the CUDA backend. Hooked into ggml-cuda (see cpp_patches/README.md).
 #pragma once
 
+#include "ggml-backend.h"
+
 struct ggml_backend_cuda_context;
-struct ggml_cgraph;
-struct ggml_tensor;
 
 // HIP and MUSA compile ggml-cuda's sources too: there the type can be read, but has no kernels (supports_op says so).
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
@@ -49,8 +49,32 @@ bool ggml_cuda_kt4_hadamard(ggml_backend_cuda_context & ctx, const ggml_tensor *
 // R4 at node i and the product that alone reads it: computed together. Returns how many further nodes are done, 0 for none.
 int ggml_cuda_kt4_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
+// The buffer type that holds weights in groups of 16 rows: what ggml_backend_dev_get_extra_bufts is for a device; whether a
+// type is it; whether a tensor's data are in groups; whether an operation reads no such data, or is a product by them.
+ggml_backend_buffer_type_t * ggml_cuda_kt4_extra_buffer_types(ggml_backend_dev_t device);
+bool ggml_cuda_kt4_is_buffer_type(ggml_backend_buffer_type_t buft);
+bool ggml_cuda_kt4_in_groups(const ggml_tensor * t);
+bool ggml_cuda_kt4_supports_buffers(const ggml_tensor * op, ggml_backend_dev_t device);
+
+namespace ggml::cuda::kt4 {
+
+// weights as in the file, with any strides; planes of dimensions 2 and 3
+struct weight_rows {
+    char  * data;
+    int64_t row_bytes, plane_bytes, plane3_bytes;
+    int     rows, blocks, planes, planes3;
+};
+
+} // namespace ggml::cuda::kt4
+
+// into groups, or out of them; groups: planes one after another, each filled up to whole groups
+void ggml_cuda_kt4_repack(const ggml::cuda::kt4::weight_rows & plain, char * groups, bool into, cudaStream_t stream);
+
 #else
 
+inline ggml_backend_buffer_type_t * ggml_cuda_kt4_extra_buffer_types(ggml_backend_dev_t) { return nullptr; }
+inline bool ggml_cuda_kt4_is_buffer_type(ggml_backend_buffer_type_t) { return false; }
+inline bool ggml_cuda_kt4_supports_buffers(const ggml_tensor *, ggml_backend_dev_t) { return true; }
 inline bool ggml_cuda_kt4_supports_mul_mat(const ggml_tensor *, int) { return false; }
 inline void ggml_cuda_kt4_mul_mat   (ggml_backend_cuda_context &, ggml_tensor *) { GGML_ABORT("kt4 has no HIP or MUSA kernels"); }
 inline void ggml_cuda_kt4_mul_mat_id(ggml_backend_cuda_context &, ggml_tensor *) { GGML_ABORT("kt4 has no HIP or MUSA kernels"); }

@@ -1,34 +1,30 @@
-// Products with many columns (prompts), on the integer matrix units.
+// Products with many columns (prompts), on the integer matrix units. Weights in groups of 16 rows (kt4-layout.h).
 //
-// A block of threads computes BM rows x BN columns in steps of two kt4 blocks (128 values):
-//   copy    the next step's weights as they lie in the file, and activations, to shared memory, while this one is computed
-//   unpack  this step's weights: nibbles to 16-byte aligned chunks, scales to floats
-//   compute 16 rows x 8 columns x 64 values at a time: one s4 instruction, or two of s8; then the scales
-// docs/cuda.md gives the reasons for the sizes. Blocks of a row are added in their order, one rounding each:
-// out = fma(sum of the block's integer products, weight scale * activation scale, out), for every configuration alike.
+// A block of threads computes BM rows x BN columns in steps of one or two kt4 blocks: the next step's operands are copied to
+// shared memory while this one's are multiplied, 16 rows x 8 columns x 64 values at a time, by one s4 instruction or two of
+// s8. docs/cuda.md gives the reasons for the sizes.
+//
+// Scales are two multiply-adds an output and block, in the order of blocks, for every configuration alike:
+//   scaled = sum of the block's integer products * activation scale, rounded once
+//   out    = fma(scaled, weight scale, out)
+// The first is exact with 4-bit activations: a sum of at most 2^12 times a half of 11 bits. Its multiply-add takes the
+// accumulator's start away as well: fma(START + sum, scale, -START*scale), where START*scale is exact.
 #pragma once
 
 #include "kt4-block.h"
 
 namespace ggml::cuda::kt4 {
 
-// An accumulator that starts here is, read as a float, 1.5 * 2^23 + sum for |sum| < 2^22: conversion to float is then a
-// subtraction, which runs at full rate where the conversion runs at a quarter or half. The sums are at most 64*16*8*128 = 2^20.
-constexpr int   ACCUMULATOR_START = 0x4B400000;
-constexpr float ACCUMULATOR_ZERO  = 12582912.0f;
-
 struct gemm_args {
     const char  * weights;
-    int           row_bytes;
     int64_t       plane_bytes, plane3_bytes; // strides of dimensions 2 and 3; experts are dimension 2
     int           rows;
     int           blocks;
-    bool          words;  // weights, row_bytes and planes are multiples of 4
-    const char  * codes;
-    const float * scales;
+    const char       * codes;
+    const two_floats * scales;
     int           columns; // of a plane
     float       * out;
-    int64_t       out_column, out_plane; // in floats
+    int64_t       out_column, out_plane; // in floats; experts write to one plane, 0
 
     // plane z of the activations reads plane z % ne2 / ratio2 of the weights, z / ne2 / ratio3 of dimension 3
     int           ne2, ratio2, ratio3;
@@ -42,46 +38,44 @@ struct gemm_args {
 template <int BM_, int BN_, int WARPS_M_, int WARPS_N_, bool PACKED_> struct gemm_config {
     static constexpr int  BM = BM_, BN = BN_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_;
     static constexpr bool PACKED  = PACKED_;   // activations as nibbles for s4, else as bytes for s8
-    static constexpr int  THREADS = WARPS_M*WARPS_N*32;
+    static constexpr int  WARPS   = WARPS_M*WARPS_N;
+    static constexpr int  THREADS = WARPS*32;
     static constexpr int  MF = BM/WARPS_M/16;  // fragments of a warp
     static constexpr int  NF = BN/WARPS_N/8;
-    static constexpr int  STEP   = 2;          // kt4 blocks
-    static constexpr int  STAGES = 2;          // taken in turns
-    static constexpr int  RAW_PITCH = 80;      // bytes of a row's 68, from the 16-byte boundary before them
-    static constexpr int  A_CHUNKS  = STEP*2;  // 16 bytes each, of a row
-    static constexpr int  B_CHUNKS  = STEP*(PACKED ? 2 : 4);
+    static constexpr int  KEPT = MF < 2 ? MF : 2; // of rows, in registers while columns pass
+    static constexpr int  GROUPS = BM/GROUP_ROWS;
+    static constexpr int  STEP   = PACKED ? 2 : 1;   // kt4 blocks
+    static constexpr int  COLUMN = 64;               // bytes of a column's step: four chunks of 16
+    static constexpr int  STAGES = 2;                // taken in turns
+    static constexpr int  A_PASSES = GROUPS*STEP/WARPS; // a warp copies a group's block at a time,
+    static constexpr int  B_ROUND  = THREADS/4;         // all of them this many columns
+    static constexpr int  B_PASSES = BN/B_ROUND;
 
-    static_assert(BM % (WARPS_M*16) == 0 && BN % (WARPS_N*8) == 0 && (NF % 2 == 0 || !PACKED), "tiles of 16 x 8, pairs of them");
+    static_assert(BM % (WARPS_M*16) == 0 && BN % (WARPS_N*16) == 0, "tiles of 16 x 8, pairs of them");
+    static_assert(GROUPS*STEP % WARPS == 0 && WARPS % STEP == 0 && BN % B_ROUND == 0 && B_ROUND % 8 == 0, "whole passes");
+    static_assert(GROUPS*STEP*2 <= THREADS, "weight scales in one pass");
 
-    // shared memory, in bytes from its beginning
-    static constexpr int RAW      = 0;                         // a stage: weights as in the file,
-    static constexpr int B        = BM*RAW_PITCH;              // activations,
-    static constexpr int B_SCALES = B + BN*B_CHUNKS*16;        // [STEP][BN]
-    static constexpr int STAGE    = B_SCALES + STEP*BN*4;
-    static constexpr int A        = STAGES*STAGE;              // unpacked weights
-    static constexpr int A_SCALES = A + BM*A_CHUNKS*16;        // [STEP][BM]
-    static constexpr int SOURCES  = A_SCALES + STEP*BM*4;      // [BN]: the tile's columns; the last one's again beyond the end
-    static constexpr int SHARED   = SOURCES + BN*4;
-    static_assert(STAGE % 16 == 0, "chunks are aligned");
+    // shared memory, in bytes from the beginning of a stage
+    static constexpr int A        = 0;                                   // weights: [STEP][GROUPS][512]
+    static constexpr int A_SCALES = A + STEP*GROUPS*GROUP_BLOCK;         // [STEP][GROUPS][16] halves
+    static constexpr int B        = A_SCALES + STEP*GROUPS*GROUP_SCALES; // activations: [BN][64], see b_position
+    static constexpr int B_SCALES = B + BN*COLUMN;                       // [STEP][BN] two_floats
+    static constexpr int STAGE    = B_SCALES + BN*STEP*8;
+    static constexpr int SHARED   = STAGES*STAGE;
+    static_assert(B % 64 == 0 && STAGE % 64 == 0, "chunks are aligned");
 };
 
 // The sizes there are (docs/cuda.md): the largest with two blocks a multiprocessor and no register spilled.
-template <bool PACKED> struct gemm_configs;
-template <> struct gemm_configs<true> {
-    using large  = gemm_config<128, 128, 1, 8, true>;
-    using medium = gemm_config< 64,  64, 2, 4, true>;
-    using small  = gemm_config< 64,  32, 4, 1, true>;
-};
-template <> struct gemm_configs<false> {
-    using large  = gemm_config<128, 64, 4, 2, false>;
-    using medium = gemm_config< 64, 64, 2, 4, false>;
-    using small  = gemm_config< 64, 32, 4, 1, false>;
+template <bool PACKED> struct gemm_configs {
+    using large  = gemm_config<128, 128, PACKED ? 2 : 4, 2, PACKED>;
+    using medium = gemm_config< 64,  64, 2, 2, PACKED>;
+    using small  = gemm_config< 64,  32, 4, 1, PACKED>;
 };
 
-// Where chunk c of a row lies. Eight rows' chunks of the same c, which ldmatrix reads at once, fall on different banks.
-KT4_HD int a_position(int row, int c) { return (row*4 + (c ^ (row >> 1 & 3)))*16; }
-template <int CHUNKS> KT4_HD int b_position(int column, int c) {
-    return (column*CHUNKS + (CHUNKS == 4 ? c ^ (column >> 1 & 3) : c ^ (column & 7)))*16;
+// Where chunk c of a column's step lies, from the activations' beginning. What a warp reads at once falls on different
+// banks: nibbles are read by ldmatrix, 8 columns' chunks of the same c; bytes by 16-byte loads, all chunks of a column.
+template <class C> KT4_HD uint32_t b_position(uint32_t column, uint32_t c) {
+    return column*C::COLUMN + (C::PACKED ? c ^ (column >> 1 & 3) : c)*16;
 }
 
 // the columns of plane or expert z, from the first
@@ -104,161 +98,141 @@ KT4_HD const char * weights_of(const gemm_args & a, int z) {
     return a.weights + z % a.ne2 / a.ratio2 * a.plane_bytes + z / a.ne2 / a.ratio3 * a.plane3_bytes;
 }
 
-// where row `row`'s piece of a step begins, modulo 16
-KT4_HD int piece_offset(const gemm_args & a, const char * plane, int row, int step) {
-    return ((uint32_t) (uintptr_t) plane + (uint32_t) row*(uint32_t) a.row_bytes + (uint32_t) step*2*BLOCK_BYTES) & 15;
+// What a thread copies to shared memory in the next step: where it lies, in bytes from the tile's first group and from the
+// beginning of the codes. The rest is cheaper to compute again than to keep.
+template <class C> struct copies {
+    uint32_t a[C::A_PASSES];
+    uint32_t b[C::B_PASSES];
+};
+
+// of group g of a tile; rows beyond the end are the last ones again, and not stored
+KT4_HD uint32_t group_place(const gemm_args & a, int row0, uint32_t g) {
+    const uint32_t last = groups_of(a.rows - row0) - 1;
+    return (g < last ? g : last)*(uint32_t) group_bytes(a.blocks);
 }
 
-// stage: where it begins
-template <class C, class M> KT4_HD void copy_step(M & m, const gemm_args & a, const char * plane, int row0, int step, int stage) {
-    const int thread = m.thread();
-    const int left   = a.blocks - step*C::STEP;
-    const int bytes  = (left < C::STEP ? left : C::STEP)*BLOCK_BYTES;
-    if (a.words) {
-        // Pieces start at multiples of 4: five chunks of 16 cover their 68 bytes. Eight lanes a row; rows that a thread
-        // meets are a multiple of 16 apart, so all begin alike.
-        constexpr int ROWS = C::THREADS/8;
-        const int row    = thread / 8;
-        const int c      = thread % 8;
-        const int offset = piece_offset(a, plane, row0 + row, step);
-        const char * from = plane + (int64_t) (row0 + row)*a.row_bytes + (step*C::STEP*BLOCK_BYTES - offset + 16*c);
-        const int    to   = stage + C::RAW + row*C::RAW_PITCH + 16*c;
-        if (16*c < offset + bytes) {
-            KT4_UNROLL
-            for (int i = 0; i < C::BM; i += ROWS) {
-                if (row0 + row + i < a.rows) {
-                    m.copy16(to + i*C::RAW_PITCH, from + (int64_t) i*a.row_bytes);
-                }
-            }
-        }
-    } else {
-        // An odd number of blocks: rows start at multiples of 2. A warp a row, 18 words.
-        constexpr int ROWS = C::THREADS/32;
-        const int row    = thread / 32;
-        const int w      = thread % 32;
-        const int offset = piece_offset(a, plane, row0 + row, step) & 3;
-        const char * from = plane + (int64_t) (row0 + row)*a.row_bytes + (step*C::STEP*BLOCK_BYTES - offset + 4*w);
-        int          to   = stage + C::RAW + row*C::RAW_PITCH + 4*w;
-        if (4*w < offset + bytes) {
-            const int rows = a.rows - row0 < C::BM ? a.rows - row0 : C::BM;
-            KT4_ROLLED
-            for (int i = row; i < rows; i += ROWS) {
-                m.copy4(to, from);
-                to   += ROWS*C::RAW_PITCH;
-                from += (int64_t) ROWS*a.row_bytes;
-            }
-        }
-    }
-
-    const int   padded  = padded_blocks(a.blocks);
-    const int * sources = (const int *) (m.shared() + C::SOURCES);
-    constexpr int COLUMNS = C::THREADS/C::B_CHUNKS; // at a time
-    static_assert(C::BN % COLUMNS == 0, "whole passes");
+template <class C, class M> KT4_HD copies<C> tile_copies(M & m, const gemm_args & a, int row0, int col0) {
+    const uint32_t thread = m.thread();
+    const uint32_t warp   = thread / 32;
+    copies<C> c;
     KT4_UNROLL
-    for (int i = 0; i < C::BN; i += COLUMNS) {
-        const int column = i + thread/C::B_CHUNKS;
-        const int c      = thread % C::B_CHUNKS;
-        const int block  = sources[column]*padded + step*C::STEP;
-        m.copy16(stage + C::B + b_position<C::B_CHUNKS>(column, c), a.codes + (int64_t) block*(C::PACKED ? PACKED_BYTES : WIDE_BYTES) + 16*c);
+    for (int i = 0; i < C::A_PASSES; ++i) {
+        c.a[i] = group_place(a, row0, warp/C::STEP + i*(C::WARPS/C::STEP)) + warp % C::STEP*GROUP_BLOCK + thread % 32*16;
     }
-    static_assert(C::BN*C::STEP <= C::THREADS, "one pass");
-    if (thread < C::BN*C::STEP) {
-        const int column = thread / C::STEP;
-        const int b      = thread % C::STEP;
-        m.copy4(stage + C::B_SCALES + (b*C::BN + column)*4, a.scales + (sources[column]*padded + step*C::STEP + b));
+    const column_range range = columns_of(a, m.block_z());
+    KT4_UNROLL
+    for (int i = 0; i < C::B_PASSES; ++i) { // columns beyond the end are the last one again
+        const int column = col0 + i*C::B_ROUND + (int) (thread/4);
+        const int j = range.first + (column < range.n ? column : range.n - 1);
+        c.b[i] = (uint32_t) (a.bounds ? a.from[j] : j)*(uint32_t) padded_blocks(a.blocks)*(C::COLUMN/C::STEP) + thread % 4*16;
+    }
+    return c;
+}
+
+// tile: its first group of weights; stage: where it begins
+template <class C, class M> KT4_HD void copy_step(M & m, const gemm_args & a, const char * tile, copies<C> & c, int row0, int step, int stage) {
+    const uint32_t thread = m.thread();
+    const uint32_t warp   = thread / 32;
+    const bool there = C::STEP == 1 || step*C::STEP + (int) (warp % C::STEP) < a.blocks; // the last block may be half a step
+    const uint32_t to_a = C::A + (warp % C::STEP*C::GROUPS + warp/C::STEP)*GROUP_BLOCK + thread % 32*16;
+    KT4_UNROLL
+    for (int i = 0; i < C::A_PASSES; ++i) {
+        if (there) { // else what lies there meets activations of scale 0
+            m.copy16(stage + to_a + i*(C::WARPS/C::STEP)*GROUP_BLOCK, tile + c.a[i]);
+        }
+        c.a[i] += C::STEP*GROUP_BLOCK;
+    }
+    if (thread < C::GROUPS*C::STEP*2) { // a block beyond the end has the last one's: a scale times 0 has to be 0
+        const uint32_t group = thread/(2*C::STEP);
+        const uint32_t b     = thread/2 % C::STEP;
+        const uint32_t block = step*C::STEP + b < (uint32_t) a.blocks ? step*C::STEP + b : a.blocks - 1;
+        m.copy16(stage + C::A_SCALES + (b*C::GROUPS + group)*GROUP_SCALES + thread % 2*16,
+                 tile + (group_place(a, row0, group) + a.blocks*GROUP_BLOCK + block*GROUP_SCALES + thread % 2*16));
+    }
+    const uint32_t to_b = C::B + b_position<C>(thread/4, thread % 4);
+    const uint32_t to_b_scales = C::B_SCALES + (thread % 4*C::BN + thread/4)*8;
+    KT4_UNROLL
+    for (int i = 0; i < C::B_PASSES; ++i) {
+        m.copy16(stage + to_b + i*C::B_ROUND*C::COLUMN, a.codes + c.b[i]);
+        if (thread % 4 < C::STEP) {
+            m.copy8(stage + to_b_scales + i*C::B_ROUND*8, (const char *) a.scales + (c.b[i]/C::COLUMN*(C::STEP*8) + thread % 4*8));
+        }
+        c.b[i] += C::COLUMN;
     }
 }
 
-struct alignas(16) four_words { uint32_t v[4]; };
-
-template <class C, class M> KT4_HD void unpack_step(M & m, const gemm_args & a, const char * plane, int row0, int step, int stage) {
-    static_assert(C::BM*C::STEP <= C::THREADS, "one pass");
-    if (m.thread() < C::BM*C::STEP) {
-        const int row = m.thread() % C::BM;
-        const int b   = m.thread() / C::BM;
-        const int offset = piece_offset(a, plane, row0 + row, step) & (a.words ? 15 : 3);
-        const int begin  = offset + b*BLOCK_BYTES;
-        const int odd    = begin & 2;
-        const uint32_t * w = (const uint32_t *) (m.shared() + stage + C::RAW + row*C::RAW_PITCH + (begin - odd));
-        uint32_t word[9];
-        KT4_UNROLL
-        for (int j = 0; j < 9; ++j) {
-            word[j] = w[j];
-        }
-        KT4_UNROLL
-        for (int h = 0; h < 2; ++h) {
-            four_words q;
-            KT4_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                q.v[j] = funnel(word[4*h + j], word[4*h + j + 1], 16 + 8*odd);
-            }
-            *(four_words *) (m.shared() + C::A + a_position(row, 2*b + h)) = q;
-        }
-        // the last step may have one block; what the second holds counts for nothing
-        const float d = half_value((uint16_t) (word[0] >> 8*odd));
-        ((float *) (m.shared() + C::A_SCALES))[b*C::BM + row] = step*C::STEP + b < a.blocks ? multiply(d, C::PACKED ? 1.0f : BYTE_SCALE) : 0.0f;
-    }
-}
-
-struct alignas(8) two_floats { float v[2]; };
-
-// one fragment: 16 rows x 8 columns of one block
-KT4_HD void add_scaled(float (&out)[4], const int (&c)[4], const float (&dw)[2], const two_floats & dx) {
+// one fragment: 16 rows x 8 columns of one block; dx: two_floats of a lane's two columns
+KT4_HD void add_scaled(float (&out)[4], const int (&c)[4], const float (&dw)[2], const four_words & dx) {
     KT4_UNROLL
     for (int j = 0; j < 4; ++j) {
-        out[j] = multiply_add(add(as_float(c[j]), -ACCUMULATOR_ZERO), multiply(dw[j/2], dx.v[j%2]), out[j]);
+        out[j] = multiply_add(multiply_add(as_float(c[j]), as_float(dx.v[j % 2*2]), as_float(dx.v[j % 2*2 + 1])), dw[j/2], out[j]);
     }
 }
 
-template <class C, class M> KT4_HD void compute_step(M & m, int stage, float (&out)[C::MF][C::NF][4]) {
-    const int lane = m.thread() % 32;
-    const int warp = m.thread() / 32;
-    const int row0 = warp % C::WARPS_M * C::MF*16;
-    const int col0 = warp / C::WARPS_M * C::NF*8;
+// Where a lane's part of its warp's operands lies in a stage.
+struct lane_places {
+    uint32_t rows, scales, columns, column_scales;
+};
 
-    KT4_ROLLED
+template <class C, class M> KT4_HD lane_places places_of(M & m) {
+    const uint32_t lane   = m.thread() % 32u;
+    const uint32_t warp   = m.thread() / 32u;
+    const uint32_t group0 = warp % C::WARPS_M * C::MF;
+    const uint32_t col0   = warp / C::WARPS_M * C::NF*8;
+    return {
+        C::A        + group0*GROUP_BLOCK  + lane*16,
+        C::A_SCALES + group0*GROUP_SCALES + lane/4*4,
+        C::B + (C::PACKED ? b_position<C>(col0 + lane/16*8 + lane % 8, lane/8 % 2) : b_position<C>(col0 + lane/4, lane % 4)),
+        C::B_SCALES + (col0 + lane % 4*2)*(uint32_t) sizeof(two_floats),
+    };
+}
+
+template <class C, class M> KT4_HD void compute_step(M & m, const lane_places & p, int stage, float (&out)[C::MF][C::NF][4]) {
+    KT4_UNROLL
     for (int b = 0; b < C::STEP; ++b) {
-        const float * a_scales = (const float *) (m.shared() + C::A_SCALES) + b*C::BM + row0 + lane/4;
-        const float * b_scales = (const float *) (m.shared() + stage + C::B_SCALES) + b*C::BN + col0 + lane % 4 * 2;
-        // the columns' fragments stay in registers while rows pass
-        uint32_t   x [C::NF][C::PACKED ? 2 : 4];
-        two_floats dx[C::NF];
+        const uint32_t columns = (stage + p.columns) ^ b*32; // b_position: block 1 has the two chunks further on
         KT4_UNROLL
-        for (int k = 0; k < C::NF; ++k) {
-            dx[k] = *(const two_floats *) (b_scales + 8*k);
-            if constexpr (!C::PACKED) { // 64 bytes of 8 columns
-                m.load_matrices(x[k], stage + C::B + b_position<C::B_CHUNKS>(col0 + 8*k + lane % 8, 4*b + lane/8));
-            } else if (k % 2 == 0) {    // 32 bytes of 16 columns
-                uint32_t pair[4];
-                m.load_matrices(pair, stage + C::B + b_position<C::B_CHUNKS>(col0 + 8*k + lane/16*8 + lane % 8, 2*b + lane/8 % 2));
-                x[k][0] = pair[0];
-                x[k][1] = pair[1];
-                x[k + 1][0] = pair[2];
-                x[k + 1][1] = pair[3];
-            }
-        }
-        KT4_UNROLL
-        for (int i = 0; i < C::MF; ++i) {
-            // registers 0, 1: rows 0..7 and 8..15 of the first 16 bytes; 2, 3: of the second
-            uint32_t w[4];
-            m.load_matrices(w, C::A + a_position(row0 + 16*i + lane % 16, 2*b + lane/16));
-            const float dw[2] = { a_scales[16*i], a_scales[16*i + 8] };
-            if constexpr (C::PACKED) {
+        for (int i0 = 0; i0 < C::MF; i0 += C::KEPT) {
+            uint32_t w [C::KEPT][C::PACKED ? 4 : 8];
+            float    dw[C::KEPT][2];
+            KT4_UNROLL
+            for (int i = 0; i < C::KEPT; ++i) {
+                const int group = b*C::GROUPS + i0 + i;
+                const four_words q = m.load16(stage + p.rows   + group*GROUP_BLOCK);
+                const uint32_t   d = m.load4 (stage + p.scales + group*GROUP_SCALES);
+                dw[i][0] = half_value((uint16_t) d);
+                dw[i][1] = half_value((uint16_t) (d >> 16));
                 KT4_UNROLL
-                for (int k = 0; k < C::NF; ++k) {
-                    int c[4] = { ACCUMULATOR_START, ACCUMULATOR_START, ACCUMULATOR_START, ACCUMULATOR_START };
-                    m.mma_s4(c, w, x[k][0], x[k][1]);
-                    add_scaled(out[i][k], c, dw, dx[k]);
+                for (int j = 0; j < 4; ++j) {
+                    if constexpr (C::PACKED) {
+                        w[i][j] = q.v[j];
+                    } else {
+                        w[i][j]     = low_codes (q.v[j]);
+                        w[i][j + 4] = high_codes(q.v[j]);
+                    }
                 }
-            } else {
-                const uint32_t low [4] = { low_codes (w[0]), low_codes (w[1]), low_codes (w[2]), low_codes (w[3]) };
-                const uint32_t high[4] = { high_codes(w[0]), high_codes(w[1]), high_codes(w[2]), high_codes(w[3]) };
+            }
+            four_words x = {};
+            KT4_UNROLL
+            for (int k = 0; k < C::NF; ++k) {
+                if constexpr (!C::PACKED) { // lower, lower, upper, upper nibbles
+                    x = m.load16(columns + 8*k*C::COLUMN);
+                } else if (k % 2 == 0) {    // of two fragments
+                    m.load_matrices(x.v, columns + 8*k*C::COLUMN);
+                }
+                const four_words dx = m.load16(stage + p.column_scales + (b*C::BN + 8*k)*8);
                 KT4_UNROLL
-                for (int k = 0; k < C::NF; ++k) {
+                for (int i = 0; i < C::KEPT; ++i) {
                     int c[4] = { ACCUMULATOR_START, ACCUMULATOR_START, ACCUMULATOR_START, ACCUMULATOR_START };
-                    m.mma_s8(c, low,  x[k][0], x[k][1]);
-                    m.mma_s8(c, high, x[k][2], x[k][3]);
-                    add_scaled(out[i][k], c, dw, dx[k]);
+                    if constexpr (C::PACKED) {
+                        m.mma_s4(c, w[i], x.v[k % 2*2], x.v[k % 2*2 + 1]);
+                    } else {
+                        const uint32_t low [4] = { w[i][0], w[i][1], w[i][2], w[i][3] };
+                        const uint32_t high[4] = { w[i][4], w[i][5], w[i][6], w[i][7] };
+                        m.mma_s8(c, low,  x.v[0], x.v[1]);
+                        m.mma_s8(c, high, x.v[2], x.v[3]);
+                    }
+                    add_scaled(out[i0 + i][k], c, dw[i], dx);
                 }
             }
         }
@@ -267,7 +241,7 @@ template <class C, class M> KT4_HD void compute_step(M & m, int stage, float (&o
 
 template <class C, class M> KT4_HD void store_tile(M & m, const gemm_args & a, int row0, int col0, const float (&out)[C::MF][C::NF][4]) {
     const column_range range = columns_of(a, m.block_z());
-    float * plane = a.bounds ? a.out : a.out + m.block_z()*a.out_plane;
+    float * plane = a.out + m.block_z()*a.out_plane;
     const int lane = m.thread() % 32;
     const int warp = m.thread() / 32;
     row0 += warp % C::WARPS_M * C::MF*16 + lane/4;
@@ -297,18 +271,15 @@ template <class C, class M> KT4_HD void store_tile(M & m, const gemm_args & a, i
 // Block y of the grid is a tile of rows, x one of columns (next to each other, they read the same weights), z a plane or
 // expert. An expert with more columns than the grid has tiles takes them in turns.
 template <class C, class M> KT4_HD void gemm(M & m, const gemm_args & a) {
-    const char * weights = weights_of(a, m.block_z());
     const int row0    = m.block_y()*C::BM;
     const int steps   = (a.blocks + C::STEP - 1)/C::STEP;
     const int columns = columns_of(a, m.block_z()).n;
+    const char * tile = weights_of(a, m.block_z()) + row0/GROUP_ROWS*group_bytes(a.blocks);
+    const lane_places places = places_of<C>(m);
 
     KT4_ROLLED
     for (int col0 = m.block_x()*C::BN; col0 < columns; col0 += m.grid_x()*C::BN) {
-        if (m.thread() < C::BN) { // the barrier that ends the tile before was after its last reading of these
-            const column_range range = columns_of(a, m.block_z());
-            const int column = range.first + (col0 + m.thread() < columns ? col0 + m.thread() : columns - 1);
-            ((int *) (m.shared() + C::SOURCES))[m.thread()] = a.bounds ? a.from[column] : column;
-        }
+        copies<C> next = tile_copies<C>(m, a, row0, col0);
         float out[C::MF][C::NF][4] = {};
         KT4_ROLLED
         for (int step = -1; step < steps; ++step) { // the first only copies
@@ -316,12 +287,10 @@ template <class C, class M> KT4_HD void gemm(M & m, const gemm_args & a) {
             m.sync(); // this step is there; nobody reads the one before
             const int stage = (step & 1)*C::STAGE;
             if (step + 1 < steps) {
-                copy_step<C>(m, a, weights, row0, step + 1, C::STAGE - stage);
+                copy_step<C>(m, a, tile, next, row0, step + 1, C::STAGE - stage);
             }
             if (step >= 0) {
-                unpack_step<C>(m, a, weights, row0, step, stage);
-                m.sync();
-                compute_step<C>(m, stage, out);
+                compute_step<C>(m, places, stage, out);
             }
         }
         store_tile<C>(m, a, row0, col0, out);

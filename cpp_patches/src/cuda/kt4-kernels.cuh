@@ -4,6 +4,7 @@
 #include "kt4-activations.h"
 #include "kt4-gemm.h"
 #include "kt4-gemv.h"
+#include "kt4-repack.h"
 
 namespace ggml::cuda::kt4 {
 
@@ -16,6 +17,18 @@ static __global__ void __launch_bounds__(HADAMARD_MAX/THREAD_VALUES) kt4_quantiz
 static __global__ void __launch_bounds__(HADAMARD_MAX/THREAD_VALUES) kt4_hadamard(const activation_rows a, float * y) {
     device_machine m;
     hadamard(m, a, y);
+}
+
+template <bool INTO>
+static __global__ void __launch_bounds__(REPACK_THREADS) kt4_repack(const repack_args a) {
+    device_machine m;
+    repack<INTO>(m, a);
+}
+
+template <int COLUMNS>
+static __global__ void __launch_bounds__(GROUP_WARPS*32) kt4_gemv_groups(const gemv_args a) {
+    device_machine m;
+    gemv_groups<COLUMNS>(m, a);
 }
 
 template <int COLUMNS>

@@ -118,11 +118,11 @@ struct device_machine {
         *(int4 *) (shared() + to) = *(const int4 *) from;
 #endif
     }
-    __device__ void copy4(int to, const void * from) const {
+    __device__ void copy8(int to, const void * from) const {
 #if __CUDA_ARCH__ >= 800
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(address(to)), "l"(from) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(address(to)), "l"(from) : "memory");
 #else
-        *(int *) (shared() + to) = *(const int *) from;
+        *(int2 *) (shared() + to) = *(const int2 *) from;
 #endif
     }
     __device__ void wait() const {
@@ -135,6 +135,18 @@ struct device_machine {
     __device__ void load_matrices(uint32_t (&r)[4], int row) const {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(row)) : "memory");
+    }
+
+    // From shared memory. Volatile: loaded again where it is needed again, not kept in registers from far ahead.
+    __device__ four_words load16(int from) const {
+        four_words x;
+        asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.v[0]), "=r"(x.v[1]), "=r"(x.v[2]), "=r"(x.v[3]) : "r"(address(from)) : "memory");
+        return x;
+    }
+    __device__ uint32_t load4(int from) const {
+        uint32_t x;
+        asm volatile("ld.volatile.shared.b32 %0, [%1];" : "=r"(x) : "r"(address(from)) : "memory");
+        return x;
     }
 
     __device__ void mma_s4_8x32x8(int & c0, int & c1, uint32_t a, uint32_t b) const {
@@ -153,7 +165,7 @@ struct device_machine {
 #if __CUDA_ARCH__ >= 900
         __trap(); // no such unit there: never launched (kt4-cuda.cu)
 #elif __CUDA_ARCH__ >= 800
-        asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        asm volatile("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
         mma_s4_turing(*this, c, a, b0, b1);
@@ -161,7 +173,7 @@ struct device_machine {
     }
     __device__ void mma_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) const {
 #if __CUDA_ARCH__ >= 800
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
         mma_s8_turing(*this, c, a, b0, b1);

@@ -294,3 +294,18 @@ void kurtail_model::default_cache_types(llama_context_params & params) const {
         }
     }
 }
+
+ggml_backend_buffer_type_t kurtail_adapter_buffer_type(ggml_backend_buffer_type_t buft) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
+    if (!device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return buft; // upstream has an answer for the CPU's
+    }
+    const auto extra_types = (ggml_backend_dev_get_extra_bufts_t)
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * extra = extra_types ? extra_types(device) : nullptr; extra && *extra; ++extra) {
+        if (*extra == buft) {
+            return ggml_backend_dev_buffer_type(device);
+        }
+    }
+    return buft;
+}

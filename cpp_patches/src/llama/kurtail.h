@@ -47,3 +47,7 @@ private:
     void load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const;
     void make_r4(llama_model & model, uint32_t size, std::string & summary);
 };
+
+// Where an adapter's tensors lie whose model tensor is in a buffer of this type: the same, but for a card's repacked type
+// (src/cuda/kt4-buffer.cu), which is for the model's weights alone, the card's own
+ggml_backend_buffer_type_t kurtail_adapter_buffer_type(ggml_backend_buffer_type_t buft);
