@@ -87,7 +87,9 @@ class _Differs(Exception):
     """What is wrong, in words."""
 
 
-def verify(path: Path, model: str, work_dir: Path, progress: Progress) -> Iterator[Check]:
+def verify(
+    path: Path, model: str, work_dir: Path, progress: Progress, allow_pickle: bool = False
+) -> Iterator[Check]:
     """Check a file against the model it was made of, one check after the other.
 
     Args:
@@ -95,6 +97,7 @@ def verify(path: Path, model: str, work_dir: Path, progress: Progress) -> Iterat
         model: as ``convert`` took it.
         work_dir: where a MODEL that is a GGUF file is unpacked to.
         progress: a stage for tensors, one for what the model says.
+        allow_pickle: whether the model's weights may be ``.bin`` files.
 
     Raises:
         KurtailError: what keeps a check from being made: a file without our keys, a missing model, no bindings.
@@ -104,7 +107,7 @@ def verify(path: Path, model: str, work_dir: Path, progress: Progress) -> Iterat
     if provenance is None:
         raise KurtailError(f"{path} has no kurtail keys: there is nothing to verify; only files of convert can be")
     source = resolve_source(model, work_dir, progress)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, allow_pickle)
     file = FileTensors(info)
     yield _checked("metadata", lambda: _metadata(info, source))
     yield _checked("tokenizer", lambda: _tokenizer(path, source))

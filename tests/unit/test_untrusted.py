@@ -9,7 +9,6 @@ import struct
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -86,14 +85,6 @@ def test_code_beside_the_weights_is_not_run(tiny_checkpoint):
     _edit_config(directory, auto_map={"AutoConfig": "evil.C"})
     open_checkpoint(directory)
     assert not (directory / "ran").exists()
-
-
-def test_pickles_are_refused(tiny_checkpoint):
-    directory = tiny_checkpoint("llama")
-    (directory / "model.safetensors").unlink()
-    torch.save({}, directory / "pytorch_model.bin")
-    told = _refused(directory)
-    assert ".bin pickles, which can run code when read" in told and "convert them to safetensors" in told
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\udcff", "7", '{"a": NaN'])
