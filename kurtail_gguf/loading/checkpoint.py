@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from kurtail_gguf.loading.untrusted import check_sizes, read_json
 from kurtail_gguf.loading.weight_files import check_directory, locate_tensors, open_weights
 
 _DTYPES = {"F32", "F16", "BF16"}
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 #: Rows of an embedding checked or converted at once: 8192 x 4096 float32 is 128 MiB.
 CHUNK_ROWS = 8192
 
@@ -129,7 +132,7 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     check_sizes(config.to_dict(), directory / "config.json")
     try:
         spec = build_spec(family, config.to_dict())
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
     files = locate_tensors(directory, allow_pickle)
     _check_tensors(spec, files, directory)
@@ -146,14 +149,9 @@ def _load_config(directory: Path) -> Any:
 
 
 def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> None:
-    expected = dict(spec.top_shapes())
-    for layer in range(spec.layers):
-        prefix = spec.layer_prefix(layer)
-        expected |= {prefix + name: shape for name, shape in spec.layer_shapes().items()}
+    expected = _expected(spec, files, directory)
     by_file: dict[Path, list[str]] = {}
     for name in expected:
-        if name not in files:
-            raise SourceError(f"{directory}: tensor {name} is missing from the checkpoint")
         by_file.setdefault(files[name], []).append(name)
     for path, names in by_file.items():
         with open_weights(path) as file:
@@ -172,17 +170,24 @@ def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> 
                     raise SourceError(
                         f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} can be read"
                     )
-    _check_extra_biases(spec, files)
+    for name, path in files.items():
+        # a bias that the architecture does not know would be dropped in silence
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) < spec.layers and name not in expected and not name.endswith("rotary_emb.inv_freq"):
+            raise SourceError(f"{path}: tensor {name} is unknown to {spec.family.architecture}")
 
 
-def _check_extra_biases(spec: ModelSpec, files: dict[str, Path]) -> None:
-    """A bias that the architecture does not know would be dropped in silence: refuse it."""
-    for layer in range(spec.layers):
-        prefix = spec.layer_prefix(layer)
-        known = {prefix + name for name in spec.layer_shapes()}
-        for name, path in files.items():
-            if name.startswith(prefix) and name not in known and not name.endswith("rotary_emb.inv_freq"):
-                raise SourceError(f"{path}: tensor {name} is unknown to {spec.family.architecture}")
+def _expected(spec: ModelSpec, files: dict[str, Path], directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by name. It ends at the first that is missing: a config may name any number of layers."""
+    expected: dict[str, tuple[int, ...]] = {}
+    shapes = spec.layer_shapes()
+    layers = ((spec.layer_prefix(layer), shapes) for layer in range(spec.layers))
+    for prefix, part in chain([("", spec.top_shapes())], layers):
+        for name, shape in part.items():
+            if prefix + name not in files:
+                raise SourceError(f"{directory}: tensor {prefix}{name} is missing from the checkpoint")
+            expected[prefix + name] = shape
+    return expected
 
 
 def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
