@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.logits import runtime_log_probabilities
+from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities
 from kurtail_gguf.export import export_reference
 
 pytestmark = pytest.mark.usefixtures("bindings")
@@ -93,11 +93,7 @@ def test_in_four_bits_it_leads_to_the_adapted_model(source, adapter, rotated):
     file, _, lora = rotated("--weights", "rtn", "--activations", "8")
     right, without = said(source, adapter), said(source, None)
     found = runtime_log_probabilities(file, TOKENS, adapter=lora)
-
-    def divergence(p: np.ndarray) -> float:
-        return float((np.exp(p) * (p - found)).sum(-1).mean())
-
-    assert divergence(right) < 0.5 * divergence(without)
+    assert mean_divergence(right, found) < 0.5 * mean_divergence(without, found)
 
 
 def test_an_adapter_without_the_mark_is_refused_on_a_rotated_file(exact, tmp_path):
