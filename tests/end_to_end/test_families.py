@@ -23,7 +23,8 @@ from kurtail_gguf.pipeline import convert
 from kurtail_gguf.progress import NullProgress
 
 KINDS = (
-    "llama2", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite", "phi3",
+    "llama2", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite",
+    "phi3",
 )  # fmt: skip
 
 #: Upstream's converter knows no such vocabulary for them.
