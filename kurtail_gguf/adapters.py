@@ -60,7 +60,14 @@ class Adapter:
 
 
 def convert_lora(
-    adapter: Path, out: Path, file: Path, rotations: Path, model: str, work_dir: Path, progress: Progress
+    adapter: Path,
+    out: Path,
+    file: Path,
+    rotations: Path,
+    model: str,
+    work_dir: Path,
+    progress: Progress,
+    allow_pickle: bool = False,
 ) -> int:
     """Write an adapter for a rotated file.
 
@@ -72,6 +79,7 @@ def convert_lora(
         model: what the file was made of, as ``convert`` took it: its norm gains are folded too.
         work_dir: where a MODEL that is a GGUF file is unpacked to.
         progress: one stage, a unit a linear.
+        allow_pickle: whether the model's weights may be ``.bin`` files; an adapter's may not.
 
     Returns:
         How many linears are adapted.
@@ -88,7 +96,7 @@ def convert_lora(
     kept = load_rotations(rotations)
     if kept.sha256(provenance.r4_size) != provenance.rotations_sha256:
         raise AdapterError(f"{rotations} holds other rotations than {file}: give those that were kept with it")
-    checkpoint = open_checkpoint(resolve_source(model, work_dir, progress))
+    checkpoint = open_checkpoint(resolve_source(model, work_dir, progress), allow_pickle)
     loaded = read_adapter(adapter, checkpoint)
     known, tensors = {tensor.name for tensor in info.tensors}, {}
     with progress.stage("rotate adapter", len(loaded.pairs)) as stage:

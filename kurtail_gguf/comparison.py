@@ -63,6 +63,11 @@ class CompareConfig:
     out_dir: Path | None = None
     picture: Path | None = None
 
+    @property
+    def allow_pickle(self) -> bool:
+        """Whether the model's weights may be ``.bin`` files."""
+        return bool(self.options.get("allow_pickle"))
+
     def conversion(self, method: Method, model: str, directory: Path, work_dir: Path | None = None) -> ConvertConfig:
         """The conversion by one method; its file lies in ``directory``.
 
@@ -161,6 +166,9 @@ def convert_arguments(config: ConvertConfig) -> tuple[str, ...]:
         value = getattr(config, field.name)
         if field.name in ("model", "out") or (value == field.default and field.name not in ("rotation", "weights")):
             continue
+        if value is True:
+            arguments.append(f"--{field.name.replace('_', '-')}")
+            continue
         for one in value if isinstance(value, tuple) else (value,):
             arguments += [f"--{field.name.replace('_', '-')}", str(one)]
     return tuple(arguments)
@@ -194,7 +202,7 @@ def compare(config: CompareConfig, progress: Progress, tell: Tell = lambda line:
             conversion = config.conversion(method, source, config.out_dir or scratch, work_dir)
             rows.append((conversion, _convert(method, conversion, tell)))
             _thin_out(work_dir, config.picture is not None)
-        report = measure(tuple(conversion.out for conversion, _ in rows), request, source, progress, tell)
+        report = measure(tuple(conversion.out for conversion, _ in rows), request, source, progress, tell, config.allow_pickle)
         picture = None if config.picture is None else _draw(config, source, scratch, progress)
     results = [
         MethodResult(method, ("kurtail-gguf", *_as_typed(config, method, conversion)), cost, measured)
@@ -249,7 +257,7 @@ def _draw(config: CompareConfig, source: str, scratch: Path, progress: Progress)
     from kurtail_gguf.rotation.store import load_rotations
 
     assert config.picture is not None
-    layers = open_checkpoint(Path(source)).spec.layers
+    layers = open_checkpoint(Path(source), config.allow_pickle).spec.layers
     sites, text = _activations(config, Path(source), scratch, progress)
     r1 = {}
     for method in config.methods:
@@ -274,7 +282,7 @@ def _activations(config: CompareConfig, source: Path, scratch: Path, progress: P
     from kurtail_gguf.loading.checkpoint import open_checkpoint
     from kurtail_gguf.pipeline import pick_device
 
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, config.allow_pickle)
     any_method = config.conversion(config.methods[0], str(source), scratch)
     for method in config.methods:
         directory = scratch / method.name / _CAPTURE

@@ -91,6 +91,7 @@ class ConvertConfig:
         keep_rotations: a file for R1, R2 and the scales of FFN channels, which ``convert-lora`` needs; None for none.
         report: an HTML file for which every layer is measured (``ConvertResult.figures``); the command line writes it.
         restart: forget what an earlier run left there.
+        allow_pickle: read ``.bin`` weights where there are no safetensors (``loading/pickled.py``).
     """
 
     model: str
@@ -110,6 +111,7 @@ class ConvertConfig:
     keep_rotations: Path | None = None
     report: Path | None = None
     restart: bool = False
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         _one_of("--rotation", self.rotation, ROTATIONS)

@@ -22,6 +22,7 @@ from kurtail_gguf.evaluate.perplexity import check_scored
 from kurtail_gguf.export import export_reference
 from kurtail_gguf.gguf_info import GgufInfo, read_gguf
 from kurtail_gguf.loading.source import resolve_source
+from kurtail_gguf.loading.weight_files import check_weights
 from kurtail_gguf.progress import Progress
 
 _VOCABULARY = "tokenizer.ggml.tokens"
@@ -102,6 +103,7 @@ def measure(
     reference: str | None,
     progress: Progress,
     tell: Callable[[str], None] = lambda line: None,
+    allow_pickle: bool = False,
 ) -> Report:
     """Measure files, and compare them with a reference.
 
@@ -112,6 +114,7 @@ def measure(
             measured of it as well, and the divergence from it.
         progress: a stage for each measurement.
         tell: is given lines to show, of what takes much disk.
+        allow_pickle: whether the reference's weights may be ``.bin`` files.
 
     Raises:
         KurtailError: a bad file, text, directory of questions or reference.
@@ -121,7 +124,7 @@ def measure(
     with ExitStack() as stack:
         all_infos = list(infos)
         if reference is not None:
-            all_infos.insert(0, _reference(reference, stack, progress))
+            all_infos.insert(0, _reference(reference, allow_pickle, stack, progress))
             _check_vocabularies(infos, all_infos[0])
         results = [_row(info) for info in all_infos]
         if request.text is not None:
@@ -209,13 +212,14 @@ def _perplexities(
     return rows
 
 
-def _reference(name: str, stack: ExitStack, progress: Progress) -> GgufInfo:
+def _reference(name: str, allow_pickle: bool, stack: ExitStack, progress: Progress) -> GgufInfo:
     """The reference as a GGUF file; a checkpoint is exported to a temporary one."""
     path = Path(name)
     if path.is_file():
         return read_gguf(path)
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kurtail-reference-")))
     source = resolve_source(name, directory, progress)
+    check_weights(source, allow_pickle)
     exported = directory / "reference.gguf"
     with progress.stage(f"export {name}", 1) as stage:
         export_reference(source, exported)

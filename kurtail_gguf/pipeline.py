@@ -145,7 +145,7 @@ def _convert(
 ) -> ConvertResult:
     with clock.measure("source"):
         source = resolve_source(config.model, work_dir, progress)
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, config.allow_pickle)
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
     _check_family(config, checkpoint)
     block_format, rounding = BLOCK_FORMATS[config.target], runtime_rounding(config, checkpoint)

@@ -89,7 +89,7 @@ def plan(config: ConvertConfig) -> Plan:
             f"--plan reads an HF directory's config.json and headers, and {config.model} is none: a GGUF file or known "
             "model is only laid out like one by converting it"
         )
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, config.allow_pickle)
     device = pick_device(config.device)
     sizes = Sizes.of(checkpoint, config)
     notes, refused = [], []

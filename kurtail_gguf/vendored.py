@@ -26,6 +26,11 @@ from kurtail_gguf.errors import KurtailError
 #: Lines of a worker's standard error that are kept to explain an end without an answer.
 _KEPT_LINES = 20
 
+#: Where transformers would put a checkpoint's own Python files to import them: nowhere, whatever the caller trusts.
+#: Upstream's converter loads some tokenizers with trust_remote_code, and a class name in tokenizer_config.json is enough
+#: to get there. The name is what the error tells.
+_NO_MODULES = f"{os.devnull}/code that comes with a checkpoint is not run"
+
 Message = dict[str, Any]
 
 
@@ -45,7 +50,8 @@ def run(
         module: dotted name of the worker.
         request: what it is given; must survive JSON.
         on_message: called with each message before the result.
-        offline: keep it from fetching anything from a hub; else the caller's own setting decides.
+        offline: keep it from fetching anything from a hub, and from running Python that comes with a checkpoint; else
+            the caller's own setting decides.
 
     Returns:
         The worker's result.
@@ -128,7 +134,7 @@ def _environment(offline: bool = True) -> dict[str, str]:
         # conversion/base.py looks for a gguf-py beside itself unless this is set
         "NO_LOCAL_GGUF": "1",
         # tokenizers are read from the source directory, never fetched
-        **({"HF_HUB_OFFLINE": "1"} if offline else {}),
+        **({"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": _NO_MODULES} if offline else {}),
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -24,13 +24,13 @@ from kurtail_gguf.calibration.tokens import load_tokenizer
 from kurtail_gguf.config import Provenance
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.evaluate.file_tensors import FileTensors
-from kurtail_gguf.evaluate.logits import runtime_log_probabilities, runtime_tokens
+from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities, runtime_tokens
 from kurtail_gguf.export import read_metadata
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
 from kurtail_gguf.gguf_info import GgufInfo, read_gguf
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
-from kurtail_gguf.progress import Progress
+from kurtail_gguf.progress import Progress, Stage
 
 #: What the two vocabularies are compared on. Blanks at the start are left out: there transformers, reading a bare
 #: tokenizer.model, and SentencePiece itself disagree.
@@ -87,7 +87,9 @@ class _Differs(Exception):
     """What is wrong, in words."""
 
 
-def verify(path: Path, model: str, work_dir: Path, progress: Progress) -> Iterator[Check]:
+def verify(
+    path: Path, model: str, work_dir: Path, progress: Progress, allow_pickle: bool = False
+) -> Iterator[Check]:
     """Check a file against the model it was made of, one check after the other.
 
     Args:
@@ -95,6 +97,7 @@ def verify(path: Path, model: str, work_dir: Path, progress: Progress) -> Iterat
         model: as ``convert`` took it.
         work_dir: where a MODEL that is a GGUF file is unpacked to.
         progress: a stage for tensors, one for what the model says.
+        allow_pickle: whether the model's weights may be ``.bin`` files.
 
     Raises:
         KurtailError: what keeps a check from being made: a file without our keys, a missing model, no bindings.
@@ -104,14 +107,17 @@ def verify(path: Path, model: str, work_dir: Path, progress: Progress) -> Iterat
     if provenance is None:
         raise KurtailError(f"{path} has no kurtail keys: there is nothing to verify; only files of convert can be")
     source = resolve_source(model, work_dir, progress)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, allow_pickle)
     file = FileTensors(info)
     yield _checked("metadata", lambda: _metadata(info, source))
     yield _checked("tokenizer", lambda: _tokenizer(path, source))
-    rotated: dict[str, object] = {}
-    yield _checked("tensors", lambda: _tensors(checkpoint, file, provenance, rotated, progress))
-    if rotated:
-        yield _checked("logits", lambda: _logits(checkpoint, path, provenance, rotated, progress))
+    try:
+        rotations, detail = _tensors(checkpoint, file, provenance, progress)
+    except _Differs as difference:
+        yield Check("tensors", False, str(difference))
+        return  # what was folded is not known
+    yield Check("tensors", True, detail)
+    yield _checked("logits", lambda: _logits(checkpoint, path, provenance, rotations, progress))
 
 
 def _checked(name: str, check: Callable[[], str]) -> Check:
@@ -147,9 +153,9 @@ def _tokenizer(path: Path, source: Path) -> str:
 
 
 def _tensors(
-    checkpoint: Checkpoint, file: FileTensors, provenance: Provenance, rotated: dict[str, object], progress: Progress
-) -> str:
-    """Every tensor against the model's folded by the rotations found; what was found is left in ``rotated``."""
+    checkpoint: Checkpoint, file: FileTensors, provenance: Provenance, progress: Progress
+) -> tuple[list[LayerRotations], str]:
+    """Every tensor against the model's folded by the rotations found; returns those, by layer, and the detail."""
     spec, family = checkpoint.spec, checkpoint.spec.family
     worst = (0.0, "")
     unrounded = BOUNDS[ggml.F32] if provenance.weights == "f32" else FOUND_AGAIN
@@ -182,8 +188,7 @@ def _tensors(
                 _compare(file, f"blk.{layer}.{stored}.weight", np.ones(spec.hidden_size))
             layers.append(rotations)
             stage.advance(1, f"layer {layer}")
-    rotated |= {"r1": r1, "layers": layers}
-    return f"relative error at most {worst[0]:.1e} ({worst[1]})"
+    return layers, f"relative error at most {worst[0]:.1e} ({worst[1]})"
 
 
 def _compare_table(
@@ -262,7 +267,7 @@ def _where(name: str, expert: int | None) -> str:
 
 
 def _logits(
-    checkpoint: Checkpoint, path: Path, provenance: Provenance, rotated: dict[str, object], progress: Progress
+    checkpoint: Checkpoint, path: Path, provenance: Provenance, rotations: list[LayerRotations], progress: Progress
 ) -> str:
     """Original to rotated within single precision, rotated to the file by what its types account for."""
     spec = checkpoint.spec
@@ -270,20 +275,19 @@ def _logits(
     length = min(TOKENS, spec.window or TOKENS, checkpoint.config.max_position_embeddings)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = [*bos, *tokenizer.encode(PROSE, add_special_tokens=False)][:length]
-    r1, layers = rotated["r1"], rotated["layers"]
     with progress.stage("compare logits", 2 * spec.layers + 1) as stage:
-        original = _said(checkpoint, ids, None, None, stage)
-        turned = _said(checkpoint, ids, r1, layers, stage)
+        original = _said(checkpoint, ids, None, stage)
+        turned = _said(checkpoint, ids, rotations, stage)
         unquantized = provenance.weights == "f32"
         found = runtime_log_probabilities(path, [ids], exact_cache=unquantized)
         stage.advance(1, "the file in the runtime")
-    folding, whole = _divergence(original, turned), _divergence(original, found)
+    folding, whole = mean_divergence(original, turned), mean_divergence(original, found)
     if not folding <= SAME:
         raise _Differs(f"the rotated weights say something else than the original ones: divergence {folding:.3g} nats")
     different = f"the file says something else than the original: divergence {whole:.3g} nats"
     if unquantized and not whole <= SAME:
         raise _Differs(f"{different}, at most {SAME:g} is expected")
-    elsewhere = _divergence(original, np.roll(found, 1, axis=0))
+    elsewhere = mean_divergence(original, np.roll(found, 1, axis=0))
     if not whole <= NEARER * elsewhere:
         raise _Differs(f"{different}, {elsewhere:.3g} from what it says at the next position")
     agree = float((original.argmax(-1) == found.argmax(-1)).mean())
@@ -294,10 +298,11 @@ def _logits(
 
 
 def _said(
-    checkpoint: Checkpoint, ids: list[int], r1: torch.Tensor | None, layers: list[LayerRotations] | None, stage
+    checkpoint: Checkpoint, ids: list[int], rotations: list[LayerRotations] | None, stage: Stage
 ) -> npt.NDArray[np.float32]:
     """Log-probabilities ``[tokens, vocabulary]`` in torch, of the model as it is or folded (R4 left out on both sides)."""
     spec, device = checkpoint.spec, torch.device("cpu")
+    r1 = None if rotations is None else rotations[0].r1  # all layers'
     runner = LayerRunner(checkpoint, device, len(ids))
     rotary = runner.rotary(0, len(ids))
     gain = checkpoint.tensor(f"{spec.family.final_norm}.weight").double()
@@ -307,12 +312,12 @@ def _said(
             hidden = (hidden.double() @ r1).float()
         for layer in range(spec.layers):
             weights = checkpoint.layer(layer)
-            if layers is not None:
-                one = layers[layer]
+            if rotations is not None:
+                one = rotations[layer]
                 folded = fold_layer(weights, spec, LayerRotations(one.r1, one.r2, 0, one.ffn_scale))
                 weights = {name: value.float() for name, value in folded.items()}
             hidden = runner.run(layer, weights, hidden, rotary)
-            stage.advance(1, f"layer {layer}, {'original' if layers is None else 'rotated'}")
+            stage.advance(1, f"layer {layer}, {'original' if rotations is None else 'rotated'}")
         hidden = hidden[0] * torch.rsqrt(hidden[0].square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
         logits = [
             hidden @ fold_reader(rows, gain, r1).float().T / spec.logit_divisor
@@ -320,8 +325,3 @@ def _said(
         ]
         return torch.log_softmax(torch.cat(logits, -1), -1).numpy()
 
-
-def _divergence(right: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
-    """Mean over positions of the Kullback-Leibler divergence, in nats."""
-    p = right.astype(np.float64)
-    return float((np.exp(p) * (p - found)).sum(-1).mean())

@@ -37,6 +37,8 @@ _SIZES = {
 
 _CONFIGS = {
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    # every head with keys of its own, as in Llama 2
+    "llama2": lambda: LlamaConfig(**_SIZES | {"num_key_value_heads": 4}, tie_word_embeddings=False),
     "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "llama-biases": lambda: LlamaConfig(
         **_SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=False

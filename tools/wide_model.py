@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
-ROOT = Path(__file__).resolve().parent.parent
+from tiny_tokenizer import write_tokenizer
 
 SHAPES = {
     "70b": {"hidden": 8192, "ffn": 28672, "heads": 64, "kv_heads": 8, "head_dim": 128, "vocab": 128256},
@@ -62,18 +61,6 @@ def write(directory: Path, shape: dict, layers: int, seed: int = 0) -> None:
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     write_tokenizer(directory)
-
-
-def write_tokenizer(directory: Path) -> None:
-    """400 SentencePiece pieces trained on the format's specification."""
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(ROOT / "docs" / "format.md"), model_prefix=str(directory / "tokenizer"), vocab_size=400,
-        model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def main() -> int:

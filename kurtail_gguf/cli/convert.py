@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from kurtail_gguf.cli.inspect import summary
+from kurtail_gguf.cli.options import allow_pickle
 from kurtail_gguf.cli.plan import show_plan
 from kurtail_gguf.cli.progress import format_seconds, make_progress
 from kurtail_gguf.config import (
@@ -119,6 +120,7 @@ Examples:
     "--work-dir", type=click.Path(path_type=Path), default=None,
     help="Where finished steps are kept; beside OUT, and removed at the end, if not given.",
 )
+@allow_pickle
 @click.option("--restart", is_flag=True, help="Begin anew, without what an interrupted run left there.")
 @click.option(
     "--plan", "only_plan", is_flag=True,

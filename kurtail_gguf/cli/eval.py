@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kurtail_gguf.cli.cards import check_cards, write_cards
 from kurtail_gguf.cli.output import check_writable, write_json
+from kurtail_gguf.cli.options import allow_pickle
 from kurtail_gguf.cli.progress import make_progress
 
 
@@ -43,6 +44,7 @@ from kurtail_gguf.cli.progress import make_progress
     "--reference", default=None,
     help="Measure this as well, and the divergence from it: a Hugging Face directory, a GGUF file or a known model.",
 )
+@allow_pickle
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the results here.",
 )
@@ -81,7 +83,7 @@ def eval_command(
     def tell(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    report = measure(files, request, reference, make_progress(console), tell)
+    report = measure(files, request, reference, make_progress(console), tell, options["allow_pickle"])
     print_report(report, Console())
     if json_path is not None:
         write_json(json_path, report.to_json())

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from kurtail_gguf.cli.options import allow_pickle
 from kurtail_gguf.cli.progress import make_progress
 
 
@@ -19,7 +20,10 @@ from kurtail_gguf.cli.progress import make_progress
     "--rotations", required=True, type=click.Path(path_type=Path), help="What convert --keep-rotations kept of that file."
 )
 @click.option("--reference", required=True, metavar="MODEL", help="What the file was made of, as convert took it.")
-def convert_lora_command(adapter: Path, out: Path, file: Path, rotations: Path, reference: str) -> None:
+@allow_pickle
+def convert_lora_command(
+    adapter: Path, out: Path, file: Path, rotations: Path, reference: str, allow_pickle: bool
+) -> None:
     """Bring a LoRA adapter into the basis of a rotated file.
 
     ADAPTER is a PEFT directory (adapter_config.json, adapter_model.safetensors) made for the original MODEL. Example:
@@ -36,6 +40,6 @@ def convert_lora_command(adapter: Path, out: Path, file: Path, rotations: Path, 
     check_out(out)
     with tempfile.TemporaryDirectory(prefix="kurtail-lora-") as directory:
         progress = make_progress(Console(stderr=True))
-        count = convert_lora(adapter, out, file, rotations, reference, Path(directory), progress)
+        count = convert_lora(adapter, out, file, rotations, reference, Path(directory), progress, allow_pickle)
     click.echo(f"wrote {out}: {count} linears adapted")
     click.echo(f"run it with: llama-cli -m {click.format_filename(file)} --lora {click.format_filename(out)}")

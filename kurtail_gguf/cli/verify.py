@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from kurtail_gguf.cli.options import allow_pickle
 from kurtail_gguf.cli.progress import make_progress
 from kurtail_gguf.errors import KurtailError
 
@@ -15,7 +16,8 @@ from kurtail_gguf.errors import KurtailError
 @click.command("verify")
 @click.argument("file", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, metavar="MODEL", help="What the file was made of, as convert took it.")
-def verify_command(file: Path, reference: str) -> None:
+@allow_pickle
+def verify_command(file: Path, reference: str, allow_pickle: bool) -> None:
     """Check a converted file against the model it was made of.
 
     Metadata and vocabulary are compared with what upstream's converter writes, every tensor with the model's under the
@@ -26,7 +28,7 @@ def verify_command(file: Path, reference: str) -> None:
     from kurtail_gguf.verification import verify
 
     with tempfile.TemporaryDirectory(prefix="kurtail-verify-") as directory:
-        for check in verify(file, reference, Path(directory), make_progress(Console(stderr=True))):
+        for check in verify(file, reference, Path(directory), make_progress(Console(stderr=True)), allow_pickle):
             click.echo(f"{check.name}: {check.detail}" if check.right else f"{check.name}: differs")
             if not check.right:
                 raise KurtailError(f"{file} is not {reference}: {check.name}: {check.detail}")

@@ -41,6 +41,16 @@ def runtime_log_probabilities(
         return np.load(out)
 
 
+def mean_divergence(right: npt.NDArray[np.floating], found: npt.NDArray[np.floating]) -> float:
+    """Mean over positions of the Kullback-Leibler divergence of ``found`` from ``right``, in nats.
+
+    Args:
+        right, found: log-probabilities ``[positions, vocabulary]``.
+    """
+    p = right.astype(np.float64)
+    return float((np.exp(p) * (p - found)).sum(-1).mean())
+
+
 def runtime_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
     """How the vocabulary of a GGUF file splits texts, without BOS.
 

@@ -1,28 +1,27 @@
-"""Streaming reader of an HF directory: memory-mapped safetensors, one layer's tensors at a time."""
+"""Streaming reader of an HF directory: memory-mapped weights, one layer's tensors at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.arch.spec import ModelSpec, build_spec
 from kurtail_gguf.errors import SourceError
-from kurtail_gguf.loading.untrusted import check_inside, check_sizes, read_json
+from kurtail_gguf.loading.untrusted import check_sizes, read_json
+from kurtail_gguf.loading.weight_files import check_directory, locate_tensors, open_weights
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-#: Suffixes of the files that are read, here or by upstream's converter.
-_READ = frozenset({".json", ".safetensors", ".model", ".jinja", ".txt"})
 #: What can be read, and bytes of a value.
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 #: Rows of an embedding checked or converted at once: 8192 x 4096 float32 is 128 MiB.
 CHUNK_ROWS = 8192
 
@@ -40,7 +39,7 @@ class Checkpoint:
         directory: the HF directory.
         config: transformers' config object for it.
         spec: sizes and roles.
-        files: tensor name -> the safetensors file that holds it.
+        files: tensor name -> the file that holds it, safetensors or a pickle that was asked for.
     """
 
     directory: Path
@@ -54,7 +53,7 @@ class Checkpoint:
         Raises:
             SourceError: with ``check``, where a weight is NaN or infinite.
         """
-        with _open(self.files[name]) as file:
+        with open_weights(self.files[name]) as file:
             tensor = file.get_tensor(name)
         if check:
             _check_finite(tensor, name, self.files[name])
@@ -85,7 +84,7 @@ class Checkpoint:
         """A layer's tensors as stored, one by one, with their names: views of the mapped file, as :meth:`tensor`'s."""
         # Opened once a file and not once a tensor: generation asks for every layer at every token.
         for path, names in self._layer_files(index).items():
-            with _open(path) as file:
+            with open_weights(path) as file:
                 for name in names:
                     tensor = file.get_tensor(name)
                     if check:
@@ -97,7 +96,7 @@ class Checkpoint:
         """Bytes of a layer's tensors as stored, from the shards' headers."""
         found = {}
         for path, names in self._layer_files(index).items():
-            with _open(path) as file:
+            with open_weights(path) as file:
                 for name in names:
                     info = file.get_slice(name)
                     size = _DTYPES[info.get_dtype()] * math.prod(info.get_shape())
@@ -114,7 +113,7 @@ class Checkpoint:
 
     def rows(self, name: str, chunk: int = CHUNK_ROWS) -> Iterator[tuple[int, torch.Tensor]]:
         """A matrix in chunks of rows: ``(first row, float32 [≤ chunk, columns])``, checked for NaN."""
-        with _open(self.files[name]) as file:
+        with open_weights(self.files[name]) as file:
             rows = file.get_slice(name)
             total = rows.get_shape()[0]
             for start in range(0, total, chunk):
@@ -140,19 +139,21 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     """Open an HF directory and check that every tensor the architecture needs is there and fits.
 
     Weights themselves are read, and checked for NaN, only when a step asks for them.
 
+    Args:
+        directory: the HF directory.
+        allow_pickle: read ``.bin`` files where there are no safetensors.
+
     Raises:
         UnsupportedArchitecture: the model is not one that can be converted exactly.
         SourceError: no config.json, a missing, truncated or outlying shard, a missing tensor, a wrong
-            shape or dtype; the message names file and tensor.
+            shape or dtype, pickles that are not allowed; the message names file and tensor.
     """
-    for path in sorted(directory.glob("*")):
-        if path.suffix in _READ:
-            check_inside(path, directory)
+    check_directory(directory)
     raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
@@ -163,9 +164,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     check_sizes(config.to_dict(), directory / "config.json")
     try:
         spec = build_spec(family, config.to_dict())
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
-    files = _locate(directory)
+    files = locate_tensors(directory, allow_pickle)
     _check_tensors(spec, files, directory)
     return Checkpoint(directory, config, spec, files)
 
@@ -179,58 +180,13 @@ def _load_config(directory: Path) -> Any:
         raise SourceError(f"{directory / 'config.json'}: transformers refuses it: {error}") from error
 
 
-def _locate(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or the single file."""
-    index = directory / _INDEX
-    if index.exists():
-        weight_map = read_json(index, remedy="").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise SourceError(f"{index}: no 'weight_map'")
-        return {name: _shard(directory, shard, index) for name, shard in weight_map.items()}
-    single = directory / _SINGLE
-    if single.exists():
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    if any(directory.glob("*.bin")):
-        raise SourceError(
-            f"{directory} holds .bin pickles, which can run code when read: "
-            "convert them to safetensors (save_pretrained does) and try again"
-        )
-    raise SourceError(f"{directory} holds neither {_SINGLE} nor {_INDEX}")
-
-
-def _shard(directory: Path, shard: object, index: Path) -> Path:
-    if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-        raise SourceError(f"{index}: shard {shard!r} is not the name of a .safetensors file beside it")
-    path = directory / shard
-    if not path.exists():
-        raise SourceError(f"{path} is missing: {index.name} names it; download the shard again")
-    return path
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise SourceError(
-            f"{path} is truncated or not safetensors ({error}): download the file again"
-        ) from error
-    except RuntimeError as error:  # torch maps the file, and the system may refuse one larger than its memory
-        raise SourceError(f"{path} cannot be mapped ({error}): split it into shards of a few GB") from error
-
-
 def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> None:
-    expected = dict(spec.top_shapes())
-    for layer in range(spec.layers):
-        prefix = spec.layer_prefix(layer)
-        expected |= {prefix + name: shape for name, shape in spec.layer_shapes().items()}
+    expected = _expected(spec, files, directory)
     by_file: dict[Path, list[str]] = {}
     for name in expected:
-        if name not in files:
-            raise SourceError(f"{directory}: tensor {name} is missing from the checkpoint")
         by_file.setdefault(files[name], []).append(name)
     for path, names in by_file.items():
-        with _open(path) as file:
+        with open_weights(path) as file:
             present = set(file.keys())
             for name in names:
                 if name not in present:
@@ -246,17 +202,24 @@ def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> 
                     raise SourceError(
                         f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} can be read"
                     )
-    _check_extra_biases(spec, files)
+    for name, path in files.items():
+        # a bias that the architecture does not know would be dropped in silence
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) < spec.layers and name not in expected and not name.endswith("rotary_emb.inv_freq"):
+            raise SourceError(f"{path}: tensor {name} is unknown to {spec.family.architecture}")
 
 
-def _check_extra_biases(spec: ModelSpec, files: dict[str, Path]) -> None:
-    """A bias that the architecture does not know would be dropped in silence: refuse it."""
-    for layer in range(spec.layers):
-        prefix = spec.layer_prefix(layer)
-        known = {prefix + name for name in spec.layer_shapes()}
-        for name, path in files.items():
-            if name.startswith(prefix) and name not in known and not name.endswith("rotary_emb.inv_freq"):
-                raise SourceError(f"{path}: tensor {name} is unknown to {spec.family.architecture}")
+def _expected(spec: ModelSpec, files: dict[str, Path], directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by name. It ends at the first that is missing: a config may name any number of layers."""
+    expected: dict[str, tuple[int, ...]] = {}
+    shapes = spec.layer_shapes()
+    layers = ((spec.layer_prefix(layer), shapes) for layer in range(spec.layers))
+    for prefix, part in chain([("", spec.top_shapes())], layers):
+        for name, shape in part.items():
+            if prefix + name not in files:
+                raise SourceError(f"{directory}: tensor {prefix}{name} is missing from the checkpoint")
+            expected[prefix + name] = shape
+    return expected
 
 
 def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:

@@ -71,7 +71,7 @@ def _convert(gguf: Path, target: Path) -> Iterator[str]:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
     with _quiet(), _one_line(gguf):
         tokenizer = AutoTokenizer.from_pretrained(**where)
         tokenizer.save_pretrained(target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,16 @@ SIZES = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 30,
     "sliding_window": 1 << 30,
+    "moe_intermediate_size": 1 << 20,
+    "num_local_experts": 4096,
+    "num_experts": 4096,
+    "num_experts_per_tok": 4096,
 }
 #: Numbers that must be finite and above zero, and what they are at most.
-REALS = {"rms_norm_eps": 1.0, "rope_theta": 1e12}
+REALS = {
+    "rms_norm_eps": 1.0, "rope_theta": 1e12, "embedding_multiplier": 1e6, "residual_multiplier": 1e6,
+    "attention_multiplier": 1e6, "logits_scaling": 1e6,
+}  # fmt: skip
 #: Keys that may be null, which means the architecture's default.
 _MAY_BE_NULL = frozenset({"num_key_value_heads", "head_dim", "sliding_window"})
 #: Bytes of a JSON file, at most: an index of 100,000 tensors has 10 MB.
@@ -69,10 +75,29 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
             raise SourceError(f"{path}: {key} is {_shown(value)}, which is no whole number from 1 to {limit}")
     for key, limit in REALS.items():
         value = config.get(key, limit)
-        if value is None:
-            continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= limit or math.isnan(value):
+        if value is not None and not _real(value, limit):
             raise SourceError(f"{path}: {key} is {_shown(value)}, which is no number above 0 and up to {limit:g}")
+    for table in ("rope_parameters", "rope_scaling"):
+        if isinstance(config.get(table), Mapping):
+            _check_rope(config[table], f"{path}: {table}")
+
+
+def _check_rope(table: Mapping[str, Any], where: str) -> None:
+    """Every real of RoPE's scaling, whatever its kind calls it; transformers looks at some and warns."""
+    limit = REALS["rope_theta"]
+    for key, value in table.items():
+        if key in ("rope_type", "type"):
+            if not isinstance(value, str):
+                raise SourceError(f"{where}.{key} is {_shown(value)}, which is no name")
+        elif value is not None and (not isinstance(value, bool) or key in ("rope_theta", "factor")):
+            for one in value if isinstance(value, list) else [value]:
+                if not _real(one, limit):
+                    raise SourceError(f"{where}.{key} is {_shown(one)}, which is no number above 0 and up to {limit:g}")
+
+
+def _real(value: object, limit: float) -> bool:
+    # NaN is below nothing
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= limit
 
 
 def check_inside(path: Path, directory: Path) -> None:

@@ -67,7 +67,8 @@ def quantize_gptq(
         codes int8 ``[out, in]`` in −8…7 and scales float16 ``[out, in/block]``.
 
     Raises:
-        QuantizeError: a Hessian that is not finite, or not positive definite even with damping.
+        QuantizeError: a Hessian that is not finite, or not positive definite even with damping; a weight so large that
+            its block's scale does not fit a half.
     """
     order = _Order.of(hessian, block)
     # each of these matrices is gigabytes: none may outlive its use, here or in a caller's variable
@@ -81,6 +82,11 @@ def quantize_gptq(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         codes[part], scales[part] = _quantize_rows(weight[part], curvature, order, block, sweeps)
+        if not np.isfinite(scales[part]).all():
+            raise QuantizeError(
+                f"tensor {name}: weights up to {float(weight[part].abs().max()):.4g} need a block scale beyond half "
+                "precision: the checkpoint's weights are not those of a usable model"
+            )
     return codes, scales
 
 

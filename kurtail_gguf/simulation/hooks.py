@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kurtail_gguf.errors import SourceError
 from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
 
 
@@ -38,13 +39,20 @@ def empty_model(config: Any, cache: CacheSettings | None, dtype: torch.dtype = t
         config: transformers' own; it stays as it is.
         cache: what attention rounds; None for transformers' own attention.
         dtype: of weights and activations.
+
+    Raises:
+        SourceError: transformers makes no model of the config.
     """
     from transformers import AutoModelForCausalLM
 
     attention = "sdpa" if cache is None else use_simulated_attention()
-    with torch.device("meta"):
-        # a copy: from_config writes the attention into it, and modules made before would ask it for theirs
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            # a copy: from_config writes the attention into it, and modules made before would ask it for theirs
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
+    except Exception as error:  # whatever it stumbles on is the config's fault
+        told = " ".join(f"{type(error).__name__} {error}".split())
+        raise SourceError(f"{config.name_or_path}: transformers makes no model of config.json: {told}") from error
     if cache is not None:
         round_cache(model.model.layers, cache)
     return model

@@ -2,11 +2,12 @@
 
 The vocabulary of every file is written by upstream's converter, which identifies byte-level BPE
 tokenizers by a hash and refuses unknown ones. So the tiny BPE model borrows SmolLM2's tokenizer from
-the embedded model source; the tiny SentencePiece model has one trained on the format's specification.
+the embedded model source; the tiny SentencePiece model has one that tools/tiny_tokenizer.py trains.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -100,9 +101,10 @@ def wiki() -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
-    """A text of the project's own, some thousands of tokens of any vocabulary, without \\r and specials."""
+    """Some thousands of tokens of any vocabulary, without \\r and specials: older documents of the project, which stay as
+    they are, so that nothing measured changes with the documentation."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    sources = sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "kurtail_gguf").glob("*.py"))
+    sources = sorted((ROOT / "tests" / "text").glob("*.txt"))
     path.write_text("\n".join(source.read_text(encoding="utf-8") for source in sources), encoding="utf-8")
     return path
 
@@ -152,18 +154,11 @@ def tiny_bpe(tmp_path_factory, smollm2) -> Path:
 @pytest.fixture(scope="session")
 def tiny_spm(tmp_path_factory) -> Path:
     """The tiny Llama with a SentencePiece model, in several shards."""
-    import sentencepiece
-
-    directory = save_tiny_llama(tmp_path_factory.mktemp("tiny-spm"), 400, bos_token_id=1, eos_token_id=2)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(ROOT / "docs" / "format.md"), model_prefix=str(directory / "tokenizer"), vocab_size=400,
-        model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    settings = {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>",
-        "unk_token": "<unk>", "chat_template": "{{ messages[0]['content'] }}",
-    }  # fmt: skip
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        tools = importlib.import_module("tiny_tokenizer")
+    directory = save_tiny_llama(tmp_path_factory.mktemp("tiny-spm"), tools.VOCABULARY, bos_token_id=1, eos_token_id=2)
+    tools.write_tokenizer(directory, chat_template="{{ messages[0]['content'] }}")
     return directory
 
 

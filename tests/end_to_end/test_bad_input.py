@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -72,6 +73,62 @@ def test_weights_that_are_no_numbers(refused, damaged, name, value):
     tensors[name][3, 5] = value
     save_file(tensors, shard, metadata={"format": "pt"})
     assert name in refused(damaged)
+
+
+@pytest.fixture
+def pickled(tiny_spm, tmp_path) -> Path:
+    """A copy of the tiny model, of the same name, with its shards pickled."""
+    directory = Path(shutil.copytree(tiny_spm, tmp_path / "pickled" / tiny_spm.name))
+    for shard in _shards(directory):
+        torch.save(load_file(shard), shard.with_suffix(".bin"))
+        shard.unlink()
+    index = directory / "model.safetensors.index.json"
+    (directory / "pytorch_model.bin.index.json").write_text(index.read_text().replace(".safetensors", ".bin"))
+    index.unlink()
+    return directory
+
+
+def test_pickled_weights_that_are_asked_for_give_the_same_bytes(cli, refused, converted, pickled, tiny_spm, text, tmp_path):
+    assert "--allow-pickle" in refused(pickled)
+    options, out = ("--rotation", "none", "--weights", "rtn"), tmp_path / "o.gguf"
+    assert cli("convert", pickled, out, *options, "--allow-pickle").status == 0
+    assert out.read_bytes() == converted(tiny_spm, *options).read_bytes()
+    measure = ("eval", out, "--text", text, "--context", "64", "--chunks", "4", "--reference", pickled)
+    assert "--allow-pickle" in cli(*measure).error
+    done = cli(*measure, "--allow-pickle")
+    assert done.status == 0, done.stderr
+
+
+class _Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_pickle_runs_nothing(cli, refused, converted, pickled, tiny_spm, text, tmp_path):
+    shard, mark = sorted(pickled.glob("*.bin"))[-1], tmp_path / "ran"
+    torch.save({"lm_head.weight": _Touch(mark)}, shard)
+    file = converted(tiny_spm, "--rotation", "none", "--weights", "rtn")
+    for told in (
+        refused(pickled, "--allow-pickle"),
+        cli("eval", file, "--text", text, "--context", "64", "--reference", pickled, "--allow-pickle").error,
+    ):
+        assert f"{shard.name} wants to call posix.mkdir" in told
+    assert not mark.exists()
+
+
+def test_code_beside_a_tokenizer_is_not_run(refused, damaged, tmp_path):
+    # a class that upstream's converter loads with trust_remote_code
+    name, mark = "HybridDNATokenizer", tmp_path / "ran"
+    (damaged / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass {name}: pass\n")
+    path = damaged / "tokenizer_config.json"
+    settings = {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [f"evil.{name}", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    (damaged / "tokenizer.model").unlink()
+    assert "code that comes with a checkpoint is not run" in refused(damaged)
+    assert not mark.exists()
 
 
 def test_an_architecture_that_is_not_supported(refused, damaged):

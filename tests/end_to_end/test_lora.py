@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -12,9 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from kurtail_gguf.adapters import convert_lora
+from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.logits import runtime_log_probabilities
+from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities
 from kurtail_gguf.export import export_reference
+from kurtail_gguf.pipeline import convert
+from kurtail_gguf.progress import NullProgress
 
 pytestmark = pytest.mark.usefixtures("bindings")
 
@@ -46,26 +49,28 @@ def adapter(tmp_path_factory, source) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rotated(tmp_path_factory, cli, source, adapter):
-    """``rotated(*options)``: file, its rotations, and the adapter for it, made once for each set of options."""
-
-    @functools.cache
-    def make(*options: str) -> tuple[Path, Path, Path]:
-        directory = tmp_path_factory.mktemp("rotated")
-        file, rotations, out = directory / "out.gguf", directory / "rotations", directory / "lora.gguf"
-        done = cli("convert", source, file, "--rotation", "hadamard", "--keep-rotations", rotations, *options)
-        assert done.status == 0, done.stderr
-        done = cli("convert-lora", adapter, out, "--file", file, "--rotations", rotations, "--reference", source)
-        assert done.status == 0, done.stderr
-        assert "14 linears adapted" in done.stdout
-        return file, rotations, out
-
-    return make
+def exact(tmp_path_factory, cli, source, adapter) -> tuple[Path, Path, Path]:
+    """An unquantized file, its rotations, and the adapter for it, as a user makes them."""
+    directory = tmp_path_factory.mktemp("exact")
+    file, rotations, out = directory / "out.gguf", directory / "rotations", directory / "lora.gguf"
+    done = cli("convert", source, file, "--rotation", "hadamard", "--weights", "f32", "--keep-rotations", rotations)
+    assert done.status == 0, done.stderr
+    done = cli("convert-lora", adapter, out, "--file", file, "--rotations", rotations, "--reference", source)
+    assert done.status == 0, done.stderr
+    assert "14 linears adapted" in done.stdout
+    return file, rotations, out
 
 
 @pytest.fixture(scope="module")
-def exact(rotated) -> tuple[Path, Path, Path]:
-    return rotated("--weights", "f32")
+def rounded(tmp_path_factory, source) -> tuple[Path, Path]:
+    """A file of four bits and its rotations, which are others."""
+    directory = tmp_path_factory.mktemp("rounded")
+    config = ConvertConfig(
+        str(source), directory / "out.gguf", rotation="hadamard", weights="rtn", activations=8, seed=1,
+        keep_rotations=directory / "rotations",
+    )  # fmt: skip
+    convert(config, NullProgress())
+    return config.out, directory / "rotations"
 
 
 def said(source: Path, adapter: Path | None) -> np.ndarray:
@@ -89,15 +94,12 @@ def test_it_does_to_the_file_what_it_does_to_the_model(source, adapter, exact):
     assert np.abs(runtime_log_probabilities(file, TOKENS, exact_cache=True) - without).max() < 1e-4
 
 
-def test_in_four_bits_it_leads_to_the_adapted_model(source, adapter, rotated):
-    file, _, lora = rotated("--weights", "rtn", "--activations", "8")
+def test_in_four_bits_it_leads_to_the_adapted_model(source, adapter, rounded, tmp_path):
+    (file, rotations), lora = rounded, tmp_path / "lora.gguf"
+    assert convert_lora(adapter, lora, file, rotations, str(source), tmp_path, NullProgress()) == 14
     right, without = said(source, adapter), said(source, None)
     found = runtime_log_probabilities(file, TOKENS, adapter=lora)
-
-    def divergence(p: np.ndarray) -> float:
-        return float((np.exp(p) * (p - found)).sum(-1).mean())
-
-    assert divergence(right) < 0.5 * divergence(without)
+    assert mean_divergence(right, found) < 0.5 * mean_divergence(without, found)
 
 
 def test_an_adapter_without_the_mark_is_refused_on_a_rotated_file(exact, tmp_path):
@@ -109,10 +111,9 @@ def test_an_adapter_without_the_mark_is_refused_on_a_rotated_file(exact, tmp_pat
         runtime_log_probabilities(file, TOKENS, adapter=unmarked)
 
 
-def test_an_adapter_for_other_rotations_is_refused(rotated, exact):
-    other, _, _ = rotated("--weights", "rtn", "--seed", "1")
+def test_an_adapter_for_other_rotations_is_refused(rounded, exact):
     with pytest.raises(KurtailError, match="made for a file with other rotations"):
-        runtime_log_probabilities(other, TOKENS, adapter=exact[2])
+        runtime_log_probabilities(rounded[0], TOKENS, adapter=exact[2])
 
 
 def test_a_rotated_adapter_is_refused_on_the_original(source, exact, tmp_path):
@@ -121,10 +122,9 @@ def test_a_rotated_adapter_is_refused_on_the_original(source, exact, tmp_path):
         runtime_log_probabilities(tmp_path / "original.gguf", TOKENS, adapter=exact[2])
 
 
-def test_rotations_of_another_file_are_refused(cli, source, adapter, rotated, exact, outputs):
-    other, _, _ = rotated("--weights", "rtn", "--seed", "1")
+def test_rotations_of_another_file_are_refused(cli, source, adapter, rounded, exact, outputs):
     done = cli(
-        "convert-lora", adapter, outputs / "lora.gguf", "--file", other, "--rotations", exact[1], "--reference", source
+        "convert-lora", adapter, outputs / "lora.gguf", "--file", rounded[0], "--rotations", exact[1], "--reference", source
     )  # fmt: skip
     assert "holds other rotations than" in done.error
     assert list(outputs.iterdir()) == []

@@ -15,7 +15,7 @@ from kurtail_gguf.loading.experts import module_weights
 from kurtail_gguf.rotation.hadamard import random_orthogonal
 
 KINDS = [
-    "llama", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3",
+    "llama", "llama2", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3",
     "granite", "phi3",
 ]  # fmt: skip
 IDS = torch.tensor([[1, 5, 17, 300, 42, 42, 7, 99, 250, 3]])

@@ -143,6 +143,13 @@ def test_inputs_that_are_not_finite_are_named():
         quantize_gptq(w, h, "blk")
 
 
+def test_weights_beyond_a_half_are_named():
+    w, h = _problem(0)
+    w[3, 70] = 3e38
+    with pytest.raises(QuantizeError, match=r"tensor blk: weights up to 3e\+38 need a block scale beyond half precision"):
+        quantize_gptq(w, h, "blk")
+
+
 def test_rows_in_parts_are_rows_at_once(monkeypatch):
     """Memory is bounded by working on parts of the rows; no row notices."""
     w, h = _problem(3, rows=40)

@@ -160,14 +160,6 @@ def test_truncated_file_is_named(tiny_checkpoint, keep):
     assert f"{path} is truncated" in _refused(directory)
 
 
-def test_pickles_are_refused_with_a_remedy(tiny_checkpoint):
-    directory = tiny_checkpoint()
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    message = _refused(directory)
-    assert ".bin pickles" in message
-    assert "convert them to safetensors" in message
-
-
 def _rewrite(directory, change):
     path = directory / "model.safetensors"
     tensors = load_file(path)

@@ -47,7 +47,7 @@ def test_a_method_twice():
         ConvertConfig("m", Path("o.gguf")),
         ConvertConfig(
             "a model", Path("d/o.gguf"), rotation="hadamard", activations=8, kv=16, calibration=("a.txt", "b.txt"),
-            calibration_tokens=2048, seed=7, device="cpu", work_dir=Path("w"),
+            calibration_tokens=2048, seed=7, device="cpu", work_dir=Path("w"), allow_pickle=True,
         ),
     ],
 )  # fmt: skip
@@ -67,7 +67,7 @@ def test_options_that_are_passed_on_are_fields_of_the_conversion():
     names = {parameter.name for parameter in compare_command.params}
     own = {"model", "text", "methods", "context", "chunks", "out_dir", "json_path", "plot", "card"}
     assert names - own <= set(ConvertConfig.__dataclass_fields__)
-    assert {"activations", "kv", "calibration", "calibration_tokens", "seed", "device"} <= names
+    assert {"activations", "kv", "calibration", "calibration_tokens", "seed", "device", "allow_pickle"} <= names
 
 
 def _config(words: Path, tmp_path: Path, **changes) -> CompareConfig:

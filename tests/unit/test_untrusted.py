@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.loading.untrusted import REALS, SIZES, check_sizes, read_json
@@ -45,7 +46,48 @@ def test_reals_that_are_none(tmp_path, key, value):
         check_sizes({key: value}, tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("table", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_theta", float("nan")), ("rope_theta", True), ("factor", -1), ("factor", "8"), ("rope_type", ["yarn"]), ("type", 1),
+        ("low_freq_factor", {}), ("short_factor", [1.0, 0.0]), ("long_factor", [1.0, [2.0]]),
+    ],
+)  # fmt: skip
+def test_rope_scaling_that_is_none(tmp_path, table, key, value):
+    with pytest.raises(SourceError, match=rf"{table}\.{key} is "):
+        check_sizes({table: {"rope_type": "llama3", key: value}}, tmp_path / "config.json")
+
+
+def test_more_layers_than_memory_are_told_by_the_first_that_is_missing(tiny_checkpoint):
+    directory = tiny_checkpoint("mixtral")
+    _edit_config(directory, num_hidden_layers=4096)
+    assert "tensor model.layers.2." in _refused(directory)
+    _edit_config(directory, num_hidden_layers=2, num_local_experts=4096)
+    assert "experts.4.w1.weight is missing" in _refused(directory)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("smollm3", {"no_rope_layers": [1]}), ("llama3", {"rope_parameters": {"rope_type": "none such", "rope_theta": 1e4}})],
+)
+def test_what_transformers_makes_no_model_of(tiny_checkpoint, kind, change):
+    directory = tiny_checkpoint(kind)
+    _edit_config(directory, **change)
+    with pytest.raises(SourceError, match=r"config\.json") as caught:
+        LayerRunner(open_checkpoint(directory), torch.device("cpu"), 16)
+    assert "\n" not in str(caught.value)
+
+
 def test_what_models_have_passes(tmp_path):
+    tables = (
+        {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": None, "beta_fast": 32, "truncate": False},
+        {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1, 64.5]},
+        None,
+    )
+    for table in tables:
+        check_sizes({"rope_parameters": table, "rope_scaling": table}, tmp_path)
     check_sizes({"head_dim": None, "sliding_window": None, "rms_norm_eps": 1e-6, "rope_theta": 1000000}, tmp_path)
 
 
@@ -86,14 +128,6 @@ def test_code_beside_the_weights_is_not_run(tiny_checkpoint):
     _edit_config(directory, auto_map={"AutoConfig": "evil.C"})
     open_checkpoint(directory)
     assert not (directory / "ran").exists()
-
-
-def test_pickles_are_refused(tiny_checkpoint):
-    directory = tiny_checkpoint("llama")
-    (directory / "model.safetensors").unlink()
-    torch.save({}, directory / "pytorch_model.bin")
-    told = _refused(directory)
-    assert ".bin pickles, which can run code when read" in told and "convert them to safetensors" in told
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "\udcff", "7", '{"a": NaN'])

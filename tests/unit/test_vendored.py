@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 
 import pytest
@@ -99,3 +100,30 @@ def test_another_gguf_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "python_dir", lambda: tmp_path / "elsewhere")
     with pytest.raises(KurtailError, match="was imported from"):
         vendored.assert_vendored(pytest)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_code_beside_a_tokenizer_is_run_by_no_worker_that_reads_checkpoints(worker, tmp_path, monkeypatch, offline):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    # as upstream's converter does for some class names
+    module = worker("""
+        from transformers import AutoTokenizer
+        vendored.serve(lambda request, send: type(AutoTokenizer.from_pretrained(request, trust_remote_code=True)).__name__)
+    """)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "evil.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from transformers import PreTrainedTokenizer\n"
+        "class Evil(PreTrainedTokenizer):\n"
+        "    vocab_size, get_vocab = 0, lambda self: {}\n"
+    )
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
+    if offline:
+        with pytest.raises(vendored.WorkerError, match="code that comes with a checkpoint is not run"):
+            vendored.run(module, str(model))
+    else:  # it would run
+        assert vendored.run(module, str(model), offline=False) == "Evil"
+    assert (tmp_path / "ran").exists() != offline
