@@ -15,6 +15,7 @@ from environment import ROOT, ToolError
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 SOURCE = ROOT / "tests" / "cpp" / "kt4-kernels.cu"
+INCLUDES = [ROOT / "cpp_patches" / "src" / "cuda"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,20 @@ def _describe(mangled: str) -> tuple[str, int, int]:
     return mangled, 32, 0
 
 
+def compile_cubin(nvcc: str, arch: int, source: Path, includes: list[Path], cubin: Path, *options: str) -> str:
+    """Compile a source file for one architecture with ggml-cuda's options, and more; returns what nvcc says.
+
+    Raises:
+        ToolError: when nvcc fails, with its first lines.
+    """
+    command = [nvcc, "-std=c++17", "-O3", "-use_fast_math", f"-arch=sm_{arch}", *options, *(f"-I{path}" for path in includes),
+               "-cubin", "-o", str(cubin), str(source)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ToolError(f"nvcc for sm_{arch}: " + " | ".join(done.stderr.strip().splitlines()[:3]))
+    return done.stderr
+
+
 def kernels(nvcc: str, arch: int) -> list[Kernel]:
     """Compile our kernels for one architecture.
 
@@ -107,12 +122,7 @@ def kernels(nvcc: str, arch: int) -> list[Kernel]:
         ToolError: when nvcc does, with its first lines.
     """
     with tempfile.TemporaryDirectory() as tmp:
-        command = [nvcc, "-std=c++17", "-O3", "-use_fast_math", f"-arch=sm_{arch}", "-Xptxas", "-v",
-                   f"-I{ROOT / 'cpp_patches' / 'src' / 'cuda'}", "-cubin", "-o", str(Path(tmp) / "kernels.cubin"), str(SOURCE)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ToolError(f"nvcc for sm_{arch}: " + " | ".join(done.stderr.strip().splitlines()[:3]))
-    return parse(done.stderr, arch)
+        return parse(compile_cubin(nvcc, arch, SOURCE, INCLUDES, Path(tmp) / "kernels.cubin", "-Xptxas", "-v"), arch)
 
 
 def find_nvcc() -> str:

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_kernels import ARCHITECTURES, SOURCE, find_nvcc
+from cuda_kernels import ARCHITECTURES, INCLUDES, SOURCE, compile_cubin, find_nvcc
 from environment import ROOT, ToolError, build_dir
 
 FRAGMENT = 16 * 8 * 64
@@ -98,18 +98,14 @@ def disassemble(nvcc: str, source: Path, arch: int, includes: list[Path]) -> dic
         raise ToolError("nvdisasm is not there: install a CUDA toolkit, or pip install nvidia-cuda-nvdisasm and put it on the PATH")
     with tempfile.TemporaryDirectory() as tmp:
         cubin = Path(tmp) / "kernels.cubin"
-        command = [nvcc, "-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", f"-arch=sm_{arch}", *(f"-I{path}" for path in includes),
-                   "-cubin", "-o", str(cubin), str(source)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise ToolError(f"nvcc for sm_{arch}: " + " | ".join(done.stderr.strip().splitlines()[:3]))
+        compile_cubin(nvcc, arch, source, includes, cubin, "-extended-lambda")
         return functions(subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout)
 
 
 def steps(nvcc: str, arch: int, ggml: Path, cublas: Path) -> dict[str, Step]:
     """Ours that the architecture runs, and stock's."""
     found = {}
-    ours = disassemble(nvcc, SOURCE, arch, [ROOT / "cpp_patches" / "src" / "cuda"])
+    ours = disassemble(nvcc, SOURCE, arch, INCLUDES)
     for name, tile in OURS.items():
         if name != "kt4 s4" or arch < 90:  # no such units there
             found[name] = step(next(code for mangled, code in ours.items() if tile in mangled))
