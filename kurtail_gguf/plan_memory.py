@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.calibration.capture import MAX_SAMPLE
 from kurtail_gguf.calibration.generate import BATCH as GENERATED_TOGETHER
 from kurtail_gguf.calibration.generate import GENERATED_LENGTH
@@ -28,8 +29,9 @@ from kurtail_gguf.tuning import memory_needed, what_fits
 PROGRAM_BYTES = 700_000_000
 #: Arrays of a part's size that GPTQ has at once.
 _PART_ARRAYS = 12
-#: Matrices of R1's size while it is learned: parameter, averages, gradient, the solve and what autograd keeps.
-_LEARNING_MATRICES = 16
+#: For each value of R1 while it is learned: 16 matrices in single precision (parameter, averages, gradient, the solve and
+#: what autograd keeps), or 9 in double.
+_LEARNING_BYTES = max(4 * 16, 8 * 9)
 #: Tokens in one forward pass of the layers.
 _FORWARD = 4 * SEQ_LEN
 #: Rows of a table that are folded at once.
@@ -40,7 +42,7 @@ _ROWS = 8192
 class Sizes:
     """Values of things: a layer, its widest linear, a table, a step's stops of GPTQ as (rows, inputs).
 
-    ``stored`` is the bytes of the largest layer in the checkpoint, ``readers`` the values of the linears that read a norm.
+    ``readers`` is the values of the linears that read a norm.
     """
 
     layer: int
@@ -51,7 +53,6 @@ class Sizes:
     stops: tuple[tuple[int, int], ...]
     block: int
     block_bytes: int
-    stored: int
     readers: int
 
     @classmethod
@@ -76,7 +77,6 @@ class Sizes:
             stops=tuple((sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in groups),
             block=block,
             block_bytes=block // 2 + 2,
-            stored=max(sum(checkpoint.stored_sizes(number).values()) for number in range(spec.layers)),
             readers=max(
                 sum(math.prod(shapes[name]) for name in names) for names in (family.attention_readers, spec.ffn_readers)
             ),
@@ -116,14 +116,13 @@ def _on_cpu(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: 
     forward = 4 * _FORWARD * (4 * ffn + 4 * hidden)
     found = {"embedding and head": 3 * 8 * _ROWS * hidden + r1}
     if config.needs_calibration and config.calibration == ("self",):
-        cache = 8 * spec.layers * min(GENERATED_TOGETHER, -(-config.calibration_tokens // GENERATED_LENGTH))
-        cache *= GENERATED_LENGTH * spec.kv_heads * spec.head_dim
+        cache = 8 * spec.layers * _together(config) * GENERATED_LENGTH * spec.kv_heads * spec.head_dim
         found["generate text"] = 4 * sizes.table + loading + cache
     if learns(config):
         found["capture activations"] = loading + 8 * ffn * hidden + forward
-        found["learn R1"] = max(4 * _LEARNING_MATRICES, 8 * 9) * hidden**2
+        found["learn R1"] = _LEARNING_BYTES * hidden**2
     if config.rotation == "spinquant":
-        found["learn R1 and R2"] = 4 * sizes.parameters + 4 * BATCH * SEQUENCE * (3 * spec.vocab_size + spec.layers * hidden)
+        found["learn R1 and R2"] = _spinquant(spec, sizes)
     found["fold a layer"] = 12 * sizes.layer + 16 * sizes.widest + r1 + r2
     if config.weights == "gptq":
         # in double precision, damped, and the factor; then parts of the rows
@@ -137,6 +136,15 @@ def _on_cpu(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: 
     found["export"] = (64 << 20) * 2 + sizes.widest
     return {name: PROGRAM_BYTES + value for name, value in found.items()}
 
+
+def _together(config: ConvertConfig) -> int:
+    """Sequences that are generated together."""
+    return min(GENERATED_TOGETHER, -(-config.calibration_tokens // GENERATED_LENGTH))
+
+
+def _spinquant(spec: ModelSpec, sizes: Sizes) -> int:
+    """The whole model, logits and residual streams of a step, where they are computed."""
+    return 4 * sizes.parameters + 4 * BATCH * SEQUENCE * (3 * spec.vocab_size + spec.layers * spec.hidden_size)
 
 
 def _on_card(
@@ -153,7 +161,7 @@ def _on_card(
     forward = 4 * _FORWARD * (4 * ffn * max(1, spec.experts_used) + 8 * hidden)
     found = {"embedding and head": 3 * 8 * min(_ROWS, spec.vocab_size) * hidden + r1}
     if config.needs_calibration and config.calibration == ("self",):
-        batch = min(GENERATED_TOGETHER, -(-config.calibration_tokens // GENERATED_LENGTH))
+        batch = _together(config)
         cache = 8 * spec.layers * batch * GENERATED_LENGTH * spec.kv_heads * spec.head_dim
         # keys and values repeated for each query head, and once more where attention scales them
         repeated = 16 * batch * GENERATED_LENGTH * spec.heads * spec.head_dim
@@ -161,9 +169,9 @@ def _on_card(
     if learns(config):
         sketch = 4 * sizes.readers + 4 * MAX_SAMPLE * (hidden + 4 * ffn)
         found["capture activations"] = loaded + max(forward, sketch)
-        found["learn R1"] = max(4 * _LEARNING_MATRICES, 8 * 9) * hidden**2
+        found["learn R1"] = _LEARNING_BYTES * hidden**2
     if config.rotation == "spinquant":
-        found["learn R1 and R2"] = 4 * sizes.parameters + 4 * BATCH * SEQUENCE * (3 * spec.vocab_size + spec.layers * hidden)
+        found["learn R1 and R2"] = _spinquant(spec, sizes)
     found["fold a layer"] = 12 * sizes.layer + 16 * sizes.widest + r1 + r2
     if config.weights == "gptq":
         found["quantize by GPTQ"] = _gptq_on_card(sizes, forward + multiplied * (sizes.layer - sizes.readers)) + r1 + r2
@@ -189,9 +197,10 @@ def _beside_card(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tu
     hidden, ffn = spec.hidden_size, spec.intermediate_size
     rotations = 8 * (hidden**2 + spec.layers * (spec.kv_heads * spec.head_dim**2 + ffn)) if config.rotation != "none" else 0
     # the mapped file's pages, and the buffer, which page-locked memory rounds up to a power of two
-    ahead = sizes.stored + (1 << (sizes.stored - 1).bit_length())
+    stored = max(sum(checkpoint.stored_sizes(layer).values()) for layer in range(spec.layers))
+    ahead = stored + (1 << (stored - 1).bit_length())
     # torch converts what it copies from the CPU before it goes
-    table = 4 * sizes.table + 4 * sizes.table
+    table = 8 * sizes.table
     found = {"embedding and head": 3 * 4 * _ROWS * hidden + rotations}
     if config.needs_calibration and config.calibration == ("self",):
         found["generate text"] = table + ahead + 3 * 8 * GENERATED_TOGETHER * spec.vocab_size

@@ -6,8 +6,6 @@ token, the next few tokens greedily, the rest sampled from the model's distribut
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -79,7 +77,7 @@ def generate(
         for batch in batches:
             first = allowed[torch.randint(len(allowed), (batch,), generator=generator)]
             prompt = [torch.full((batch,), bos)] if bos is not None else []
-            every = itertools.chain.from_iterable(itertools.repeat(range(checkpoint.spec.layers), length - 1))
+            every = [*range(checkpoint.spec.layers)] * (length - 1)
             with layer_stream(checkpoint, every, device, dtype_of=runner.dtype_of) as layers:
                 parts.append(_sample(checkpoint, runner, layers, [*prompt, first], length, generator, device, stage))
     return torch.cat(parts).numpy().astype(np.int32)

@@ -16,6 +16,7 @@ import torch
 
 from kurtail_gguf.errors import QuantizeError
 from kurtail_gguf.formats.kt4 import BLOCK, HALF_MAX, LEVELS
+from kurtail_gguf.memory import is_card
 
 #: Candidate scales as factors of signed maximum / −8: those that the runtime tries for activations, and more that clip
 #: further. Negative: the maximum goes to +7 and beyond.
@@ -61,7 +62,7 @@ def quantize_rtn(
             f"tensor {name}: a weight of {largest:.4g} needs a block scale beyond half precision "
             f"(limit {limit:.4g}): the checkpoint's weights are not those of a usable model"
         )
-    step = _CHUNK if blocks.device.type == "cpu" else _CARD_CHUNK
+    step = _CARD_CHUNK if is_card(blocks.device) else _CHUNK
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
         codes[part], scales[part] = _search(blocks[part])
