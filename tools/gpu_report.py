@@ -36,6 +36,14 @@ def divergence(text: str) -> dict[str, float]:
     return {"kld": float(kld[1]), "top1": float(top[1])}
 
 
+def perplexity(text: str) -> float:
+    """What ``llama-perplexity`` ends with."""
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", text)
+    if found is None:
+        raise ToolError("llama-perplexity printed no perplexity")
+    return float(found[1])
+
+
 def operation_numbers(header: str) -> dict[str, int]:
     """Numbers of ggml's operations, from the text of ggml.h."""
     body = re.search(r"enum ggml_op \{(.*?)\};", header, flags=re.S)
@@ -81,4 +89,17 @@ def table(result: dict, base: str) -> str:
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     if "logits" in result:
         lines += ["", f"logits against the CPU: KLD {result['logits']['kld']:.2g} nats, top-1 {result['logits']['top1']:.2f} %"]
+    if "learning" in result:
+        lines += ["", *_learning_table(result["learning"])]
     return "\n".join(lines)
+
+
+def _learning_table(learning: dict) -> list[str]:
+    """Seconds of convert's stages on the card and on the CPU, and the card's peaks."""
+    card, cpu = learning["card"], learning["cpu"]
+    stages = card.get("card_peak_bytes", {}).get("stages", {})
+    lines = ["| convert, s | card | CPU | card's peak, GB |", "|---|---|---|---|"]
+    for stage, seconds in card["seconds"].items():
+        peak = f" {stages[stage]['reserved'] / 1e9:.2f}" if stage in stages else ""
+        lines.append(f"| {stage} | {seconds:.1f} | {cpu['seconds'][stage]:.1f} |{peak} |")
+    return [*lines, f"| perplexity of the file | {card['perplexity']:.2f} | {cpu['perplexity']:.2f} | |"]

@@ -67,6 +67,19 @@ def test_divergence_is_read(report: ModuleType) -> None:
         report.divergence("")
 
 
+def test_learning_is_tabulated_by_stage(report: ModuleType) -> None:
+    assert report.perplexity("[1]9.1,[2]8.2\nFinal estimate: PPL = 8.1234 +/- 0.5\n") == 8.1234
+    with pytest.raises(Exception, match="no perplexity"):
+        report.perplexity("[1]9.1,[2]8.2\n")
+    peaks = {"stages": {"rotations": {"allocated": 1.0e9, "reserved": 1.5e9}}}
+    card = {"seconds": {"source": 1.0, "rotations": 2.0}, "card_peak_bytes": peaks, "perplexity": 8.5}
+    result = {"card": "a card", "device": "CUDA0", "date": "2026-01-02", "products us": report.product_times(PERF),
+              "tokens/s": {"kt4": {"pp512": 300.0}, "q4_0": {"pp512": 100.0}},
+              "learning": {"card": card, "cpu": {"seconds": {"source": 1.0, "rotations": 40.0}, "perplexity": 8.25}}}  # fmt: skip
+    lines = report.table(result, "q4_0").splitlines()
+    assert lines[-3:] == ["| source | 1.0 | 1.0 | |", "| rotations | 2.0 | 40.0 | 1.50 |", "| perplexity of the file | 8.50 | 8.25 | |"]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
