@@ -106,7 +106,7 @@ def figure(title: str, layers: int, before: Outliers, after: Mapping[str, Outlie
     """The picture itself; the arguments are those of :func:`draw`."""
     # not pyplot: a figure of its own needs no display and leaves no global state
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     drawn = Figure(figsize=(9, 7), layout="constrained")
     upper, lower = drawn.subplots(2, 1, sharex=True)
@@ -116,9 +116,9 @@ def figure(title: str, layers: int, before: Outliers, after: Mapping[str, Outlie
         for name, outliers in after.items():
             axes.plot(x, getattr(outliers, measure), label=name)
         axes.set_yscale("log")
-        # 2, 3, 10: not 2×10⁰
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        # 2, 4, 10: not 2×10⁰; over half a decade some minor ticks have no room for their numbers, over 2.5 none has
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2.5, 0.5)))
         axes.grid(which="both", alpha=0.3)
     upper.axhline(1.8, color="grey", linewidth=0.8)
     upper.annotate("uniform: 1.8", (0, 1.8), color="grey", va="top", fontsize="small")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from scipy.stats import kurtosis
 
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.outliers import check_picture, draw, measure_outliers
+from kurtail_gguf.evaluate.outliers import Outliers, check_picture, draw, figure, measure_outliers
 from kurtail_gguf.rotation.hadamard import random_rotation
 
 needs_matplotlib = pytest.mark.skipif(
@@ -61,6 +62,22 @@ def test_the_picture_shows_every_method(sites, tmp_path, suffix):
     else:
         # matplotlib draws text as outlines and names what they say in comments
         assert all(f"<!-- {name} -->".encode() in data for name in ("a title", "before rotation", "one+rtn", "two+rtn"))
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("largest", [2.5, 8, 60, 210, 5000])
+def test_numbers_beside_the_axes_do_not_overlap(largest):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    rising = list(np.geomspace(1.8, largest, 8))
+    drawn = figure("a title", 4, Outliers(rising, rising), {"one": Outliers([1.9] * 8, [2.0] * 8)})
+    FigureCanvasAgg(drawn).draw()
+    for axes in drawn.axes:
+        low, high = axes.get_window_extent().intervaly
+        boxes = [label.get_window_extent() for label in axes.get_yticklabels(which="both") if label.get_text()]
+        seen = sorted((box.y0, box.y1) for box in boxes if low <= (box.y0 + box.y1) / 2 <= high)
+        assert len(seen) >= 2
+        assert all(below[1] <= above[0] for below, above in pairwise(seen))
 
 
 def test_pictures_that_cannot_be_drawn_are_refused_at_once(tmp_path, monkeypatch):
