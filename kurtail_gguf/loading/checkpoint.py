@@ -17,7 +17,7 @@ from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.arch.spec import ModelSpec, build_spec
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.untrusted import check_sizes, read_json
-from kurtail_gguf.loading.weight_files import check_directory, locate_tensors, open_weights
+from kurtail_gguf.loading.weight_files import WeightFiles, check_directory
 
 #: What can be read, and bytes of a value.
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -39,13 +39,13 @@ class Checkpoint:
         directory: the HF directory.
         config: transformers' config object for it.
         spec: sizes and roles.
-        files: tensor name -> the file that holds it, safetensors or a pickle that was asked for.
+        files: where each tensor lies.
     """
 
     directory: Path
     config: Any
     spec: ModelSpec
-    files: dict[str, Path]
+    files: WeightFiles
 
     def tensor(self, name: str, check: bool = False) -> torch.Tensor:
         """One tensor as stored, a view of the mapped file (float32, float16 or bfloat16).
@@ -53,10 +53,11 @@ class Checkpoint:
         Raises:
             SourceError: with ``check``, where a weight is NaN or infinite.
         """
-        with open_weights(self.files[name]) as file:
+        path = self.files.by_tensor[name]
+        with self.files.open(path) as file:
             tensor = file.get_tensor(name)
         if check:
-            _check_finite(tensor, name, self.files[name])
+            _check_finite(tensor, name, path)
         return tensor
 
     def layer(
@@ -84,7 +85,7 @@ class Checkpoint:
         """A layer's tensors as stored, one by one, with their names: views of the mapped file, as :meth:`tensor`'s."""
         # Opened once a file and not once a tensor: generation asks for every layer at every token.
         for path, names in self._layer_files(index).items():
-            with open_weights(path) as file:
+            with self.files.open(path) as file:
                 for name in names:
                     tensor = file.get_tensor(name)
                     if check:
@@ -96,7 +97,7 @@ class Checkpoint:
         """Bytes of a layer's tensors as stored, from the shards' headers."""
         found = {}
         for path, names in self._layer_files(index).items():
-            with open_weights(path) as file:
+            with self.files.open(path) as file:
                 for name in names:
                     info = file.get_slice(name)
                     size = _DTYPES[info.get_dtype()] * math.prod(info.get_shape())
@@ -108,17 +109,18 @@ class Checkpoint:
         found: dict[Path, list[str]] = {}
         for name in self.spec.layer_shapes():
             full = self.spec.layer_prefix(index) + name
-            found.setdefault(self.files[full], []).append(full)
+            found.setdefault(self.files.by_tensor[full], []).append(full)
         return found
 
     def rows(self, name: str, chunk: int = CHUNK_ROWS) -> Iterator[tuple[int, torch.Tensor]]:
         """A matrix in chunks of rows: ``(first row, float32 [≤ chunk, columns])``, checked for NaN."""
-        with open_weights(self.files[name]) as file:
+        path = self.files.by_tensor[name]
+        with self.files.open(path) as file:
             rows = file.get_slice(name)
             total = rows.get_shape()[0]
             for start in range(0, total, chunk):
                 piece = rows[start : min(start + chunk, total)]
-                _check_finite(piece, name, self.files[name])
+                _check_finite(piece, name, path)
                 yield start, piece.to(torch.float32)
 
     @property
@@ -133,9 +135,8 @@ class Checkpoint:
         Cheap, and enough to notice that a checkpoint changed between two runs in one work directory.
         """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for path in sorted(set(self.files.values())):
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        for path, (size, changed) in self.files.stamps.items():
+            digest.update(f"{path.name} {size} {changed}\n".encode())
         return digest.hexdigest()
 
 
@@ -166,7 +167,7 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
         spec = build_spec(family, config.to_dict())
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
-    files = locate_tensors(directory, allow_pickle)
+    files = WeightFiles(directory, allow_pickle)
     _check_tensors(spec, files, directory)
     return Checkpoint(directory, config, spec, files)
 
@@ -180,13 +181,13 @@ def _load_config(directory: Path) -> Any:
         raise SourceError(f"{directory / 'config.json'}: transformers refuses it: {error}") from error
 
 
-def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> None:
-    expected = _expected(spec, files, directory)
+def _check_tensors(spec: ModelSpec, files: WeightFiles, directory: Path) -> None:
+    expected = _expected(spec, files.by_tensor, directory)
     by_file: dict[Path, list[str]] = {}
     for name in expected:
-        by_file.setdefault(files[name], []).append(name)
+        by_file.setdefault(files.by_tensor[name], []).append(name)
     for path, names in by_file.items():
-        with open_weights(path) as file:
+        with files.open(path) as file:
             present = set(file.keys())
             for name in names:
                 if name not in present:
@@ -202,7 +203,7 @@ def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> 
                     raise SourceError(
                         f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} can be read"
                     )
-    for name, path in files.items():
+    for name, path in files.by_tensor.items():
         # a bias that the architecture does not know would be dropped in silence
         layer = _LAYER.match(name)
         if layer and int(layer[1]) < spec.layers and name not in expected and not name.endswith("rotary_emb.inv_freq"):
