@@ -16,7 +16,7 @@ import torch
 from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.arch.spec import ModelSpec, build_spec
 from kurtail_gguf.errors import SourceError
-from kurtail_gguf.loading.untrusted import check_sizes, read_json
+from kurtail_gguf.loading.untrusted import check_sizes, check_token_ids, read_json
 from kurtail_gguf.loading.weight_files import WeightFiles, check_directory
 
 #: What can be read, and bytes of a value.
@@ -152,7 +152,8 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     Raises:
         UnsupportedArchitecture: the model is not one that can be converted exactly.
         SourceError: no config.json, a missing, truncated or outlying shard, a missing tensor, a wrong
-            shape or dtype, pickles that are not allowed; the message names file and tensor.
+            shape or dtype, begin or end of text that the vocabulary does not have, pickles that are not allowed;
+            the message names file and tensor.
     """
     check_directory(directory)
     raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
@@ -167,9 +168,20 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
         spec = build_spec(family, config.to_dict())
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
+    check_token_ids(raw, spec.vocab_size, directory / "config.json")
+    generation = directory / "generation_config.json"
+    check_token_ids(_generation_config(generation), spec.vocab_size, generation)
     files = WeightFiles(directory, allow_pickle)
     _check_tensors(spec, files, directory)
     return Checkpoint(directory, config, spec, files)
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    """What the file says; nothing where there is none or, as in some models, one that is no JSON: upstream goes on too."""
+    try:
+        return read_json(path, remedy="")
+    except SourceError:
+        return {}
 
 
 def _load_config(directory: Path) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -48,7 +48,7 @@ class PickledFile:
             raise SourceError(f"{path} holds a {type(content).__name__}, not tensors by name")
         self._tensors = {name: _plain(path, name, value) for name, value in content.items()}
 
-    def __enter__(self) -> PickledFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

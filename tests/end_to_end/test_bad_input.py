@@ -75,6 +75,15 @@ def test_weights_that_are_no_numbers(refused, damaged, name, value):
     assert name in refused(damaged)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_begin_and_end_of_text_outside_the_vocabulary(cli, refused, damaged, outputs, name, key):
+    config = json.loads((damaged / name).read_text(encoding="utf-8"))
+    (damaged / name).write_text(json.dumps(config | {key: 1 << 20}), encoding="utf-8")
+    for line in (refused(damaged), cli("convert", damaged, outputs / "o.gguf", "--plan").error):
+        assert f"{name}: {key} is {1 << 20}" in line
+
+
 @pytest.fixture
 def pickled(tiny_spm, tmp_path) -> Path:
     """A copy of the tiny model, of the same name, with its shards pickled."""

@@ -269,7 +269,7 @@ def test_another_file_in_its_place_is_not_mixed_with_it(pickled, replaced):
 
 def test_missing_shards_and_tensors(pickled):
     directory = pickled(shards=2)
-    first, second = sorted(directory.glob("*.bin"))
+    _, second = sorted(directory.glob("*.bin"))
     second.rename(directory / "away")
     assert f"{second} is missing" in _refused(directory)
     torch.save({}, second)
