@@ -123,6 +123,42 @@ class Checkpoint:
                 _check_finite(piece, name, path)
                 yield start, piece.to(torch.float32)
 
+    def check_filled(self) -> None:
+        """Refuse what is no model for its zeros: a download that reserved its space and was broken off leaves them.
+
+        Zeros that models do have pass: biases, rows of unused tokens, what was pruned, up to all linears of a layer. A
+        row is read of most tensors that are looked at, and the whole of what is zeros.
+
+        Raises:
+            SourceError: embedding, final norm or head, all of a layer, or every layer's linears are zeros.
+        """
+        spec, by_tensor = self.spec, self.files.by_tensor
+        for name in spec.top_shapes():
+            if not self._filled(name):
+                raise SourceError(f"{by_tensor[name]}: tensor {name} holds nothing but zeros: download the file again")
+        prefixes, names = [spec.layer_prefix(layer) for layer in range(spec.layers)], tuple(spec.layer_shapes())
+        for prefix in prefixes:
+            if not any(self._filled(prefix + name) for name in names):
+                raise SourceError(
+                    f"{by_tensor[prefix + names[0]]}: all of {prefix.removesuffix('.')} is zeros: download the file again, or "
+                    "leave a layer that does nothing out of the model"
+                )
+        if not any(self._filled(f"{prefix}{name}.weight") for prefix in prefixes for name in spec.linears):
+            raise SourceError(
+                f"{self.directory}: the linears of all {spec.layers} layers hold nothing but zeros: download it again"
+            )
+
+    def _filled(self, name: str) -> bool:
+        """Whether a tensor holds anything but zeros; it is read as far as the first rows that do."""
+        with self.files.open(self.files.by_tensor[name]) as file:
+            rows = file.get_slice(name)
+            start, count = 0, 1
+            while start < rows.get_shape()[0]:
+                if rows[start : start + count].any():
+                    return True
+                start, count = start + count, min(2 * count, CHUNK_ROWS)
+        return False
+
     @property
     def head_name(self) -> str:
         """Name of the tensor that holds the output head's weights (the embedding's where tied)."""
@@ -143,7 +179,8 @@ class Checkpoint:
 def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     """Open an HF directory and check that every tensor the architecture needs is there and fits.
 
-    Weights themselves are read, and checked for NaN, only when a step asks for them.
+    Weights themselves are read, and checked for NaN, only when a step asks for them; see also
+    :meth:`Checkpoint.check_filled`.
 
     Args:
         directory: the HF directory.

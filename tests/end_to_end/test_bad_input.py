@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -73,6 +74,16 @@ def test_weights_that_are_no_numbers(refused, damaged, name, value):
     tensors[name][3, 5] = value
     save_file(tensors, shard, metadata={"format": "pt"})
     assert name in refused(damaged)
+
+
+def test_a_shard_that_was_never_filled(refused, damaged):
+    index = json.loads((damaged / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    shard = damaged / index["weight_map"]["model.embed_tokens.weight"]
+    content = shard.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    shard.write_bytes(content[:header] + bytes(len(content) - header))
+    line = refused(damaged)
+    assert shard.name in line and "nothing but zeros" in line
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
