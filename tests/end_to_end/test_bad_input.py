@@ -95,6 +95,17 @@ def test_begin_and_end_of_text_outside_the_vocabulary(cli, refused, damaged, out
         assert f"{name}: {key} is {1 << 20}" in line
 
 
+@pytest.mark.parametrize("kind", ["tiny_spm", "tiny_bpe"])
+def test_a_tokenizer_class_that_nobody_knows_changes_nothing(converted, kind, tmp_path, request):
+    # transformers then reads tokenizer.json as it is, and upstream takes a SentencePiece model whatever the class
+    model = request.getfixturevalue(kind)
+    directory = Path(shutil.copytree(model, tmp_path / model.name))
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "NoSuchTokenizer"}))
+    options = ("--rotation", "none", "--weights", "rtn")
+    assert converted(directory, *options).read_bytes() == converted(model, *options).read_bytes()
+
+
 @pytest.fixture
 def pickled(tiny_spm, tmp_path) -> Path:
     """A copy of the tiny model, of the same name, with its shards pickled."""
