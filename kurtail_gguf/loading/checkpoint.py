@@ -48,10 +48,10 @@ class Checkpoint:
     files: WeightFiles
 
     def tensor(self, name: str, check: bool = False) -> torch.Tensor:
-        """One tensor as stored, a view of the mapped file (float32, float16 or bfloat16).
+        """One tensor as stored, a view of the mapped file (float32, float16 or bfloat16), not to be written to.
 
         Raises:
-            SourceError: with ``check``, where a weight is NaN or infinite.
+            SourceError: with ``check``, where a weight is NaN or infinite; a file that changed since it was opened first.
         """
         path = self.files.by_tensor[name]
         with self.files.open(path) as file:
@@ -71,12 +71,16 @@ class Checkpoint:
 
         Args:
             index: layer number.
-            device: where to put them; on the CPU float32 tensors stay views of the mapped file.
+            device: where to put them; on the CPU float32 tensors stay views of the mapped file. They must not be written
+                to: a pickle stays mapped, and whoever reads the layer next would get what was written.
             check: refuse NaN and infinities.
             dtype_of: what a tensor of this name is wanted in.
 
         Returns:
             float32 tensors where ``dtype_of`` says nothing else, shapes as in ``spec.layer_shapes()``.
+
+        Raises:
+            SourceError: with ``check``, NaN or infinite weights; a file that changed since it was opened first.
         """
         stored = self.stored_layer(index, check)
         return {name: tensor.to(device, dtype_of(name)) for name, tensor in stored}
