@@ -37,8 +37,8 @@ class WeightFiles:
 
     safetensors are opened anew each time, which costs a header and leaves nothing mapped. A pickle is run once and stays
     mapped as long as this object lives: running it takes 40 ms where a header takes half a millisecond (290 tensors), and
-    generation asks for every layer at every token.
-    Its pages that were read count as the process's memory, but the system takes them back when it is short of it.
+    generation asks for every layer at every token. Its pages that were read count as the process's memory, but the system
+    takes them back when it is short of it.
 
     Args:
         directory: the HF directory; safetensors are taken where there are both.

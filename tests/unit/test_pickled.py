@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kurtail_gguf import pipeline, rotation_choice
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
@@ -111,6 +112,28 @@ def test_a_conversion_runs_each_pickle_once(pickled, exported, plain_embedding, 
     )  # fmt: skip
     convert(config, NullProgress())
     assert exported and sorted(read) == sorted(directory.glob("*.bin"))
+
+
+@pytest.mark.parametrize("rotation", ["output", "spinquant"])
+def test_no_step_writes_to_the_mapped_weights(pickled, exported, plain_embedding, monkeypatch, text, tmp_path, rotation):
+    directory, opened = pickled(), []
+
+    def kept(*arguments: Any) -> Checkpoint:
+        opened.append(open_checkpoint(*arguments))
+        return opened[0]
+
+    monkeypatch.setattr(pipeline, "open_checkpoint", kept)
+    for learn in ("learn_r1_by_output_error", "learn_spinquant"):
+        original = getattr(rotation_choice, learn)
+        monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=3))
+    config = ConvertConfig(
+        str(directory), tmp_path / "o.gguf", rotation=rotation, tune=2, calibration=(str(text),), calibration_tokens=1024,
+        allow_pickle=True,
+    )  # fmt: skip
+    convert(config, NullProgress())
+    assert exported
+    for name, stored in torch.load(directory / "pytorch_model.bin").items():
+        assert torch.equal(opened[0].tensor(name), stored), name
 
 
 def test_what_is_first_read_in_inference_mode_has_gradients(pickled):
