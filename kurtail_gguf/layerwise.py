@@ -72,6 +72,7 @@ def fold_and_quantize(
     spec = checkpoint.spec
     r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
     prefix = None
+    zero: list[str] = []
     with progress.stage("fold and quantize", spec.layers + 2) as stage, ExitStack() as streams:
         for name, fold in ((EMBEDDING, fold_embedding), (HEAD, fold_head)):
             if not (target / name).exists():
@@ -89,6 +90,8 @@ def fold_and_quantize(
             note = ""
             if layer in missing:
                 folded = folded_layer(next(layers), checkpoint.spec, layer_rotations(rotations, layer, r1, r4, device))
+                above = spec.layer_prefix(layer)
+                zero += [f"{above}{name}" for name in spec.linears if not folded[f"{name}.weight"].any()]
                 results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
                 del folded
                 _save(results, path)
@@ -98,6 +101,8 @@ def fold_and_quantize(
                 replay(prefix, checkpoint, layer, path, block_format)
             seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
             stage.advance(1, f"layer {layer}{seen}{note}")
+    if zero:
+        _tell_zeros(zero, progress)
     if prefix is None:
         remove_files(target.parent)
     else:
@@ -105,6 +110,13 @@ def fold_and_quantize(
     norm = f"{spec.family.final_norm}.weight"
     _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
     return target
+
+
+def _tell_zeros(names: list[str], progress: Progress) -> None:
+    # as a stage of its own: a note is gone with the next
+    others = f" and of {len(names) - 1} other linears" if len(names) > 1 else ""
+    with progress.stage(f"all weights of {names[0]}{others} are 0: the checkpoint is damaged, unless this was pruned", 1) as stage:
+        stage.advance()
 
 
 def layer_path(directory: Path, layer: int) -> Path:

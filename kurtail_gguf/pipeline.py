@@ -146,6 +146,7 @@ def _convert(
     with clock.measure("source"):
         source = resolve_source(config.model, work_dir, progress)
         checkpoint = open_checkpoint(source, config.allow_pickle)
+        checkpoint.check_filled()
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
     _check_family(config, checkpoint)
     block_format, rounding = BLOCK_FORMATS[config.target], runtime_rounding(config, checkpoint)

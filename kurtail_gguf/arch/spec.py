@@ -19,7 +19,7 @@ class ExpertNames:
     """Names of a mixture of experts, below ``model.layers.N.``, as the checkpoint has them.
 
     transformers' own modules keep all experts of a layer in two tensors, whatever the checkpoint does; see
-    :meth:`ModelSpec.module_weights`.
+    kurtail_gguf/loading/experts.py.
 
     Args:
         block: the module of router and experts in transformers, ``mlp`` in every family so far.

@@ -16,8 +16,8 @@ import torch
 from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.arch.spec import ModelSpec, build_spec
 from kurtail_gguf.errors import SourceError
-from kurtail_gguf.loading.untrusted import check_sizes, read_json
-from kurtail_gguf.loading.weight_files import check_directory, locate_tensors, open_weights
+from kurtail_gguf.loading.untrusted import check_sizes, check_token_ids, read_json
+from kurtail_gguf.loading.weight_files import WeightFiles, check_directory
 
 #: What can be read, and bytes of a value.
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -39,24 +39,25 @@ class Checkpoint:
         directory: the HF directory.
         config: transformers' config object for it.
         spec: sizes and roles.
-        files: tensor name -> the file that holds it, safetensors or a pickle that was asked for.
+        files: where each tensor lies.
     """
 
     directory: Path
     config: Any
     spec: ModelSpec
-    files: dict[str, Path]
+    files: WeightFiles
 
     def tensor(self, name: str, check: bool = False) -> torch.Tensor:
-        """One tensor as stored, a view of the mapped file (float32, float16 or bfloat16).
+        """One tensor as stored, a view of the mapped file (float32, float16 or bfloat16), not to be written to.
 
         Raises:
-            SourceError: with ``check``, where a weight is NaN or infinite.
+            SourceError: with ``check``, where a weight is NaN or infinite; a file that changed since it was opened first.
         """
-        with open_weights(self.files[name]) as file:
+        path = self.files.by_tensor[name]
+        with self.files.open(path) as file:
             tensor = file.get_tensor(name)
         if check:
-            _check_finite(tensor, name, self.files[name])
+            _check_finite(tensor, name, path)
         return tensor
 
     def layer(
@@ -70,12 +71,16 @@ class Checkpoint:
 
         Args:
             index: layer number.
-            device: where to put them; on the CPU float32 tensors stay views of the mapped file.
+            device: where to put them; on the CPU float32 tensors stay views of the mapped file. They must not be written
+                to: a pickle stays mapped, and whoever reads the layer next would get what was written.
             check: refuse NaN and infinities.
             dtype_of: what a tensor of this name is wanted in.
 
         Returns:
             float32 tensors where ``dtype_of`` says nothing else, shapes as in ``spec.layer_shapes()``.
+
+        Raises:
+            SourceError: with ``check``, NaN or infinite weights; a file that changed since it was opened first.
         """
         stored = self.stored_layer(index, check)
         return {name: tensor.to(device, dtype_of(name)) for name, tensor in stored}
@@ -84,7 +89,7 @@ class Checkpoint:
         """A layer's tensors as stored, one by one, with their names: views of the mapped file, as :meth:`tensor`'s."""
         # Opened once a file and not once a tensor: generation asks for every layer at every token.
         for path, names in self._layer_files(index).items():
-            with open_weights(path) as file:
+            with self.files.open(path) as file:
                 for name in names:
                     tensor = file.get_tensor(name)
                     if check:
@@ -96,7 +101,7 @@ class Checkpoint:
         """Bytes of a layer's tensors as stored, from the shards' headers."""
         found = {}
         for path, names in self._layer_files(index).items():
-            with open_weights(path) as file:
+            with self.files.open(path) as file:
                 for name in names:
                     info = file.get_slice(name)
                     size = _DTYPES[info.get_dtype()] * math.prod(info.get_shape())
@@ -108,18 +113,55 @@ class Checkpoint:
         found: dict[Path, list[str]] = {}
         for name in self.spec.layer_shapes():
             full = self.spec.layer_prefix(index) + name
-            found.setdefault(self.files[full], []).append(full)
+            found.setdefault(self.files.by_tensor[full], []).append(full)
         return found
 
     def rows(self, name: str, chunk: int = CHUNK_ROWS) -> Iterator[tuple[int, torch.Tensor]]:
         """A matrix in chunks of rows: ``(first row, float32 [≤ chunk, columns])``, checked for NaN."""
-        with open_weights(self.files[name]) as file:
+        path = self.files.by_tensor[name]
+        with self.files.open(path) as file:
             rows = file.get_slice(name)
             total = rows.get_shape()[0]
             for start in range(0, total, chunk):
                 piece = rows[start : min(start + chunk, total)]
-                _check_finite(piece, name, self.files[name])
+                _check_finite(piece, name, path)
                 yield start, piece.to(torch.float32)
+
+    def check_filled(self) -> None:
+        """Refuse what is no model for its zeros: a download that reserved its space and was broken off leaves them.
+
+        Zeros that models do have pass: biases, rows of unused tokens, what was pruned, up to all linears of a layer. A
+        row is read of most tensors that are looked at, and the whole of what is zeros.
+
+        Raises:
+            SourceError: embedding, final norm or head, all of a layer, or every layer's linears are zeros.
+        """
+        spec, by_tensor = self.spec, self.files.by_tensor
+        for name in spec.top_shapes():
+            if not self._filled(name):
+                raise SourceError(f"{by_tensor[name]}: tensor {name} holds nothing but zeros: download the file again")
+        prefixes, names = [spec.layer_prefix(layer) for layer in range(spec.layers)], tuple(spec.layer_shapes())
+        for prefix in prefixes:
+            if not any(self._filled(prefix + name) for name in names):
+                raise SourceError(
+                    f"{by_tensor[prefix + names[0]]}: all of {prefix.removesuffix('.')} is zeros: download the file again, or "
+                    "leave a layer that does nothing out of the model"
+                )
+        if not any(self._filled(f"{prefix}{name}.weight") for prefix in prefixes for name in spec.linears):
+            raise SourceError(
+                f"{self.directory}: the linears of all {spec.layers} layers hold nothing but zeros: download it again"
+            )
+
+    def _filled(self, name: str) -> bool:
+        """Whether a tensor holds anything but zeros; it is read as far as the first rows that do."""
+        with self.files.open(self.files.by_tensor[name]) as file:
+            rows = file.get_slice(name)
+            start, count = 0, 1
+            while start < rows.get_shape()[0]:
+                if rows[start : start + count].any():
+                    return True
+                start, count = start + count, min(2 * count, CHUNK_ROWS)
+        return False
 
     @property
     def head_name(self) -> str:
@@ -133,16 +175,16 @@ class Checkpoint:
         Cheap, and enough to notice that a checkpoint changed between two runs in one work directory.
         """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for path in sorted(set(self.files.values())):
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        for path, (size, changed) in self.files.stamps.items():
+            digest.update(f"{path.name} {size} {changed}\n".encode())
         return digest.hexdigest()
 
 
 def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     """Open an HF directory and check that every tensor the architecture needs is there and fits.
 
-    Weights themselves are read, and checked for NaN, only when a step asks for them.
+    Weights themselves are read, and checked for NaN, only when a step asks for them; see also
+    :meth:`Checkpoint.check_filled`.
 
     Args:
         directory: the HF directory.
@@ -151,7 +193,8 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     Raises:
         UnsupportedArchitecture: the model is not one that can be converted exactly.
         SourceError: no config.json, a missing, truncated or outlying shard, a missing tensor, a wrong
-            shape or dtype, pickles that are not allowed; the message names file and tensor.
+            shape or dtype, begin or end of text that the vocabulary does not have, pickles that are not allowed;
+            the message names file and tensor.
     """
     check_directory(directory)
     raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
@@ -166,9 +209,20 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
         spec = build_spec(family, config.to_dict())
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
-    files = locate_tensors(directory, allow_pickle)
+    check_token_ids(raw, spec.vocab_size, directory / "config.json")
+    generation = directory / "generation_config.json"
+    check_token_ids(_generation_config(generation), spec.vocab_size, generation)
+    files = WeightFiles(directory, allow_pickle)
     _check_tensors(spec, files, directory)
     return Checkpoint(directory, config, spec, files)
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    """What the file says; nothing where there is none or, as in some models, one that is no JSON: upstream goes on too."""
+    try:
+        return read_json(path, remedy="")
+    except SourceError:
+        return {}
 
 
 def _load_config(directory: Path) -> Any:
@@ -180,13 +234,13 @@ def _load_config(directory: Path) -> Any:
         raise SourceError(f"{directory / 'config.json'}: transformers refuses it: {error}") from error
 
 
-def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> None:
-    expected = _expected(spec, files, directory)
+def _check_tensors(spec: ModelSpec, files: WeightFiles, directory: Path) -> None:
+    expected = _expected(spec, files.by_tensor, directory)
     by_file: dict[Path, list[str]] = {}
     for name in expected:
-        by_file.setdefault(files[name], []).append(name)
+        by_file.setdefault(files.by_tensor[name], []).append(name)
     for path, names in by_file.items():
-        with open_weights(path) as file:
+        with files.open(path) as file:
             present = set(file.keys())
             for name in names:
                 if name not in present:
@@ -202,7 +256,7 @@ def _check_tensors(spec: ModelSpec, files: dict[str, Path], directory: Path) -> 
                     raise SourceError(
                         f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} can be read"
                     )
-    for name, path in files.items():
+    for name, path in files.by_tensor.items():
         # a bias that the architecture does not know would be dropped in silence
         layer = _LAYER.match(name)
         if layer and int(layer[1]) < spec.layers and name not in expected and not name.endswith("rotary_emb.inv_freq"):

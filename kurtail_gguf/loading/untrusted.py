@@ -32,6 +32,8 @@ REALS = {
 }  # fmt: skip
 #: Keys that may be null, which means the architecture's default.
 _MAY_BE_NULL = frozenset({"num_key_value_heads", "head_dim", "sliding_window"})
+#: Keys of the tokens that begin and end a text: an id, a list of them, or null for none.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id")
 #: Bytes of a JSON file, at most: an index of 100,000 tensors has 10 MB.
 MAX_JSON = 256 << 20
 
@@ -73,13 +75,36 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
             raise SourceError(f"{path}: {key} is {_shown(value)}, which is no whole number from 1 to {limit}")
-    for key, limit in REALS.items():
-        value = config.get(key, limit)
-        if value is not None and not _real(value, limit):
-            raise SourceError(f"{path}: {key} is {_shown(value)}, which is no number above 0 and up to {limit:g}")
+    for key, largest in REALS.items():
+        value = config.get(key, largest)
+        if value is not None and not _real(value, largest):
+            raise SourceError(f"{path}: {key} is {_shown(value)}, which is no number above 0 and up to {largest:g}")
     for table in ("rope_parameters", "rope_scaling"):
         if isinstance(config.get(table), Mapping):
             _check_rope(config[table], f"{path}: {table}")
+
+
+def check_token_ids(config: Mapping[str, Any], vocabulary: int, path: Path) -> None:
+    """Refuse tokens for begin and end of text that the vocabulary does not have.
+
+    Upstream's converter leaves such an id out, and the runtime takes one of its own in its place.
+
+    Args:
+        config: config.json or generation_config.json as read.
+        vocabulary: rows of the embedding.
+        path: of that file, for the message.
+
+    Raises:
+        SourceError: with key, value and limit.
+    """
+    for key in _TOKEN_IDS:
+        value = config.get(key)
+        for one in value if isinstance(value, list) else [] if value is None else [value]:
+            if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocabulary:
+                raise SourceError(
+                    f"{path}: {key} is {_shown(one)}, which is no token from 0 to {vocabulary - 1}: give the id that the "
+                    "tokenizer has for it, or null"
+                )
 
 
 def _check_rope(table: Mapping[str, Any], where: str) -> None:

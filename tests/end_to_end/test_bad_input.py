@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -73,6 +74,36 @@ def test_weights_that_are_no_numbers(refused, damaged, name, value):
     tensors[name][3, 5] = value
     save_file(tensors, shard, metadata={"format": "pt"})
     assert name in refused(damaged)
+
+
+def test_a_shard_that_was_never_filled(refused, damaged):
+    index = json.loads((damaged / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    shard = damaged / index["weight_map"]["model.embed_tokens.weight"]
+    content = shard.read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    shard.write_bytes(content[:header] + bytes(len(content) - header))
+    line = refused(damaged)
+    assert shard.name in line and "nothing but zeros" in line
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_begin_and_end_of_text_outside_the_vocabulary(cli, refused, damaged, outputs, name, key):
+    config = json.loads((damaged / name).read_text(encoding="utf-8"))
+    (damaged / name).write_text(json.dumps(config | {key: 1 << 20}), encoding="utf-8")
+    for line in (refused(damaged), cli("convert", damaged, outputs / "o.gguf", "--plan").error):
+        assert f"{name}: {key} is {1 << 20}" in line
+
+
+@pytest.mark.parametrize("kind", ["tiny_spm", "tiny_bpe"])
+def test_a_tokenizer_class_that_nobody_knows_changes_nothing(converted, kind, tmp_path, request):
+    # transformers then reads tokenizer.json as it is, and upstream takes a SentencePiece model whatever the class
+    model = request.getfixturevalue(kind)
+    directory = Path(shutil.copytree(model, tmp_path / model.name))
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "NoSuchTokenizer"}))
+    options = ("--rotation", "none", "--weights", "rtn")
+    assert converted(directory, *options).read_bytes() == converted(model, *options).read_bytes()
 
 
 @pytest.fixture

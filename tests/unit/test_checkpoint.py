@@ -215,6 +215,68 @@ def test_bad_embedding_is_named(tiny_checkpoint):
         list(open_checkpoint(directory).rows("model.embed_tokens.weight"))
 
 
+def _not_filled(directory, chosen) -> str:
+    """What is told of a checkpoint whose ``chosen`` tensors are zeros."""
+    _rewrite(directory, lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if chosen(name)])
+    checkpoint = open_checkpoint(directory)
+    with pytest.raises(SourceError) as caught:
+        checkpoint.check_filled()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_table_of_zeros_is_refused(tiny_checkpoint, name):
+    directory = tiny_checkpoint("llama")
+    told = _not_filled(directory, lambda found: found == name)
+    assert f"model.safetensors: tensor {name} holds nothing but zeros: download" in told
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_layer_of_zeros_is_refused(tiny_checkpoint, kind):
+    directory = tiny_checkpoint(kind)
+    told = _not_filled(directory, lambda name: ".layers.1." in name)
+    assert "model.safetensors: all of model.layers.1 is zeros: download" in told
+
+
+@pytest.mark.parametrize("kind", ["llama-biases", "mixtral"])
+def test_layers_without_a_linear_are_refused(tiny_checkpoint, kind):
+    directory = tiny_checkpoint(kind)
+    other = ("norm.weight", "bias", ".gate.weight")
+    told = _not_filled(directory, lambda name: ".layers." in name and not name.endswith(other))
+    assert "the linears of all 2 layers hold nothing but zeros" in told
+
+
+def test_zeros_that_models_have_are_not(tiny_checkpoint):
+    directory = tiny_checkpoint("llama-biases")
+
+    def zeros(tensors) -> None:
+        # rows of padding, biases, and a layer whose linears were all pruned
+        tensors["model.embed_tokens.weight"][:319] = 0
+        tensors["lm_head.weight"][1:] = 0
+        for name, tensor in tensors.items():
+            if name.endswith("bias") or (".layers.1." in name and "norm" not in name):
+                tensor.zero_()
+
+    _rewrite(directory, zeros)
+    checkpoint = open_checkpoint(directory)
+    checkpoint.check_filled()
+    assert not checkpoint.layer(1, check=True)["mlp.up_proj.weight"].any()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_file_that_changes_while_it_is_read(tiny_checkpoint, sharded):
+    directory = tiny_checkpoint()
+    path = _shard(directory)[0] if sharded else directory / "model.safetensors"
+    checkpoint = open_checkpoint(directory)
+    before = checkpoint.fingerprint()
+    checkpoint.layer(0)
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(SourceError, match=f"{path} was changed while it was being read"):
+        checkpoint.layer(1)
+    assert checkpoint.fingerprint() == before
+
+
 def test_fingerprint_notices_a_changed_shard(tiny_checkpoint):
     directory = tiny_checkpoint()
     before = open_checkpoint(directory).fingerprint()

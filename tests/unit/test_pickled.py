@@ -6,8 +6,11 @@ import json
 import os
 import pickle
 import re
+import threading
+import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kurtail_gguf import pipeline, rotation_choice
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.pickled import MAX_PICKLE, PickledFile
+from kurtail_gguf.loading.prefetch import layer_stream
+from kurtail_gguf.loading.weight_files import WeightFiles
 from kurtail_gguf.pipeline import convert
 from kurtail_gguf.plan import plan
 from kurtail_gguf.progress import NullProgress
@@ -91,10 +97,92 @@ def test_the_conversion_is_the_safetensors_twins(tiny_checkpoint, pickled, expor
     assert exported[0].files == exported[1].files
 
 
+def test_a_conversion_runs_each_pickle_once(pickled, exported, plain_embedding, monkeypatch, tmp_path):
+    directory, read, load = pickled("llama", 2), [], torch.load
+
+    def counted(path, *arguments, **options):
+        read.append(path)
+        return load(path, *arguments, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    # every layer is asked for 255 times to generate the text, and a few times more afterwards
+    config = ConvertConfig(
+        str(directory), tmp_path / "o.gguf", rotation="kurtail", weights="rtn", calibration=("self",), calibration_tokens=1024,
+        allow_pickle=True,
+    )  # fmt: skip
+    convert(config, NullProgress())
+    assert exported and sorted(read) == sorted(directory.glob("*.bin"))
+
+
+@pytest.mark.parametrize("rotation", ["output", "spinquant"])
+def test_no_step_writes_to_the_mapped_weights(pickled, exported, plain_embedding, monkeypatch, text, tmp_path, rotation):
+    directory, opened = pickled(), []
+
+    def kept(*arguments: Any) -> Checkpoint:
+        opened.append(open_checkpoint(*arguments))
+        return opened[0]
+
+    monkeypatch.setattr(pipeline, "open_checkpoint", kept)
+    for learn in ("learn_r1_by_output_error", "learn_spinquant"):
+        original = getattr(rotation_choice, learn)
+        monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=3))
+    config = ConvertConfig(
+        str(directory), tmp_path / "o.gguf", rotation=rotation, tune=2, calibration=(str(text),), calibration_tokens=1024,
+        allow_pickle=True,
+    )  # fmt: skip
+    convert(config, NullProgress())
+    assert exported
+    for name, stored in torch.load(directory / "pytorch_model.bin").items():
+        assert torch.equal(opened[0].tensor(name), stored), name
+
+
+def test_what_is_first_read_in_inference_mode_has_gradients(pickled):
+    path = pickled() / "pytorch_model.bin"
+    with torch.inference_mode():
+        weight = PickledFile(path).get_tensor(DOWN)
+    ones = torch.ones(192, requires_grad=True)
+    (weight @ ones).sum().backward()
+    torch.testing.assert_close(ones.grad, weight.sum(0))
+
+
+def test_requires_grad_stays_with_the_caller_who_set_it(pickled):
+    checkpoint = _open(pickled())
+    checkpoint.tensor(DOWN).requires_grad_()
+    assert not checkpoint.tensor(DOWN).requires_grad
+
+
+def test_what_is_read_ahead_is_the_file_that_is_open(pickled):
+    checkpoint = _open(pickled(shards=2))
+    with layer_stream(checkpoint, [1, 0, 1], torch.device("cpu"), ahead=True) as layers:
+        for number, weights in zip((1, 0, 1), layers, strict=True):
+            # both threads have the file at once
+            for name, tensor in checkpoint.layer(number).items():
+                assert torch.equal(weights[name], tensor), name
+
+
+def test_threads_that_ask_for_one_file_share_it(pickled, monkeypatch):
+    files, load, together = WeightFiles(pickled(shards=2), allow_pickle=True), torch.load, threading.Barrier(4)
+    path, read = next(iter(files.stamps)), []
+
+    def slow(*arguments, **options):
+        read.append(arguments)
+        time.sleep(0.2)  # the others come meanwhile
+        return load(*arguments, **options)
+
+    def ask(_: int) -> PickledFile:
+        together.wait(10)
+        return files.open(path)
+
+    monkeypatch.setattr(torch, "load", slow)
+    with ThreadPoolExecutor(4) as threads:
+        assert len({id(file) for file in threads.map(ask, range(4))}) == 1
+    assert len(read) == 1
+
+
 def test_safetensors_are_taken_where_there_are_both(tiny_checkpoint):
     directory = tiny_checkpoint("llama")
     (directory / "pytorch_model.bin").write_bytes(b"never opened")
-    assert {path.suffix for path in _open(directory).files.values()} == {".safetensors"}
+    assert {path.suffix for path in _open(directory).files.by_tensor.values()} == {".safetensors"}
     open_checkpoint(directory)
 
 
@@ -183,9 +271,28 @@ def test_truncated(pickled, keep):
     assert f"{path} is truncated" in _refused(path.parent)
 
 
+@pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "written to"])
+def test_another_file_in_its_place_is_not_mixed_with_it(pickled, replaced):
+    directory = pickled()
+    checkpoint, path = _open(directory), directory / "pytorch_model.bin"
+    before = checkpoint.fingerprint()
+    checkpoint.layer(0)
+    content = path.read_bytes()
+    if replaced:
+        path.rename(directory / "away")
+    path.write_bytes(content + bytes(1))
+    for read in (lambda: checkpoint.layer(1), lambda: checkpoint.tensor(NORM), lambda: next(checkpoint.rows(DOWN))):
+        with pytest.raises(SourceError, match=f"{path} was changed while it was being read"):
+            read()
+    assert checkpoint.fingerprint() == before
+    path.unlink()
+    with pytest.raises(SourceError, match=f"{path} cannot be read"):
+        checkpoint.layer(0)
+
+
 def test_missing_shards_and_tensors(pickled):
     directory = pickled(shards=2)
-    first, second = sorted(directory.glob("*.bin"))
+    _, second = sorted(directory.glob("*.bin"))
     second.rename(directory / "away")
     assert f"{second} is missing" in _refused(directory)
     torch.save({}, second)

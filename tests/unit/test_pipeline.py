@@ -258,6 +258,24 @@ def test_bad_input_leaves_nothing_behind(tiny_checkpoint, tmp_path, exported, te
     assert not exported
 
 
+@pytest.mark.parametrize("weights", ["rtn", "gptq"])
+def test_linears_of_zeros_are_told_of(tiny_checkpoint, tmp_path, exported, text, recorder, weights):
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file
+
+    model = tiny_checkpoint("llama")
+    path = model / "model.safetensors"
+    tensors = load_torch(path)
+    for name in ("layers.0.self_attn.o_proj", "layers.1.mlp.up_proj", "layers.1.mlp.down_proj"):
+        tensors[f"model.{name}.weight"] = torch.zeros_like(tensors[f"model.{name}.weight"])
+    save_file(tensors, path)
+    options = {"rotation": "hadamard", "weights": weights, "calibration": (str(text),)}
+    pipeline.convert(_config(model, tmp_path / "o.gguf", **options), recorder)
+    told = [name for name, _, _ in recorder.stages if "are 0" in name]
+    assert len(told) == 1 and told[0].startswith("all weights of model.layers.0.self_attn.o_proj and of 2 other linears are 0")
+    assert exported
+
+
 def test_missing_text_is_noticed_before_the_model_is_opened(tmp_path):
     config = _config(tmp_path / "gone", tmp_path / "o.gguf", calibration=("no-such-text",))
     assert "no-such-text" in _refused(config)

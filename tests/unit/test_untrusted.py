@@ -59,6 +59,35 @@ def test_rope_scaling_that_is_none(tmp_path, table, key, value):
         check_sizes({table: {"rope_type": "llama3", key: value}}, tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", [320, -1, [2, 320], 1 << 40, "2", 2.0, True, {"id": 2}])
+def test_begin_and_end_of_text_outside_the_vocabulary(tiny_checkpoint, name, key, value):
+    directory = tiny_checkpoint("llama")
+    path = directory / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    told = _refused(directory)
+    assert name in told and key in told
+    if name == "generation_config.json":  # transformers refuses some in config.json by itself
+        assert "no token from 0 to 319" in told
+
+
+@pytest.mark.parametrize("value", [None, 0, 319, [1, 319], []])
+def test_begin_and_end_of_text_within_it(tiny_checkpoint, value):
+    directory = tiny_checkpoint("llama")
+    for name in ("config.json", "generation_config.json"):
+        (directory / name).write_text(json.dumps(json.loads((directory / name).read_text()) | {"eos_token_id": value}))
+    open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_a_generation_config_that_says_nothing_is_no_matter(tiny_checkpoint, content):
+    directory = tiny_checkpoint("llama")
+    path = directory / "generation_config.json"
+    path.unlink() if content is None else path.write_text(content)
+    open_checkpoint(directory)
+
+
 def test_more_layers_than_memory_are_told_by_the_first_that_is_missing(tiny_checkpoint):
     directory = tiny_checkpoint("mixtral")
     _edit_config(directory, num_hidden_layers=4096)
