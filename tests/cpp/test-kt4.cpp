@@ -5,7 +5,6 @@
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
-#include "ggml-cpu.h"
 #include "ggml.h"
 
 #define GGML_COMMON_DECL_CPP
@@ -71,10 +70,13 @@ using inputs_t = std::vector<std::pair<ggml_tensor *, const void *>>;
 
 // the first input goes where `where` says
 static std::vector<float> compute(const std::function<ggml_tensor * (ggml_context *, inputs_t &)> & build, int threads, bool ref, layout where = AS_IN_FILE) {
-    ggml_backend_ptr backend(ggml_backend_cpu_init());
-    ggml_backend_cpu_set_n_threads(backend.get(), threads);
-    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend.get()));
+    // by the registry: where backends are loaded at run time, nothing of the CPU's can be linked
+    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_ptr backend(ggml_backend_dev_init(dev, nullptr));
+    auto * reg = ggml_backend_dev_backend_reg(dev);
+    auto set_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
     auto set_ref = (void (*)(ggml_backend_t, bool)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_cpu_set_use_ref");
+    set_threads(backend.get(), threads);
     set_ref(backend.get(), ref);
 
     ggml_context_ptr ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
@@ -426,6 +428,12 @@ static void test_validation() {
 int main() {
     check(GGML_TYPE_KT4 == GGML_TYPE_KT4_ID, "the enum and the header agree on the id");
     check(ggml_blck_size(GGML_TYPE_KT4) == 64 && ggml_type_size(GGML_TYPE_KT4) == 34, "34 bytes for 64 values");
+
+    ggml_backend_load_all();
+    if (ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU) == nullptr) {
+        std::printf("no CPU backend is here: run this in the directory of the build's backends (bin)\n");
+        return 1;
+    }
 
     test_quantize();
     test_activations();
