@@ -27,18 +27,20 @@ struct buffer_type {
     ggml_backend_buffer_type_t list[2] = {};   // this one and the end, for ggml_backend_dev_get_extra_bufts
 };
 
-const buffer_type & type_of(ggml_backend_buffer_t buffer) { return *(const buffer_type *) buffer->buft->context; }
+} // namespace
 
-const ggml_tensor * root_of(const ggml_tensor * t) { return t->view_src ? t->view_src : t; }
+static const buffer_type & type_of(ggml_backend_buffer_t buffer) { return *(const buffer_type *) buffer->buft->context; }
+
+static const ggml_tensor * root_of(const ggml_tensor * t) { return t->view_src ? t->view_src : t; }
 
 // whether its data are in groups, where a buffer of this type holds it
-bool fits_groups(const ggml_tensor * t) {
+static bool fits_groups(const ggml_tensor * t) {
     const ggml_tensor * root = root_of(t);
     return root->type == GGML_TYPE_KT4 && root->ne[1] % GROUP_ROWS == 0 && ggml_is_contiguous(root);
 }
 
 // the row-wise bytes [offset, offset + size) of a tensor in groups, by way of memory that holds some groups as in the file
-template <class F> void for_chunks(const buffer_type & type, const ggml_tensor * t, size_t offset, size_t size, bool write, const F & move) {
+template <class F> static void for_chunks(const buffer_type & type, const ggml_tensor * t, size_t offset, size_t size, bool write, const F & move) {
     constexpr size_t CHUNK = 16*1024*1024;
     const int    blocks = (int) (root_of(t)->ne[0]/BLOCK);
     const size_t group  = group_bytes(blocks);
@@ -69,9 +71,9 @@ template <class F> void for_chunks(const buffer_type & type, const ggml_tensor *
     CUDA_CHECK(cudaFree(plain));
 }
 
-void free_buffer(ggml_backend_buffer_t buffer) { type_of(buffer).memory.free_buffer(buffer); }
+static void free_buffer(ggml_backend_buffer_t buffer) { type_of(buffer).memory.free_buffer(buffer); }
 
-void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+static void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
     if (!fits_groups(t)) {
         type_of(buffer).memory.set_tensor(buffer, t, data, offset, size);
         return;
@@ -81,7 +83,7 @@ void set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data
     });
 }
 
-void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+static void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
     if (!fits_groups(t)) {
         type_of(buffer).memory.get_tensor(buffer, t, data, offset, size);
         return;
@@ -91,12 +93,12 @@ void get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data
     });
 }
 
-void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+static void memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
     const std::vector<uint8_t> bytes(size, value);
     set_tensor(buffer, t, bytes.data(), offset, size);
 }
 
-ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
     buffer_type & type = *(buffer_type *) buft->context;
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type.base, size);
     if (buffer && buffer->context) {
@@ -114,15 +116,13 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size)
     return buffer;
 }
 
-const char * get_name(ggml_backend_buffer_type_t buft) { return ((const buffer_type *) buft->context)->name.c_str(); }
+static const char * get_name(ggml_backend_buffer_type_t buft) { return ((const buffer_type *) buft->context)->name.c_str(); }
 
-size_t get_alignment(ggml_backend_buffer_type_t buft) { return ggml_backend_buft_get_alignment(((const buffer_type *) buft->context)->base); }
+static size_t get_alignment(ggml_backend_buffer_type_t buft) { return ggml_backend_buft_get_alignment(((const buffer_type *) buft->context)->base); }
 
-size_t get_alloc_size(ggml_backend_buffer_type_t buft, const ggml_tensor * t) {
+static size_t get_alloc_size(ggml_backend_buffer_type_t buft, const ggml_tensor * t) {
     return ggml_backend_buft_get_alloc_size(((const buffer_type *) buft->context)->base, t);
 }
-
-} // namespace
 
 bool ggml_cuda_kt4_is_buffer_type(ggml_backend_buffer_type_t buft) { return buft->iface.get_name == get_name; }
 

@@ -22,13 +22,17 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#    define KT4_HD     __host__ __device__ __forceinline__
+#    define KT4_HD __host__ __device__ __forceinline__
+#else
+#    define KT4_HD inline
+#endif
+
+#ifdef __CUDA_ARCH__
 #    define KT4_UNROLL _Pragma("unroll")
 #    define KT4_ROLLED _Pragma("unroll 1")
 #    define KT4_PRAGMA(x) _Pragma(#x)
 #    define KT4_UNROLL_BY(n) KT4_PRAGMA(unroll n)
-#else
-#    define KT4_HD inline
+#else // compilers for the host, nvcc's as well, do not know them
 #    define KT4_UNROLL
 #    define KT4_ROLLED
 #    define KT4_UNROLL_BY(n)
