@@ -10,9 +10,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from kurtail_gguf.errors import SourceError
+import yaml
+
+from kurtail_gguf.errors import KurtailError, SourceError
+from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.loading.recipes import fetch_recipe, find_recipe, recipe_names
 from kurtail_gguf.progress import Progress
+
+#: Keys of a GGUF file below ``general.`` that upstream's exporter reads in a model card, by the same names.
+_CARD_KEYS = (
+    *("name", "author", "version", "organization", "description", "finetune", "basename", "size_label"),
+    *("license", "license_name", "license_link", "languages", "tags"),
+)
 
 
 def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
@@ -36,18 +45,18 @@ def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
     recipe = find_recipe(model)
     if recipe is not None:
         gguf = fetch_recipe(recipe, progress)
-        return _from_gguf(gguf, gguf.parent / "hf", progress)
+        return _from_gguf(gguf, gguf.parent / "hf", progress, recipe.title)
     raise SourceError(
         f"{model} is neither a directory, a file nor a known model ({', '.join(recipe_names())})"
     )
 
 
-def _from_gguf(gguf: Path, target: Path, progress: Progress) -> Path:
-    """Convert through transformers into ``target``, which appears only when complete."""
+def _from_gguf(gguf: Path, target: Path, progress: Progress, title: str | None = None) -> Path:
+    """Convert through transformers into ``target``, which appears only when complete. A title replaces the file's name."""
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{gguf} is not a GGUF file (its first bytes are not 'GGUF')")
-    stamp = f"{gguf.name} {gguf.stat().st_size} {gguf.stat().st_mtime_ns}"
+    stamp = f"{gguf.name} {gguf.stat().st_size} {gguf.stat().st_mtime_ns} {title}"
     marker = target / "converted-from"
     if marker.exists() and marker.read_text(encoding="utf-8") == stamp:
         return target
@@ -57,6 +66,7 @@ def _from_gguf(gguf: Path, target: Path, progress: Progress) -> Path:
         try:
             for note in _convert(gguf, scratch):
                 stage.advance(1, note)
+            (scratch / "README.md").write_text(_model_card(gguf, title), encoding="utf-8")
             (scratch / marker.name).write_text(stamp, encoding="utf-8")
             if target.exists():
                 shutil.rmtree(target)
@@ -94,6 +104,21 @@ def _convert(gguf: Path, target: Path) -> Iterator[str]:
     # Not model.save_pretrained: it refuses models that were read from a GGUF.
     save_file({k: v.contiguous() for k, v in weights.items()}, target / "model.safetensors", {"format": "pt"})
     yield "saved"
+
+
+def _model_card(gguf: Path, title: str | None) -> str:
+    """What the file says of its name, makers and licence, where upstream's exporter looks for it.
+
+    Without a card it would name the model after the directory.
+    """
+    try:
+        metadata = read_gguf(gguf).metadata
+    except KurtailError as error:
+        raise SourceError(str(error)) from error
+    told = {key: metadata[f"general.{key}"] for key in _CARD_KEYS if f"general.{key}" in metadata}
+    if title is not None:
+        told["name"] = title
+    return f"---\n{yaml.safe_dump(told, sort_keys=False)}---\n"
 
 
 @contextlib.contextmanager

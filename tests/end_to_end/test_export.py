@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from kurtail_gguf import ggml
+from kurtail_gguf.export.writer import read_metadata
 from kurtail_gguf.formats import kt4
 from kurtail_gguf.gguf_info import PROVENANCE_KEYS, read_gguf
 
@@ -33,6 +34,22 @@ def test_types_and_keys(converted, source):
     assert all(key in info.metadata for _, key, _ in PROVENANCE_KEYS)
     assert info.provenance.r4_size == 128 and info.provenance.r3_size == 64
     assert info.block_bits_per_weight == 4.25
+
+
+def test_a_gguf_keeps_its_name(cli, tiny_spm, tmp_path):
+    """Not that of the directory it was read into on the way."""
+    plain = ("--rotation", "none", "--weights", "f32")
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    assert cli("convert", tiny_spm, first, *plain).status == 0
+    assert cli("convert", first, second, *plain).status == 0
+    names = [read_gguf(path).metadata["general.name"] for path in (first, second)]
+    assert names[0] == names[1] and "Source" not in names
+
+
+def test_a_known_model_has_its_title(smollm2, tmp_path):
+    metadata = read_metadata(smollm2, tmp_path / "keys.gguf")
+    assert metadata["general.name"] == "SmolLM2-135M-Instruct"
+    assert metadata["general.organization"] == "HuggingFaceTB" and metadata["general.license"] == "apache-2.0"
 
 
 def test_hyper_parameters(converted, source):

@@ -206,6 +206,15 @@ def test_a_browser_draws_the_plots_and_has_nothing_to_complain_of(page, shown, t
     assert [url for url in shown.asked if not url.startswith("data:")] == [path.as_uri()]
 
 
+def test_a_telephone_need_not_scroll_sideways(page, shown):
+    shown.tab.set_viewport_size({"width": 390, "height": 844})
+    shown.tab.set_content(page)
+    assert shown.tab.evaluate("document.documentElement.scrollWidth") == 390
+    # nor are the numbers of a table, or the words that begin its rows, broken over lines
+    rows = shown.tab.locator("#stages tr:has(td)").all()
+    assert rows and all(row.bounding_box()["height"] < 40 for row in rows)
+
+
 def test_the_browsers_complaints_are_heard(shown):
     """Of a page that has some, lest the test above could not fail."""
     shown.tab.set_content("<script>console.error('one'); nothing.at.all</script>")
