@@ -26,7 +26,7 @@ static __global__ void __launch_bounds__(REPACK_THREADS) kt4_repack(const repack
 }
 
 // How many blocks a multiprocessor is to hold: left to itself, ptxas (13.5, sm_120) spills to fit more of them. Four for one
-// column, as a matrix of 4096 rows then is one wave of blocks on an RTX 3090.
+// column and two, as a matrix of 4096 rows then is one wave of blocks on an RTX 3090.
 template <int COLUMNS>
 static __global__ void __launch_bounds__(GROUP_WARPS*32, COLUMNS <= 2 ? 4 : 3) kt4_gemv_groups(const gemv_args a) {
     device_machine m;
