@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from kurtail_gguf.errors import SourceError
+from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.loading.recipes import fetch_recipe, find_recipe, recipe_names
 from kurtail_gguf.progress import Progress
@@ -111,7 +111,10 @@ def _model_card(gguf: Path, title: str | None) -> str:
 
     Without a card it would name the model after the directory.
     """
-    metadata = read_gguf(gguf).metadata
+    try:
+        metadata = read_gguf(gguf).metadata
+    except KurtailError as error:  # bad input: convert keeps nothing of it, as of every SourceError
+        raise SourceError(str(error)) from error
     told = {key: metadata[f"general.{key}"] for key in _CARD_KEYS if f"general.{key}" in metadata}
     if title is not None:
         told["name"] = title
