@@ -26,7 +26,7 @@ from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.memory import card_module, is_card, memory_available
 from kurtail_gguf.pipeline import check_out, pick_device, runtime_rounding
-from kurtail_gguf.plan_memory import Sizes, learns, memory_by_stage
+from kurtail_gguf.plan_memory import Sizes, learns, memory_by_stage, rotation_bytes
 from kurtail_gguf.rotation.learn import OUTPUT_STEPS, R1_STEPS
 from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
 from kurtail_gguf.rotation_choice import CAPTURED_TOKENS
@@ -141,7 +141,7 @@ def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: in
     tables = 8 if unrounded else 18 / 32 + (210 / 256 if hidden % 256 == 0 else 34 / 32)
     found = {"OUT": quantized + int(sizes.table * tables), "folded tables": 8 * sizes.table, "quantized layers": quantized}
     if config.rotation != "none":
-        found["rotations"] = 8 * (hidden**2 + layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size))
+        found["rotations"] = sum(rotation_bytes(spec, config, layers))
     if learns(config):
         shapes = spec.linear_shapes()
         readers = sum(min(SKETCH_ROWS, shapes[name][0]) for name in (*spec.family.attention_readers, *spec.ffn_readers))

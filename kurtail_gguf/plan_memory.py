@@ -88,6 +88,13 @@ def learns(config: ConvertConfig) -> bool:
     return config.rotation in ("output", "kurtail")
 
 
+def rotation_bytes(spec: ModelSpec, config: ConvertConfig, layers: int) -> tuple[int, int]:
+    """Bytes of R1, and of so many layers' R2 and channel scales, all in double precision; 0 without rotations."""
+    if config.rotation == "none":
+        return 0, 0
+    return 8 * spec.hidden_size**2, 8 * layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size)
+
+
 def memory_by_stage(
     checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int, device: torch.device
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -109,8 +116,7 @@ def memory_by_stage(
 def _on_cpu(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int) -> dict[str, int]:
     spec = checkpoint.spec
     hidden, ffn = spec.hidden_size, spec.intermediate_size
-    r1 = 8 * hidden**2 if config.rotation != "none" else 0
-    r2 = 8 * spec.layers * (spec.kv_heads * spec.head_dim**2 + ffn) if config.rotation != "none" else 0
+    r1, r2 = rotation_bytes(spec, config, spec.layers)
     # the checkpoint's own bytes are mapped while a layer is converted to single precision
     loading = 6 * sizes.layer
     forward = 4 * _FORWARD * (4 * ffn + 4 * hidden)
@@ -152,9 +158,7 @@ def _on_card(
 ) -> dict[str, int]:
     spec = checkpoint.spec
     hidden, ffn = spec.hidden_size, spec.intermediate_size
-    rotated = config.rotation != "none"
-    r1 = 8 * hidden**2 if rotated else 0
-    r2 = 8 * (spec.kv_heads * spec.head_dim**2 + ffn) if rotated else 0
+    r1, r2 = rotation_bytes(spec, config, layers=1)
     multiplied = forward_dtype(device).itemsize
     # a tensor comes as it is stored and is converted there; experts are stacked anew for each forward pass
     loaded = multiplied * sizes.layer * (2 if spec.experts else 1) + 4 * sizes.widest
@@ -195,7 +199,7 @@ def _beside_card(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tu
     """The host's memory, without the program's own."""
     spec = checkpoint.spec
     hidden, ffn = spec.hidden_size, spec.intermediate_size
-    rotations = 8 * (hidden**2 + spec.layers * (spec.kv_heads * spec.head_dim**2 + ffn)) if config.rotation != "none" else 0
+    rotations = sum(rotation_bytes(spec, config, spec.layers))
     # the mapped file's pages, and the buffer, which page-locked memory rounds up to a power of two
     stored = max(sum(checkpoint.stored_sizes(layer).values()) for layer in range(spec.layers))
     ahead = stored + (1 << (stored - 1).bit_length())

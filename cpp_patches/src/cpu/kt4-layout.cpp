@@ -28,9 +28,16 @@ static void transpose_words(const uint8_t * from, size_t stride, uint8_t * to) {
     _mm_storeu_si128((__m128i *) (to + 3*NEXT), _mm_unpackhi_epi64(c, d));
 }
 
+constexpr size_t CACHE_LINE = 64;
+
 static void pack_whole_group(const char * w, size_t stride, int64_t nb, block_kt4x16 * out) {
     for (int64_t b = 0; b < nb; ++b) {
         const uint8_t * first = (const uint8_t *) w + b*sizeof(block_kt4); // the first row's block
+        // The next group, in the order of memory: 16 rows side by side are more streams than the hardware foresees, and
+        // two fifths of the time went into waiting for them.
+        for (size_t i = 0; i < sizeof(block_kt4x16); i += CACHE_LINE) {
+            _mm_prefetch(w + GROUP_ROWS*stride + b*sizeof(block_kt4x16) + i, _MM_HINT_T0);
+        }
         for (int r = 0; r < GROUP_ROWS; ++r) {
             memcpy(&out[b].d[r], first + offsetof(block_kt4, d) + r*stride, sizeof(ggml_half));
         }
