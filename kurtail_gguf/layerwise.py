@@ -6,7 +6,6 @@ With GPTQ the calibration tokens go along, through the layers as they come out (
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +61,8 @@ def fold_and_quantize(
         calibrated_on: quantize with GPTQ on this; None rounds to nearest.
         target: directory of the results; what is there already is taken over.
         device: where to compute.
-        progress: one stage, a unit a layer and table.
+        progress: a stage for the two tables, one for layers that are there already, one for the others: each has its own
+            pace, and so its own ETA.
 
     Raises:
         SourceError: NaN or infinite weights; the message names the tensor.
@@ -73,34 +73,38 @@ def fold_and_quantize(
     r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
     prefix = None
     zero: list[str] = []
-    with progress.stage("fold and quantize", spec.layers + 2) as stage, ExitStack() as streams:
+    with progress.stage("fold embedding and head", 2) as stage:
         for name, fold in ((EMBEDDING, fold_embedding), (HEAD, fold_head)):
             if not (target / name).exists():
                 fold(checkpoint, r1, target / name)
             stage.advance(1, name.removesuffix(".npy"))
-        paths = [layer_path(target, layer) for layer in range(spec.layers)]
-        if calibrated_on is not None and not all(path.exists() for path in paths):
-            prefix = QuantizedPrefix(
-                checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING, spec.embedding_scale),
-                calibrated_on.rounding, target.parent, device,
-            )  # fmt: skip
-        missing = [layer for layer, path in enumerate(paths) if not path.exists()]
-        layers = streams.enter_context(layer_stream(checkpoint, missing, device, check=True))
-        for layer, path in enumerate(paths):
-            note = ""
-            if layer in missing:
-                folded = folded_layer(next(layers), checkpoint.spec, layer_rotations(rotations, layer, r1, r4, device))
-                above = spec.layer_prefix(layer)
-                zero += [f"{above}{name}" for name in spec.linears if not folded[f"{name}.weight"].any()]
-                results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
-                del folded
-                _save(results, path)
-                del results
-                note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
-            elif prefix is not None:
-                replay(prefix, checkpoint, layer, path, block_format)
-            seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
-            stage.advance(1, f"layer {layer}{seen}{note}")
+    missing = [layer for layer in range(spec.layers) if not layer_path(target, layer).exists()]
+    if calibrated_on is not None and missing:
+        prefix = QuantizedPrefix(
+            checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING, spec.embedding_scale),
+            calibrated_on.rounding, target.parent, device,
+        )  # fmt: skip
+    start = min(missing, default=spec.layers)
+    with layer_stream(checkpoint, missing, device, check=True) as layers:
+        for title, part in (("take over finished layers", range(start)), ("fold and quantize", range(start, spec.layers))):
+            if not part:
+                continue
+            with progress.stage(title, len(part)) as stage:
+                for layer in part:
+                    path, note = layer_path(target, layer), ""
+                    if layer in missing:
+                        folded = folded_layer(next(layers), spec, layer_rotations(rotations, layer, r1, r4, device))
+                        above = spec.layer_prefix(layer)
+                        zero += [f"{above}{name}" for name in spec.linears if not folded[f"{name}.weight"].any()]
+                        results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
+                        del folded
+                        _save(results, path)
+                        del results
+                        note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
+                    elif prefix is not None:
+                        replay(prefix, checkpoint, layer, path, block_format)
+                    seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
+                    stage.advance(1, f"layer {layer}{seen}{note}")
     if zero:
         _tell_zeros(zero, progress)
     if prefix is None:

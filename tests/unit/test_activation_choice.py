@@ -91,7 +91,9 @@ def test_the_choice_reaches_file_and_provenance_and_is_taken_over(tiny_checkpoin
     model = tiny_checkpoint("llama")
     config = _config(model, tmp_path, text)
     result = pipeline.convert(config, recorder)
-    assert [name for name, *_ in recorder.stages] == ["fold and quantize", "run the unquantized model", "measure damage"]
+    assert [name for name, *_ in recorder.stages] == [
+        "fold embedding and head", "fold and quantize", "run the unquantized model", "measure damage"
+    ]  # fmt: skip
     assert all(done == total for _, total, done in recorder.stages)
     provenance, chosen = exported[0].provenance, tuple(exported[0].bits)
     assert (provenance.activation_bits, provenance.activation_choice) == (4, "auto")
@@ -110,7 +112,7 @@ def test_the_choice_reaches_file_and_provenance_and_is_taken_over(tiny_checkpoin
 
     recorder.stages.clear()
     pipeline.convert(config, recorder)
-    assert [name for name, *_ in recorder.stages] == ["fold and quantize"]
+    assert [name for name, *_ in recorder.stages] == ["fold embedding and head", "take over finished layers"]
     assert exported[1] == exported[0]
     with pytest.raises(KurtailError, match=r"budget was 0.3, is 0.5"):
         pipeline.convert(dataclasses.replace(config, budget=0.5), NullProgress())

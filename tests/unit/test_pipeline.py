@@ -197,7 +197,7 @@ def test_a_rerun_skips_what_is_finished_and_gives_the_same(tiny_checkpoint, tmp_
     (tmp_path / "w" / "quantized" / "layer-00001.safetensors").unlink()  # as if interrupted there
     assert pipeline.convert(config, recorder).resumed
     assert exported[0] == exported[1]
-    assert [name for name, *_ in recorder.stages] == ["fold and quantize"]
+    assert [name for name, *_ in recorder.stages] == ["fold embedding and head", "take over finished layers", "fold and quantize"]
     assert (tmp_path / "w" / "settings.json").exists()
 
 
