@@ -74,7 +74,7 @@ def tune_scales(
         state: a file that is written every few steps; where it exists, learning goes on from it and ends with the
             same scales as without the interruption.
         device: where to compute.
-        progress: advanced once a step, with the divergence.
+        progress: advanced once a step that is still to do, with the divergence.
         lr: first learning rate, as a share of the median scale.
 
     Returns:
@@ -90,9 +90,7 @@ def tune_scales(
     optimiser = torch.optim.Adam(parameters, lr=lr * median, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
     first = _resume(state, parameters, optimiser, schedule)
-    with progress.stage("tune scales", steps) as stage:
-        if first:
-            stage.advance(first)
+    with progress.stage("tune scales" if not first else f"tune scales, from step {first} on", steps - first) as stage:
         for step in range(first, steps):
             loss = _step(student, teacher, outside, ids, _sequences(step, ids), optimiser, device)
             schedule.step()
