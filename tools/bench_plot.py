@@ -19,7 +19,7 @@ def main(source: Path, target: Path) -> None:
         tests = [column for column in results[BASE] if column not in NO_SPEEDS]
         width = 0.8 / len(results)
         for i, (name, values) in enumerate(results.items()):
-            ratios = [statistics.median(values[t]) / statistics.median(results[BASE][t]) for t in tests]
+            ratios = [statistics.median(values[t]) / statistics.median(results[BASE][t]) if t in values else 0 for t in tests]
             axes.bar([x + i * width for x in range(len(tests))], ratios, width, label=name)
         axes.set_xticks([x + 0.4 - width / 2 for x in range(len(tests))], tests)
         axes.axhline(1.0, color="black", linewidth=0.5)
