@@ -32,8 +32,9 @@ from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
 from kurtail_gguf.rotation_choice import CAPTURED_TOKENS
 from kurtail_gguf.tuning import memory_shortage
 
-#: Products of all rows with the Hessian: three refits of four each, two sweeps of two, half of one in the first pass.
-_GPTQ_PRODUCTS = 16.5
+#: Products of all rows with the Hessian: one of the weights, three refits of one each, two sweeps of two, half of one in the
+#: first pass.
+_GPTQ_PRODUCTS = 8.5
 #: Seconds a column takes whatever its length: a few dozen calls of torch in each of three passes.
 _COLUMN_SECONDS = 5e-4
 

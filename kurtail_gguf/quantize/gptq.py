@@ -97,11 +97,12 @@ def _quantize_rows(
     w, h = weight.float()[:, order.columns], curvature.hessian
     with _one_thread():
         codes, scales = _first_pass(w, curvature.upper, block)
+    wh = w @ h
     for _ in range(sweeps):
-        scales = _refit(w, h, codes, scales, block)
+        scales = _refit(wh, h, codes, scales, block)
         with _one_thread():
             codes = _descend(w, h, codes, scales, block)
-    scales = _refit(w, h, codes, scales, block)
+    scales = _refit(wh, h, codes, scales, block)
     return _restore(codes, scales, order, block)
 
 
@@ -229,37 +230,50 @@ def _search(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return best_scale
 
 
-def _refit(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+def _refit(wh: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
     """All scales of each row by least squares in H with the codes fixed; a row keeps its own where that is no gain.
 
     With q_b the codes of block b and zeros elsewhere, the scales s minimise (w − Σ s_b q_b) H (w − Σ s_b q_b)ᵀ, hence
-    A s = c with A_bc = q_b H q_cᵀ and c_b = q_b H wᵀ.
+    A s = c with A_bc = q_b H q_cᵀ and c_b = q_b H wᵀ. ``wh`` is w H.
     """
-    count = w.shape[1] // block
+    count = wh.shape[1] // block
     step = max(1, PART // count**2)
-    parts = (slice(start, start + step) for start in range(0, len(w), step))
-    return torch.cat([_refit_rows(w[part], h, codes[part], scales[part], block) for part in parts])
+    parts = (slice(start, start + step) for start in range(0, len(wh), step))
+    return torch.cat([_refit_rows(wh[part], h, codes[part], scales[part], block) for part in parts])
 
 
 def _refit_rows(
-    w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int
+    wh: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int
 ) -> torch.Tensor:
     """:func:`_refit` of so few rows that their normal equations fit into memory."""
-    rows, columns = w.shape
+    rows, columns = wh.shape
     count = columns // block
-    normal = torch.empty(rows, count, count, dtype=torch.float64, device=w.device)
+    normal = torch.empty(rows, count, count, dtype=torch.float64, device=wh.device)
     for number in range(count):
         part = slice(number * block, (number + 1) * block)
         seen = (codes[:, part] @ h[part]) * codes
         normal[:, number] = seen.reshape(rows, count, block).sum(-1).double()
-    right = ((w @ h) * codes).reshape(rows, count, block).sum(-1).double()
+    right = (wh * codes).reshape(rows, count, block).sum(-1).double()
     normal = (normal + normal.mT) / 2
     # blocks of zero codes have no scale to find
     normal.diagonal(dim1=1, dim2=2).add_(1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
-    fitted = _half(torch.linalg.solve(normal, right).float())
+    fitted = _half(_solve(normal, right).float())
     fitted = torch.where(torch.isfinite(fitted), fitted, scales)
-    better = _row_errors(w, h, codes, fitted, block) < _row_errors(w, h, codes, scales, block)
+    # of the error, w H wᵀ − 2 s c + s A sᵀ, what changes from one s to the other
+    both, change = (fitted + scales).double(), (fitted - scales).double()
+    better = ((normal @ both[..., None])[..., 0] - 2 * right).mul_(change).sum(1) < 0
     return torch.where(better[:, None], fitted, scales)
+
+
+def _solve(normal: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """x of A x = c for each of symmetric A ``[rows, n, n]``, c ``[rows, n]``; NaN where A is not positive definite.
+
+    Not torch.linalg.solve: once ``torch.set_num_threads`` was called, with MKL its LU of several matrices fails from
+    about 150 columns on (torch 2.13; "Pivots given to lu_solve must all be greater or equal to 1"), or is wrong.
+    """
+    factor, failed = torch.linalg.cholesky_ex(normal)
+    solution = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    return torch.where(failed[:, None] == 0, solution, torch.nan)
 
 
 def _descend(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
@@ -288,11 +302,6 @@ def _descend(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torc
 
 def _values(codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
     return (codes.reshape(len(codes), -1, block) * scales[..., None]).reshape(codes.shape)
-
-
-def _row_errors(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
-    difference = w - _values(codes, scales, block)
-    return ((difference @ h) * difference).sum(1)
 
 
 def _restore(codes: torch.Tensor, scales: torch.Tensor, order: _Order, block: int):

@@ -181,3 +181,23 @@ def test_the_hessian_is_let_go_before_it_is_factorised(monkeypatch):
     monkeypatch.setattr(gptq._Curvature, "of", of)
     quantize_gptq(w, hessian(), "w")
     assert alive == [None]
+
+
+@pytest.fixture
+def two_threads():
+    """As a machine of several cores has them; MKL behaves otherwise once they were set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_scales_of_many_blocks_are_the_least_squares_solution(two_threads):
+    # 224 as of 14,336 inputs (Llama-3-8B's down_proj), in smaller blocks: LU of several such matrices fails there
+    w, h = _problem(11, rows=6, columns=4 * 224, tokens=4000)
+    codes, scales = quantize_gptq(w, h, "w", block=4, sweeps=0)
+    damped = h.double().numpy() + gptq.DAMPING * h.diagonal().mean().item() * np.eye(len(h))
+    for row, q, s in zip(w.double().numpy(), codes, scales, strict=True):
+        blocks = np.kron(np.eye(224), np.ones((4, 1))) * q[:, None]
+        expected = np.linalg.solve(blocks.T @ damped @ blocks, blocks.T @ damped @ row)
+        assert s == pytest.approx(expected, rel=2e-3, abs=1e-3 * np.abs(expected).max())
