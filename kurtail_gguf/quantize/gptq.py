@@ -100,8 +100,9 @@ def _quantize_rows(
     wh = w @ h
     for _ in range(sweeps):
         scales = _refit(wh, h, codes, scales, block)
+        gradient = (w - _values(codes, scales, block)) @ h
         with _one_thread():
-            codes = _descend(w, h, codes, scales, block)
+            codes = _descend(gradient, h, codes, scales, block)
     scales = _refit(wh, h, codes, scales, block)
     return _restore(codes, scales, order, block)
 
@@ -249,10 +250,11 @@ def _refit_rows(
     rows, columns = wh.shape
     count = columns // block
     normal = torch.empty(rows, count, count, dtype=torch.float64, device=wh.device)
+    seen = torch.empty_like(wh)  # one for all blocks: new pages each time take longer than the products
     for number in range(count):
         part = slice(number * block, (number + 1) * block)
-        seen = (codes[:, part] @ h[part]) * codes
-        normal[:, number] = seen.reshape(rows, count, block).sum(-1).double()
+        torch.mm(codes[:, part], h[part], out=seen)
+        normal[:, number] = seen.mul_(codes).reshape(rows, count, block).sum(-1)
     right = (wh * codes).reshape(rows, count, block).sum(-1).double()
     normal = (normal + normal.mT) / 2
     # blocks of zero codes have no scale to find
@@ -276,11 +278,13 @@ def _solve(normal: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.where(failed[:, None] == 0, solution, torch.nan)
 
 
-def _descend(w: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
-    """One sweep of coordinate descent: every code becomes the best one given all others."""
+def _descend(gradient: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    """One sweep of coordinate descent: every code becomes the best one given all others.
+
+    ``gradient`` is (w − ŵ) H, and is changed.
+    """
     codes = codes.clone()
-    gradient = (w - _values(codes, scales, block)) @ h
-    for number, start in enumerate(range(0, w.shape[1], block)):
+    for number, start in enumerate(range(0, h.shape[1], block)):
         part = slice(start, start + block)
         inner = h[part, part]
         scale = scales[:, number]
