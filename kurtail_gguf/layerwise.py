@@ -86,25 +86,28 @@ def fold_and_quantize(
         )  # fmt: skip
     start = min(missing, default=spec.layers)
     with layer_stream(checkpoint, missing, device, check=True) as layers:
+
+        def finish(layer: int) -> str:
+            """Make the layer's file, or take the tokens through the one that is there; a few words on it."""
+            path, note = layer_path(target, layer), ""
+            if layer in missing:
+                folded = folded_layer(next(layers), spec, layer_rotations(rotations, layer, r1, r4, device))
+                above = spec.layer_prefix(layer)
+                zero.extend(f"{above}{name}" for name in spec.linears if not folded[f"{name}.weight"].any())
+                results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
+                del folded
+                _save(results, path)
+                note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
+            elif prefix is not None:
+                replay(prefix, checkpoint, layer, path, block_format)
+            seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
+            return f"layer {layer}{seen}{note}"
+
         for title, part in (("take over finished layers", range(start)), ("fold and quantize", range(start, spec.layers))):
-            if not part:
-                continue
-            with progress.stage(title, len(part)) as stage:
-                for layer in part:
-                    path, note = layer_path(target, layer), ""
-                    if layer in missing:
-                        folded = folded_layer(next(layers), spec, layer_rotations(rotations, layer, r1, r4, device))
-                        above = spec.layer_prefix(layer)
-                        zero += [f"{above}{name}" for name in spec.linears if not folded[f"{name}.weight"].any()]
-                        results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
-                        del folded
-                        _save(results, path)
-                        del results
-                        note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
-                    elif prefix is not None:
-                        replay(prefix, checkpoint, layer, path, block_format)
-                    seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
-                    stage.advance(1, f"layer {layer}{seen}{note}")
+            if part:
+                with progress.stage(title, len(part)) as stage:
+                    for layer in part:
+                        stage.advance(1, finish(layer))
     if zero:
         _tell_zeros(zero, progress)
     if prefix is None:
