@@ -32,9 +32,9 @@ from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
 from kurtail_gguf.rotation_choice import CAPTURED_TOKENS
 from kurtail_gguf.tuning import memory_shortage
 
-#: Products of all rows with the Hessian: one of the weights, three refits of one each, two sweeps of two, half of one in the
-#: first pass.
-_GPTQ_PRODUCTS = 8.5
+#: Products of all rows with the Hessian: one of the weights, two of what the sweeps begin with, and half of one, as one
+#: triangle is enough, in the first pass, three refits and two sweeps.
+_GPTQ_PRODUCTS = 6
 #: Seconds a column takes whatever its length: a few dozen calls of torch in each of three passes.
 _COLUMN_SECONDS = 5e-4
 

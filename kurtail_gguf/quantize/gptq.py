@@ -95,14 +95,12 @@ def _quantize_rows(
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
     """Some rows of the matrix: in GPTQ they are independent of the others."""
     w, h = weight.float()[:, order.columns], curvature.hessian
-    with _one_thread():
-        codes, scales = _first_pass(w, curvature.upper, block)
+    codes, scales = _first_pass(w, curvature.upper, block)
     wh = w @ h
     for _ in range(sweeps):
         scales = _refit(wh, h, codes, scales, block)
         gradient = (w - _values(codes, scales, block)) @ h
-        with _one_thread():
-            codes = _descend(gradient, h, codes, scales, block)
+        codes = _descend(gradient, h, codes, scales, block)
     scales = _refit(wh, h, codes, scales, block)
     return _restore(codes, scales, order, block)
 
@@ -202,13 +200,14 @@ def _first_pass(w: torch.Tensor, upper: torch.Tensor, block: int) -> tuple[torch
         scales[:, number] = scale
         inverse = torch.where(scale == 0, 0.0, 1 / scale)
         errors = torch.empty_like(x)
-        for j in range(block):
-            code = (x[j] * inverse).round_().clamp_(_LOWEST, _HIGHEST)
-            codes[:, start + j] = code
-            error = (x[j] - code * scale) / u[j, j]
-            errors[j] = error
-            if j + 1 < block:
-                x[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
+        with _one_thread():
+            for j in range(block):
+                code = (x[j] * inverse).round_().clamp_(_LOWEST, _HIGHEST)
+                codes[:, start + j] = code
+                error = (x[j] - code * scale) / u[j, j]
+                errors[j] = error
+                if j + 1 < block:
+                    x[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
         w[:, start + block :].addmm_(errors.T, upper[part, start + block :], alpha=-1)
     return codes, scales
 
@@ -250,13 +249,14 @@ def _refit_rows(
     rows, columns = wh.shape
     count = columns // block
     normal = torch.empty(rows, count, count, dtype=torch.float64, device=wh.device)
-    seen = torch.empty_like(wh)  # one for all blocks: new pages each time take longer than the products
-    for number in range(count):
-        part = slice(number * block, (number + 1) * block)
-        torch.mm(codes[:, part], h[part], out=seen)
-        normal[:, number] = seen.mul_(codes).reshape(rows, count, block).sum(-1)
+    buffer = torch.empty_like(wh)  # one for all blocks: new pages each time take longer than the products
+    for number, start in enumerate(range(0, columns, block)):
+        # the matrix is symmetric: of each block's products with the others, those with later ones will do
+        later = slice(start, None)
+        seen = buffer.flatten()[: rows * (columns - start)].view(rows, -1)
+        torch.mm(codes[:, start : start + block], h[start : start + block, later], out=seen)
+        normal[:, number, number:] = normal[:, number:, number] = seen.mul_(codes[:, later]).reshape(rows, -1, block).sum(-1)
     right = (wh * codes).reshape(rows, count, block).sum(-1).double()
-    normal = (normal + normal.mT) / 2
     # blocks of zero codes have no scale to find
     normal.diagonal(dim1=1, dim2=2).add_(1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
     fitted = _half(_solve(normal, right).float())
@@ -281,7 +281,7 @@ def _solve(normal: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _descend(gradient: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
     """One sweep of coordinate descent: every code becomes the best one given all others.
 
-    ``gradient`` is (w − ŵ) H, and is changed.
+    ``gradient`` is (w − ŵ) H, and of no use afterwards.
     """
     codes = codes.clone()
     for number, start in enumerate(range(0, h.shape[1], block)):
@@ -289,18 +289,20 @@ def _descend(gradient: torch.Tensor, h: torch.Tensor, codes: torch.Tensor, scale
         inner = h[part, part]
         scale = scales[:, number]
         inverse = torch.where(scale == 0, 0.0, 1 / scale)
-        # the gradient of the block's own columns follows each step; that of the others once the block is done
+        # the gradient of the block's own columns follows each step; that of later ones once the block is done
         g = gradient[:, part].T.contiguous()
         old = codes[:, part].T.contiguous()
         changes = torch.zeros_like(old)
-        for j in range(block):
-            code = (old[j] + g[j] * inverse / inner[j, j]).round_().clamp_(_LOWEST, _HIGHEST)
-            change = (code - old[j]) * scale
-            changes[j] = change
-            old[j] = code
-            g.addr_(inner[:, j], change, alpha=-1)
+        with _one_thread():
+            for j in range(block):
+                code = (old[j] + g[j] * inverse / inner[j, j]).round_().clamp_(_LOWEST, _HIGHEST)
+                change = (code - old[j]) * scale
+                changes[j] = change
+                old[j] = code
+                g.addr_(inner[:, j], change, alpha=-1)
         codes[:, part] = old.T
-        gradient.addmm_(changes.T, h[part], alpha=-1)
+        later = slice(start + block, None)
+        gradient[:, later].addmm_(changes.T, h[part, later], alpha=-1)
     return codes
 
 
