@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -222,3 +222,12 @@ def write_mmlu() -> Callable[[Path, str, str, str], None]:
 def _one_thread() -> None:
     """Tiny models are slower on more threads, and tests may share the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As a machine of several cores has them; MKL behaves otherwise once they were set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

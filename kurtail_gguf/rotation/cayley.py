@@ -17,6 +17,9 @@ BETAS = (0.9, 0.95)
 
 def cayley(a: torch.Tensor) -> torch.Tensor:
     """``(I + S)⁻¹ (I − S)`` with ``S = A − Aᵀ``, of each square matrix of ``[..., n, n]``."""
+    if a.dim() > 2:
+        # not in one call: once torch.set_num_threads was called, LU of several fails (quantize/gptq.py, _solve)
+        return torch.stack([cayley(each) for each in a])
     s = a - a.mT
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.linalg.solve(eye + s, eye - s)

@@ -183,15 +183,6 @@ def test_the_hessian_is_let_go_before_it_is_factorised(monkeypatch):
     assert alive == [None]
 
 
-@pytest.fixture
-def two_threads():
-    """As a machine of several cores has them; MKL behaves otherwise once they were set."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_scales_of_many_blocks_are_the_least_squares_solution(two_threads):
     # 224 as of 14,336 inputs (Llama-3-8B's down_proj), in smaller blocks: LU of several such matrices fails there
     w, h = _problem(11, rows=6, columns=4 * 224, tokens=4000)

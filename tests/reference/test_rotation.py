@@ -125,6 +125,13 @@ def test_cayley_is_orthogonal_and_identity_at_zero():
     assert torch.equal(cayley(torch.zeros(4, 4)), torch.eye(4))
 
 
+def test_cayley_of_several_large_heads(two_threads):
+    a = 0.1 * torch.randn(3, 256, 256, generator=torch.Generator().manual_seed(0))
+    skew = (a - a.mT).double().numpy()
+    expected = np.stack([scipy.linalg.solve(np.eye(256) + s, np.eye(256) - s) for s in skew])
+    np.testing.assert_allclose(cayley(a).numpy(), expected, atol=1e-5)
+
+
 def test_optimise_reaches_a_known_rotation():
     rng = np.random.default_rng(0)
     target = torch.from_numpy(scipy.linalg.expm(0.1 * (lambda a: a - a.T)(rng.standard_normal((6, 6)))))
