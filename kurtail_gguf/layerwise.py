@@ -22,7 +22,7 @@ from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows, fold_embedd
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.loading.prefetch import layer_stream
-from kurtail_gguf.progress import Progress
+from kurtail_gguf.progress import Progress, Stage
 from kurtail_gguf.quantize.gptq import quantize_gptq
 from kurtail_gguf.quantize.rtn import quantize_rtn
 from kurtail_gguf.rotation.store import Rotations
@@ -87,16 +87,17 @@ def fold_and_quantize(
     start = min(missing, default=spec.layers)
     with layer_stream(checkpoint, missing, device, check=True) as layers:
 
-        def finish(layer: int) -> str:
+        def finish(layer: int, stage: Stage) -> str:
             """Make the layer's file, or take the tokens through the one that is there; a few words on it."""
             path, note = layer_path(target, layer), ""
             if layer in missing:
                 folded = folded_layer(next(layers), spec, layer_rotations(rotations, layer, r1, r4, device))
                 above = spec.layer_prefix(layer)
                 zero.extend(f"{above}{name}" for name in spec.linears if not folded[f"{name}.weight"].any())
-                results, starved = _quantize(checkpoint, layer, folded, block_format, prefix)
+                one = _Layer(spec, layer, folded, block_format, stage)
                 del folded
-                _save(results, path)
+                starved = one.quantize(prefix)
+                _save(one.results(), path)
                 note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
             elif prefix is not None:
                 replay(prefix, checkpoint, layer, path, block_format)
@@ -107,7 +108,7 @@ def fold_and_quantize(
             if part:
                 with progress.stage(title, len(part)) as stage:
                     for layer in part:
-                        stage.advance(1, finish(layer))
+                        stage.advance(1, finish(layer, stage))
     if zero:
         _tell_zeros(zero, progress)
     if prefix is None:
@@ -145,46 +146,41 @@ def layer_rotations(
     return LayerRotations(r1, r2, r4, scales)
 
 
-def _quantize(
-    checkpoint: Checkpoint,
-    layer: int,
-    folded: dict[str, torch.Tensor],
-    block_format: BlockFormat | None,
-    prefix: QuantizedPrefix | None,
-) -> tuple[dict[str, np.ndarray], int]:
-    """The layer's tensors as its file has them, and how many experts saw too few tokens."""
-    one, starved = _Layer(checkpoint, layer, folded, block_format), 0
-    if prefix is not None:
-        starved = prefix.run_layer(layer, folded, one.gptq)
-    elif block_format is not None:
-        one.round_to_nearest()
-    return one.results(), starved
-
-
 class _Layer:
     """One layer's tensors on their way into the file.
 
     Args:
         folded: float32 by name below the layer's prefix; a linear leaves it once it is quantized.
         block_format: what linears are quantized to; None where none is.
+        stage: told how far GPTQ is with the layer, which takes minutes where it is wide.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, layer: int, folded: dict[str, torch.Tensor], block_format: BlockFormat | None
+        self, spec: ModelSpec, layer: int, folded: dict[str, torch.Tensor], block_format: BlockFormat | None, stage: Stage
     ) -> None:
-        self._prefix = checkpoint.spec.layer_prefix(layer)
-        self._linears = checkpoint.spec.linears
+        self._number = layer
+        self._prefix = spec.layer_prefix(layer)
+        self._linears = spec.linears
         self._folded = folded
         self._format = block_format
+        self._stage = stage
         self._packed: dict[str, np.ndarray] = {}
+        # as GPTQ multiplies every row with its Hessian
+        shapes = [folded[f"{name}.weight"].shape for name in spec.linears]
+        self._products = sum(rows * inputs**2 for rows, inputs in shapes)
+        self._products_done = 0
 
-    def round_to_nearest(self) -> None:
-        """Quantize every linear by itself."""
-        for name in self._linears:
-            full = f"{self._prefix}{name}.weight"
-            self._pack(name, quantize_rtn(self._folded.pop(f"{name}.weight"), full, self._format.block))
+    def quantize(self, prefix: QuantizedPrefix | None) -> int:
+        """With GPTQ where there is a prefix; how many experts saw too few tokens."""
+        if prefix is not None:
+            return prefix.run_layer(self._number, self._folded, self._gptq)
+        if self._format is not None:
+            for name in self._linears:
+                full = f"{self._prefix}{name}.weight"
+                self._pack(name, quantize_rtn(self._folded.pop(f"{name}.weight"), full, self._format.block))
+        return 0
 
-    def gptq(self, names: tuple[str, ...], hessian: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _gptq(self, names: tuple[str, ...], hessian: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Quantize the linears that share an input; their weights as the file has them, float32 ``[out, in]``."""
         weights = [self._folded.pop(f"{name}.weight") for name in names]
         rows = [len(weight) for weight in weights]
@@ -192,7 +188,14 @@ class _Layer:
         # rows are independent in GPTQ, so linears with one Hessian are one matrix
         joined = torch.cat(weights) if len(weights) > 1 else weights[0]
         del weights
-        codes, scales = quantize_gptq(joined, hessian(), full, self._format.block)
+        inputs = joined.shape[1]
+        before = self._products_done
+
+        def report(done: int) -> None:
+            self._products_done = before + done * inputs**2
+            self._stage.within(self._products_done / self._products, f"layer {self._number}, {names[-1]}")
+
+        codes, scales = quantize_gptq(joined, hessian(), full, self._format.block, report=report)
         del joined
         ends = np.cumsum(rows)[:-1]
         result = {}

@@ -8,10 +8,13 @@ from typing import Protocol
 
 
 class Stage(Protocol):
-    """One running stage; ``advance`` is called as its units of work are finished."""
+    """One running stage; ``advance`` is called as its units of work are finished, ``within`` during long ones."""
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Report ``n`` more finished units; ``note`` is a few words on the latest (a loss, a layer)."""
+
+    def within(self, share: float, note: str = "") -> None:
+        """Report how much of the unit under way is done, from 0 to 1; ``advance`` then counts the whole unit."""
 
 
 class Progress(Protocol):
@@ -23,6 +26,9 @@ class Progress(Protocol):
 
 class _SilentStage:
     def advance(self, n: int = 1, note: str = "") -> None:
+        pass
+
+    def within(self, share: float, note: str = "") -> None:
         pass
 
 

@@ -153,16 +153,19 @@ class Recorder:
     """A Progress that remembers its stages, to check that units add up."""
 
     stages: list[list] = field(default_factory=list)
+    #: What was heard within units: name of the stage, finished units, share of the next.
+    shares: list[tuple[str, int, float]] = field(default_factory=list)
 
     def stage(self, name: str, total: int):
         record = [name, total, 0]
         self.stages.append(record)
-        return _Open(record)
+        return _Open(record, self.shares)
 
 
 class _Open:
-    def __init__(self, record: list) -> None:
+    def __init__(self, record: list, shares: list[tuple[str, int, float]]) -> None:
         self._record = record
+        self._shares = shares
 
     def __enter__(self) -> _Open:
         return self
@@ -172,6 +175,10 @@ class _Open:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self._record[2] += n
+
+    def within(self, share: float, note: str = "") -> None:
+        name, _, done = self._record
+        self._shares.append((name, done, share))
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -21,6 +22,8 @@ from rich.progress import (
 
 from kurtail_gguf.progress import Progress, Stage
 
+#: Seconds of the past that a bar's ETA rests on: the whole stage. Rich's 30 show none where a unit takes longer.
+_ETA_PERIOD = 1e9
 #: Seconds between plain lines of one stage.
 _PLAIN_INTERVAL = 10.0
 
@@ -33,8 +36,9 @@ def make_progress(console: Console) -> Progress:
 class BarProgress:
     """A bar for each stage; a finished one stays above the next."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._clock = clock
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
@@ -43,7 +47,7 @@ class BarProgress:
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(),
             TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
             TextColumn("memory"), TextColumn("{task.fields[memory]}"), TextColumn("[dim]{task.fields[note]}"),
-            console=self._console,
+            console=self._console, speed_estimate_period=_ETA_PERIOD, get_time=self._clock,
         )  # fmt: skip
         with bars:
             yield _Bar(bars, bars.add_task(name, total=total, note="", memory=_memory()))
@@ -53,9 +57,14 @@ class _Bar:
     def __init__(self, bars: Bars, task: TaskID) -> None:
         self._bars = bars
         self._task = task
+        self._done = 0
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        self._bars.update(self._task, advance=n, note=note, memory=_memory())
+        self._done += n
+        self.within(0, note)
+
+    def within(self, share: float, note: str = "") -> None:
+        self._bars.update(self._task, completed=self._done + share, note=note, memory=_memory())
 
 
 class PlainProgress:
@@ -90,12 +99,16 @@ class _PlainStage:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self._done += n
+        self.within(0, note)
+
+    def within(self, share: float, note: str = "") -> None:
         now = time.monotonic()
-        if now - self._printed < _PLAIN_INTERVAL or not self._done:
+        done = self._done + share
+        if now - self._printed < _PLAIN_INTERVAL or not done:
             return
         self._printed = now
-        remaining = self.elapsed / self._done * max(0, self._total - self._done)
-        percent = 100 * self._done // max(1, self._total)
+        remaining = self.elapsed / done * max(0, self._total - done)
+        percent = math.floor(100 * done / max(1, self._total))
         text = (
             f"{self._name}: {percent}% ({self._done}/{self._total}), "
             f"elapsed {format_seconds(self.elapsed)}, ETA {format_seconds(remaining)}, memory {_memory()} {note}"

@@ -15,7 +15,7 @@ For a weight row w and the inputs' Hessian H = Σ x xᵀ that output error is (w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -52,6 +52,7 @@ def quantize_gptq(
     block: int = 64,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
+    report: Callable[[int], None] = lambda _rows: None,
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
     """Codes and scales of a weight matrix.
 
@@ -62,6 +63,7 @@ def quantize_gptq(
         block: columns that share a scale.
         damping: share of the mean of the Hessian's diagonal that is added to it.
         sweeps: rounds of coordinate descent after the first pass.
+        report: called with the number of rows that are done, as parts of a large matrix are finished.
 
     Returns:
         codes int8 ``[out, in]`` in −8…7 and scales float16 ``[out, in/block]``.
@@ -87,6 +89,7 @@ def quantize_gptq(
                 f"tensor {name}: weights up to {float(weight[part].abs().max()):.4g} need a block scale beyond half "
                 "precision: the checkpoint's weights are not those of a usable model"
             )
+        report(min(start + step, rows))
     return codes, scales
 
 

@@ -37,6 +37,27 @@ def test_plain_lines(monkeypatch):
     ]
 
 
+def test_plain_lines_within_long_units(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "_memory", lambda: "1.2 GB")
+    out = io.StringIO()
+    with make_progress(Console(file=out)).stage("quantize", 4) as stage:
+        for share in (0, 0.25, 0.75):
+            now[0] += 60
+            stage.within(share, "layer 0")
+        now[0] += 60
+        stage.advance(1, "layer 0, kurtosis 3.0")
+        now[0] += 120
+        stage.within(0.5)
+    assert out.getvalue().splitlines()[1:-1] == [
+        "quantize: 6% (0/4), elapsed 2:00, ETA 30:00, memory 1.2 GB layer 0",
+        "quantize: 18% (0/4), elapsed 3:00, ETA 13:00, memory 1.2 GB layer 0",
+        "quantize: 25% (1/4), elapsed 4:00, ETA 12:00, memory 1.2 GB layer 0, kurtosis 3.0",
+        "quantize: 37% (1/4), elapsed 6:00, ETA 10:00, memory 1.2 GB",
+    ]
+
+
 def test_a_failed_stage_is_not_called_done():
     out = io.StringIO()
     with pytest.raises(RuntimeError), PlainProgress(Console(file=out)).stage("x", 1):
@@ -52,3 +73,17 @@ def test_a_terminal_gets_a_bar_with_percent_and_eta():
     with drawn.stage("capture", 4) as stage:
         stage.advance(3, "layer 2")
     assert all(part in out.getvalue() for part in ("capture", "75%", "3/4", "elapsed", "ETA", "memory", " GB", "layer 2"))
+
+
+def test_a_bar_has_an_eta_where_units_take_minutes():
+    now = [0.0]
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None, width=200)
+    with BarProgress(console, clock=lambda: now[0]).stage("quantize", 4) as stage:
+        for share in (0.25, 0.5, 0.75):
+            now[0] += 300
+            stage.within(share, "layer 0, mlp.down_proj")
+        now[0] += 300
+        stage.advance(1, "layer 0")
+    last = [line for line in out.getvalue().splitlines() if "quantize" in line][-1]
+    assert all(part in last for part in ("25%", "1/4", "0:20:00", "ETA 1:00:00", "layer 0")), last

@@ -71,6 +71,15 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
     assert all(done == total for _, total, done in recorder.stages)
 
 
+def test_gptq_tells_how_far_it_is_within_a_layer(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
+    config = _config(tiny_checkpoint("qwen2"), tmp_path / "o.gguf", calibration=(str(text),), weights="gptq")
+    pipeline.convert(config, recorder)
+    # q, k and v; o; gate and up; down: rows times the square of the inputs
+    stops = np.array([(128 + 64 + 64) * 128**2, 128 * 128**2, 2 * 192 * 128**2, 128 * 192**2])
+    shares = (stops.cumsum() / stops.sum()).tolist()
+    assert recorder.shares == [("fold and quantize", layer, share) for layer in (0, 1) for share in shares]
+
+
 def test_spinquant_starts_from_quarot_and_says_so(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
     model, made = tiny_checkpoint("mistral"), {}
     for rotation in ("hadamard", "spinquant"):
