@@ -68,7 +68,7 @@ static ggml_backend_buffer_type_t extra_buffer_type(ggml_backend_t backend, cons
 
 using inputs_t = std::vector<std::pair<ggml_tensor *, const void *>>;
 
-// the first input goes where `where` says
+// weights go where `where` says; those whose rows do not fill groups cannot be repacked
 static std::vector<float> compute(const std::function<ggml_tensor * (ggml_context *, inputs_t &)> & build, int threads, bool ref, layout where = AS_IN_FILE) {
     // by the registry: where backends are loaded at run time, nothing of the CPU's can be linked
     ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
@@ -84,14 +84,16 @@ static std::vector<float> compute(const std::function<ggml_tensor * (ggml_contex
     ggml_tensor * out   = build(ctx.get(), inputs);
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(graph, out);
-    ggml_backend_buffer_ptr weights;
-    if (where == REPACKED) {
+    std::vector<ggml_backend_buffer_ptr> weights;
+    for (auto & [w, data] : inputs) {
+        if (where == AS_IN_FILE || w->type != GGML_TYPE_KT4 || w->ne[1] % 16 != 0) {
+            continue;
+        }
         ggml_backend_buffer_type_t buft = extra_buffer_type(backend.get(), "CPU_KT4");
         check(buft != nullptr, "the CPU repacks the type");
-        ggml_tensor * w = inputs[0].first;
-        weights.reset(ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alloc_size(buft, w)));
+        weights.emplace_back(ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alloc_size(buft, w)));
         check(ggml_backend_buft_get_alloc_size(buft, w) == ggml_nbytes(w), "repacked weights take no more memory");
-        ggml_backend_tensor_alloc(weights.get(), w, ggml_backend_buffer_get_base(weights.get()));
+        ggml_backend_tensor_alloc(weights.back().get(), w, ggml_backend_buffer_get_base(weights.back().get()));
     }
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
     for (auto & [t, data] : inputs) {
@@ -209,7 +211,7 @@ static void test_mul_mat_id(int64_t rows, int64_t tokens, int bits, int threads,
 
 // the same bits whatever the number of threads, and whatever the other columns
 static void test_threads() {
-    const int64_t k = 704, rows = 176, cols = 21;
+    const int64_t k = 704, rows = 528, cols = 21;
     const auto w = quantized(random_values(k*rows, 71), k);
     const auto x = random_values(k*cols, 72);
     const auto product = [&](int64_t n, int threads, layout where) {
@@ -228,9 +230,9 @@ static void test_threads() {
 }
 
 // several products of one input in a graph, with other work between: as each by itself
-static void test_shared_input() {
-    const int64_t k = 192, cols = 5;
-    const std::vector<int64_t> rows = { 64, 16, 48 };
+static void test_shared_input(int64_t cols, int64_t second, layout where) {
+    const int64_t k = 192;
+    const std::vector<int64_t> rows = { 208, second, 304 }; // threads' chunks end within a product and beyond it
     const auto x = random_values(k*cols, 82);
     std::vector<std::vector<uint8_t>> w;
     for (size_t i = 0; i < rows.size(); ++i) {
@@ -254,10 +256,10 @@ static void test_shared_input() {
                 ggml_tensor * out = product(ctx, inputs, b, i, i + 1 < rows.size() ? 4 : last_bits);
                 inputs.push_back({ b, x.data() });
                 return ggml_scale(ctx, out, 2.0f);
-            }, 1, false);
+            }, 1, false, where);
             want.insert(want.end(), y.begin(), y.end());
         }
-        for (int threads : { 1, 3 }) {
+        for (int threads : { 1, 2, 3 }) {
             const auto got = compute([&](ggml_context * ctx, inputs_t & inputs) {
                 ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
                 ggml_tensor * out = nullptr;
@@ -268,7 +270,7 @@ static void test_shared_input() {
                 }
                 inputs.push_back({ b, x.data() });
                 return out;
-            }, threads, false);
+            }, threads, false, where);
             check(got == want, "products that share their input, " + std::to_string(threads) + " threads");
         }
     }
@@ -472,7 +474,12 @@ int main() {
         test_mul_mat(576, 48, cols, 8, 1, false, REPACKED, seed += 2);
     }
     test_threads();
-    test_shared_input();
+    for (layout where : { AS_IN_FILE, REPACKED }) {
+        for (int64_t cols : { 1, 5, 21 }) {
+            test_shared_input(cols, 16, where);
+            test_shared_input(cols, 24, where);
+        }
+    }
     test_rotated_input();
     printf("%d checks, %d failures\n", checks, failures);
     return failures == 0 ? 0 : 1;

@@ -16,6 +16,7 @@ namespace ggml::cpu::kt4 {
 
 constexpr int64_t CHUNK_BYTES      = 256*1024; // weights that stay in the L2 cache while all columns pass
 constexpr int64_t CHUNK_GROUPS_MAX = 8;
+constexpr int64_t LEAST_GROUPS     = 4;        // of weights that pass once
 constexpr int64_t PIECE_MAX        = 8192;     // the longest Hadamard transform, docs/format.md
 constexpr int64_t PIECE_MIN        = 256;      // blocks quantize faster a few together
 
@@ -46,14 +47,15 @@ struct expert_pair {
 struct geometry {
     int64_t nb;           // blocks in a row
     int64_t rows;         // of a matrix of weights
+    int64_t groups;       // of rows
     int64_t n_experts;
-    int64_t chunk_groups; // groups of rows worked on at a time
+    int64_t chunk_groups; // so many groups stay in the L2 cache
     size_t  columns_size; // bytes
     size_t  pairs_size;
     size_t  panels_size;
     size_t  chunk_size;
 
-    geometry(const ggml_tensor * dst, int n_threads) {
+    explicit geometry(const ggml_tensor * dst) {
         const ggml_tensor * src0 = dst->src[0];
         nb   = src0->ne[0]/QK_KT4;
         rows = src0->ne[1];
@@ -64,24 +66,14 @@ struct geometry {
         pairs_size  = id ? GGML_PAD((n_experts + 1)*sizeof(int64_t) + ggml_nelements(dst->src[2])*sizeof(expert_pair), 64) : 0;
         panels_size = id ? GGML_PAD(ggml_nelements(dst->src[2])*column_size(nb), 64) : 0;
 
-        const int64_t groups = (rows + GROUP_ROWS - 1)/GROUP_ROWS;
-        chunk_groups = std::min(CHUNK_GROUPS_MAX, CHUNK_BYTES/(nb*(int64_t) sizeof(block_kt4x16)));
-        if (n_threads > 1) { // enough chunks for threads to finish together
-            const int64_t planes = id ? n_experts : dst->src[1]->ne[2]*dst->src[1]->ne[3];
-            chunk_groups = std::min(chunk_groups, groups*planes/(4*n_threads));
-        }
-        chunk_groups = std::max<int64_t>(chunk_groups, 1);
+        groups       = (rows + GROUP_ROWS - 1)/GROUP_ROWS;
+        chunk_groups = std::max<int64_t>(1, std::min(CHUNK_GROUPS_MAX, CHUNK_BYTES/(nb*(int64_t) sizeof(block_kt4x16))));
         chunk_size   = is_repacked(src0) ? 0 : GGML_PAD(chunk_groups*nb*sizeof(block_kt4x16), 64);
-    }
-
-    int64_t n_chunks() const {
-        const int64_t size = chunk_groups*GROUP_ROWS;
-        return (rows + size - 1)/size;
     }
 };
 
 size_t work_size(int n_threads, const ggml_tensor * dst) {
-    const geometry g(dst, n_threads);
+    const geometry g(dst);
     return g.columns_size + g.pairs_size + g.panels_size + n_threads*g.chunk_size;
 }
 
@@ -160,57 +152,91 @@ static void multiply_panel(int64_t nb, const block_kt4x16 * w, int64_t row0, int
     }
 }
 
-// chunks of one product in mul_mat
-static int64_t count_chunks(const geometry & g, const ggml_tensor * dst) {
-    return dst->src[1]->ne[2]*dst->src[1]->ne[3]*g.n_chunks();
-}
-
-static void multiply_chunk(const ggml_compute_params * params, const geometry & g, ggml_tensor * dst, int64_t chunk) {
+// groups [begin, end) of one product, counted through its planes
+static void multiply_groups(const ggml_compute_params * params, const geometry & g, ggml_tensor * dst, int64_t begin, int64_t end) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const int64_t n_cols = src1->ne[1];
-    const int64_t plane  = chunk / g.n_chunks();
-    const int64_t i2   = plane % src1->ne[2];
-    const int64_t i3   = plane / src1->ne[2];
-    const int64_t row0 = chunk % g.n_chunks() * g.chunk_groups*GROUP_ROWS;
-    const int64_t row1 = std::min(row0 + g.chunk_groups*GROUP_ROWS, g.rows);
-
-    const char * matrix  = (const char *) src0->data + i2/(src1->ne[2]/src0->ne[2])*src0->nb[2] + i3/(src1->ne[3]/src0->ne[3])*src0->nb[3];
-    const char * columns = (const char *) params->wdata + plane*n_cols*column_size(g.nb);
-    char       * out     = (char *) dst->data + i2*dst->nb[2] + i3*dst->nb[3];
     block_kt4x16 * scratch = (block_kt4x16 *) ((char *) params->wdata + g.columns_size + params->ith*g.chunk_size);
-    const block_kt4x16 * w = weight_groups(src0, matrix, row0, row1, scratch);
 
-    for (int64_t c0 = 0; c0 < n_cols; c0 += PANEL_COLUMNS) {
-        const panel_position p(c0, n_cols, g.nb);
-        float * dsts[PANEL_COLUMNS];
-        for (int c = 0; c < p.width; ++c) {
-            dsts[c] = (float *) (out + (c0 + c)*dst->nb[1]);
+    while (begin < end) {
+        const int64_t plane = begin / g.groups;
+        const int64_t i2    = plane % src1->ne[2];
+        const int64_t i3    = plane / src1->ne[2];
+        const int64_t next  = std::min(end, (plane + 1)*g.groups);
+        const int64_t row0  = (begin - plane*g.groups)*GROUP_ROWS;
+        const int64_t row1  = std::min((next - plane*g.groups)*GROUP_ROWS, g.rows);
+        begin = next;
+
+        const char * matrix  = (const char *) src0->data + i2/(src1->ne[2]/src0->ne[2])*src0->nb[2] + i3/(src1->ne[3]/src0->ne[3])*src0->nb[3];
+        const char * columns = (const char *) params->wdata + plane*n_cols*column_size(g.nb);
+        char       * out     = (char *) dst->data + i2*dst->nb[2] + i3*dst->nb[3];
+        const block_kt4x16 * w = weight_groups(src0, matrix, row0, row1, scratch);
+
+        for (int64_t c0 = 0; c0 < n_cols; c0 += PANEL_COLUMNS) {
+            const panel_position p(c0, n_cols, g.nb);
+            float * dsts[PANEL_COLUMNS];
+            for (int c = 0; c < p.width; ++c) {
+                dsts[c] = (float *) (out + (c0 + c)*dst->nb[1]);
+            }
+            multiply_panel(g.nb, w, row0, row1, columns + p.offset, p.width, dsts, params->use_ref);
         }
-        multiply_panel(g.nb, w, row0, row1, columns + p.offset, p.width, dsts, params->use_ref);
     }
 }
 
+// How threads share out groups. Where many columns pass, chunks stay in the L2 cache. Where weights pass once, memory is
+// quickest in long stretches: half of what is left goes to threads in chunks of one length, again and again, so that short
+// ones come last and threads finish together ("factoring": Hummel, Schonberg, Flynn 1992).
+struct schedule {
+    int64_t total; // groups
+    int64_t n_threads;
+    int64_t least; // groups of the shortest chunk
+    bool    once;
+
+    struct range { int64_t begin, end; };
+
+    // chunk i; empty beyond the last one
+    range chunk(int64_t i) const {
+        int64_t begin  = 0;
+        int64_t length = least;
+        while (once && begin < total) {
+            length = std::max(least, (total - begin)/(2*n_threads));
+            if (i < n_threads) {
+                break;
+            }
+            begin += n_threads*length;
+            i     -= n_threads;
+        }
+        begin = std::min(begin + i*length, total);
+        return { begin, std::min(begin + length, total) };
+    }
+};
+
 void mul_mat(const ggml_compute_params * params, const input & in, ggml_tensor * const * dst, int n) {
+    const int64_t planes = in.shape->ne[2]*in.shape->ne[3];
+    schedule all = { 0, params->nth, 0, in.shape->ne[1] <= PANEL_COLUMNS };
     for (int i = 0; i < n; ++i) {
         GGML_ASSERT(params->wsize >= work_size(params->nth, dst[i]));
+        all.total += geometry(dst[i]).groups*planes;
+        all.once   = all.once && is_repacked(dst[i]->src[0]);
     }
+    const int64_t share = params->nth > 1 ? all.total/(4*params->nth) : all.total; // so that threads finish together
+    all.least = std::max<int64_t>(1, std::min(share, all.once ? LEAST_GROUPS : geometry(dst[0]).chunk_groups));
+
     quantize_input(params, in, activation_bits(dst[0]), false);
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
 
-    // chunks are counted through all products
-    int64_t chunk = params->ith;
-    int64_t first = 0;
-    for (int i = 0; i < n; ++i) {
-        const geometry g(dst[i], params->nth);
-        const int64_t end = first + count_chunks(g, dst[i]);
-        for (; chunk < end; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-            multiply_chunk(params, g, dst[i], chunk - first);
+    for (auto c = all.chunk(params->ith); c.begin < c.end; c = all.chunk(ggml_threadpool_chunk_add(params->threadpool, 1))) {
+        int64_t first = 0; // groups are counted through all products
+        for (int i = 0; i < n; ++i) {
+            const geometry g(dst[i]);
+            const int64_t own = g.groups*planes;
+            multiply_groups(params, g, dst[i], std::clamp<int64_t>(c.begin - first, 0, own), std::clamp<int64_t>(c.end - first, 0, own));
+            first += own;
         }
-        first = end;
     }
 }
 
@@ -243,7 +269,7 @@ void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tenso
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->src[2];
-    const geometry g(dst, params->nth);
+    const geometry g(dst);
     GGML_ASSERT(params->wsize >= work_size(params->nth, dst));
 
     const size_t column = column_size(g.nb);
@@ -281,8 +307,12 @@ void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tenso
     }
     ggml_barrier(params->threadpool);
 
-    const int64_t size     = g.chunk_groups*GROUP_ROWS;
-    const int64_t n_chunks = g.n_chunks();
+    // enough chunks for threads to finish together; long ones where an expert's weights pass once
+    const int64_t used     = std::min(g.n_experts, ggml_nelements(ids));
+    const int64_t most     = ids->ne[1] <= PANEL_COLUMNS && is_repacked(src0) ? g.groups : g.chunk_groups;
+    const int64_t share    = params->nth > 1 ? std::clamp<int64_t>(g.groups*used/(4*params->nth), 1, most) : most;
+    const int64_t size     = share*GROUP_ROWS;
+    const int64_t n_chunks = (g.groups + share - 1)/share;
     for (int64_t chunk = params->ith; chunk < g.n_experts*n_chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t e = chunk / n_chunks;
         const int64_t n = offsets[e + 1] - offsets[e];
