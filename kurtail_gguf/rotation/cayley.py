@@ -58,4 +58,7 @@ def optimise(
         optimiser.step()
         schedule.step()
         report(float(value.detach()))
-    return start @ cayley(a.detach().double())
+    learned = a.detach().double()
+    # what learning kept is as large as what the last transform needs: gigabytes at 8192
+    del a, base, optimiser, schedule
+    return start @ cayley(learned)
