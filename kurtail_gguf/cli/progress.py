@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -36,9 +36,8 @@ def make_progress(console: Console) -> Progress:
 class BarProgress:
     """A bar for each stage; a finished one stays above the next."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._clock = clock
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
@@ -47,7 +46,7 @@ class BarProgress:
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(),
             TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
             TextColumn("memory"), TextColumn("{task.fields[memory]}"), TextColumn("[dim]{task.fields[note]}"),
-            console=self._console, speed_estimate_period=_ETA_PERIOD, get_time=self._clock,
+            console=self._console, speed_estimate_period=_ETA_PERIOD, get_time=time.monotonic,
         )  # fmt: skip
         with bars:
             yield _Bar(bars, bars.add_task(name, total=total, note="", memory=_memory()))

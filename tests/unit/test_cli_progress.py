@@ -75,11 +75,12 @@ def test_a_terminal_gets_a_bar_with_percent_and_eta():
     assert all(part in out.getvalue() for part in ("capture", "75%", "3/4", "elapsed", "ETA", "memory", " GB", "layer 2"))
 
 
-def test_a_bar_has_an_eta_where_units_take_minutes():
+def test_a_bar_has_an_eta_where_units_take_minutes(monkeypatch):
     now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system=None, width=200)
-    with BarProgress(console, clock=lambda: now[0]).stage("quantize", 4) as stage:
+    with make_progress(console).stage("quantize", 4) as stage:
         for share in (0.25, 0.5, 0.75):
             now[0] += 300
             stage.within(share, "layer 0, mlp.down_proj")
