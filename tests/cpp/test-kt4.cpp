@@ -276,7 +276,8 @@ static void test_shared_input(int64_t cols, int64_t second, layout where) {
     }
 }
 
-// a Hadamard transform that only a product reads: as transform and product computed by themselves
+// a Hadamard transform that only a product reads: as transform and product computed by themselves, joined or, where the graph
+// ends with the product, not
 static void test_rotated_input() {
     for (int64_t n : { 16, 64, 512, 2048 }) {
         for (int64_t cols : { 1, 3 }) {
@@ -310,12 +311,15 @@ static void test_rotated_input() {
 
             const auto want = multiply(w.data(), y.data(), k, rows, cols, 4, 1, false);
             for (int threads : { 1, 3 }) {
-                const auto got = compute([&](ggml_context * ctx, inputs_t & inputs) {
-                    ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
-                    inputs.push_back({ a, w.data() });
-                    return ggml_mul_mat(ctx, a, rotate(ctx, inputs));
-                }, threads, false);
-                check(got == want, "rotated input " + std::to_string(n) + ", " + std::to_string(threads) + " threads");
+                for (bool last : { false, true }) {
+                    const auto got = compute([&](ggml_context * ctx, inputs_t & inputs) {
+                        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
+                        inputs.push_back({ a, w.data() });
+                        ggml_tensor * product = ggml_mul_mat(ctx, a, rotate(ctx, inputs));
+                        return last ? product : ggml_scale(ctx, product, 1.0f);
+                    }, threads, false);
+                    check(got == want, "rotated input " + std::to_string(n) + ", " + std::to_string(threads) + " threads");
+                }
             }
         }
     }

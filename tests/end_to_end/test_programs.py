@@ -13,9 +13,12 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from kurtail_gguf import native
+from kurtail_gguf.gguf_info import read_gguf
 
 PROMPT = "The capital of France is"
 HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")
@@ -108,7 +111,23 @@ def test_rpc_serves_the_type(program, model) -> None:
 def test_bench_names_the_type(program, model) -> None:
     done = program("llama-bench", "-m", model, "-p", "16", "-n", "4", "-r", "1", "-o", "json")
     assert done.status == 0, done.stderr
-    assert all(result["model_type"].count("KT4") for result in json.loads(done.stdout))
+    for result in json.loads(done.stdout):
+        assert "KT4" in result["model_type"] and (result["type_k"], result["type_v"]) == ("auto", "auto")
+    done = program("llama-bench", "--help")
+    assert re.search(r"--cache-type-k <t> +\(default: auto\)", done.stdout), done.stdout
+
+
+def test_a_control_vector_is_taken_with_a_warning(program, model, tmp_path) -> None:
+    path = tmp_path / "vector.gguf"
+    width = read_gguf(model).metadata["llama.embedding_length"]
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_tensor("direction.1", np.zeros(width, np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    options = ("-no-cnv", "-p", "a", "-n", "2", "-c", "64")
+    done = program("llama-completion", "-m", model, *options, "--control-vector", path)
+    assert done.status == 0 and "this file is rotated: a control vector fits that was made with it" in done.stderr
+    assert "control vector" not in program("llama-completion", "-m", model, *options).stderr
 
 
 def test_quantize_offers_the_type(program, tiny_reference, tmp_path) -> None:

@@ -65,7 +65,8 @@ struct plan {
         rows   = q->ne[1]*heads_per_key;
         tiles  = (rows + QUERY_ROWS - 1)/QUERY_ROWS;
         units  = tiles*k->ne[2]*q->ne[3]; // sequences share keys where k->ne[3] is less
-        const int64_t wanted = n_threads == 1 ? 1 : (4*n_threads + units - 1)/units;
+        // units is 0 where there are no queries: such a node is planned for, too
+        const int64_t wanted = n_threads == 1 || units == 0 ? 1 : (4*n_threads + units - 1)/units;
         chunk    = std::max<int64_t>((n_keys + wanted - 1)/wanted, KEYS_CHUNK);
         chunk    = (chunk + KEYS - 1)/KEYS*KEYS;
         n_chunks = (n_keys + chunk - 1)/chunk;

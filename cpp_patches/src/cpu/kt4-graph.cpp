@@ -64,12 +64,13 @@ static int find_siblings(const ggml_cgraph * graph, int n, ggml_tensor ** produc
     return found;
 }
 
-// the product whose input is the Hadamard transform at node n, and nobody else's; null if there is none
+// The product whose input is the Hadamard transform at node n, and nobody else's; null if there is none. A graph that ends
+// with the product is one of an eval callback that wants to see it (llama-imatrix), and its input.
 static ggml_tensor * find_rotated(const ggml_cgraph * graph, int n) {
     const ggml_tensor * node = graph->nodes[n];
     const ggml_tensor * x    = node->src[1];
     if (node->op != GGML_OP_MUL_MAT || ggml_get_op_params_i32(node, 1) != GGML_HINT_SRC0_IS_HADAMARD ||
-        x->type != GGML_TYPE_F32 || !ggml_is_contiguous(x) || n + 2 >= graph->n_nodes) {
+        x->type != GGML_TYPE_F32 || !ggml_is_contiguous(x) || n + 3 >= graph->n_nodes) {
         return nullptr;
     }
     const ggml_tensor * rows    = graph->nodes[n + 1];

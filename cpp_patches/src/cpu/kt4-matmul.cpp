@@ -67,7 +67,7 @@ struct geometry {
         panels_size = id ? GGML_PAD(ggml_nelements(dst->src[2])*column_size(nb), 64) : 0;
 
         groups       = (rows + GROUP_ROWS - 1)/GROUP_ROWS;
-        chunk_groups = std::max<int64_t>(1, std::min(CHUNK_GROUPS_MAX, CHUNK_BYTES/(nb*(int64_t) sizeof(block_kt4x16))));
+        chunk_groups = std::max<int64_t>(1, std::min(CHUNK_GROUPS_MAX, CHUNK_BYTES/(std::max<int64_t>(nb, 1)*(int64_t) sizeof(block_kt4x16))));
         chunk_size   = is_repacked(src0) ? 0 : GGML_PAD(chunk_groups*nb*sizeof(block_kt4x16), 64);
     }
 };

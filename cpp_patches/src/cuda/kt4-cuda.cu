@@ -301,7 +301,8 @@ bool ggml_cuda_kt4_hadamard(ggml_backend_cuda_context & ctx, const ggml_tensor *
 
 int ggml_cuda_kt4_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     const ggml_tensor * node = graph->nodes[i];
-    if (node->op != GGML_OP_MUL_MAT || i + 2 >= graph->n_nodes || !is_transform(node)) {
+    // a graph that ends with the product is one of an eval callback that wants to see it, and its input
+    if (node->op != GGML_OP_MUL_MAT || i + 3 >= graph->n_nodes || !is_transform(node)) {
         return 0;
     }
     const ggml_tensor * rows    = graph->nodes[i + 1];

@@ -105,8 +105,18 @@ struct device_machine {
 
     template <typename T> __device__ T shuffle_xor(T value, int mask) const { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
+    // Instructions that a card before Turing lacks: a build for it as well has to compile, these are never launched there
+    // (kt4-cuda.cu).
+
     // 4 x int8 times 4 x int8, added to c
-    __device__ int dot4(uint32_t a, uint32_t b, int c) const { return __dp4a((int) a, (int) b, c); }
+    __device__ int dot4(uint32_t a, uint32_t b, int c) const {
+#if __CUDA_ARCH__ >= 610
+        return __dp4a((int) a, (int) b, c);
+#else
+        __trap();
+        return c;
+#endif
+    }
 
     __device__ unsigned address(int to) const { return (unsigned) __cvta_generic_to_shared(shared()) + to; }
 
@@ -133,8 +143,12 @@ struct device_machine {
 
     // ldmatrix.x4: lane 8i + r gives the place of row r (16 bytes) of matrix i; lane l gets word l % 4 of row l / 4 of each
     __device__ void load_matrices(uint32_t (&r)[4], int row) const {
+#if __CUDA_ARCH__ >= 750
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(row)) : "memory");
+#else
+        __trap();
+#endif
     }
 
     // From shared memory. Volatile: loaded again where it is needed again, not kept in registers from far ahead.
@@ -150,14 +164,16 @@ struct device_machine {
     }
 
     __device__ void mma_s4_8x32x8(int & c0, int & c1, uint32_t a, uint32_t b) const {
-#if __CUDA_ARCH__ < 900
+#if __CUDA_ARCH__ >= 750 && __CUDA_ARCH__ < 900
         asm("mma.sync.aligned.m8n8k32.row.col.s32.s4.s4.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
             : "+r"(c0), "+r"(c1) : "r"(a), "r"(b));
 #endif
     }
     __device__ void mma_s8_8x16x8(int & c0, int & c1, uint32_t a, uint32_t b) const {
+#if __CUDA_ARCH__ >= 750
         asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
             : "+r"(c0), "+r"(c1) : "r"(a), "r"(b));
+#endif
     }
 
     // c += 16 rows of a times 8 columns of b: 64 values of 4 bits, or 32 of 8

@@ -17,6 +17,7 @@
 static constexpr uint32_t FORMAT_VERSION  = 1;
 static constexpr uint32_t UNROUNDED_BITS  = 32;   // activation_bits of a file without kt4 tensors
 static constexpr uint32_t MAX_R4_SIZE     = 8192; // what our CUDA kernel handles (src/cuda/kt4-activations.h)
+static constexpr uint32_t TENSOR_SPLIT    = 128;  // what llama-model.cpp rounds a card's share of an FFN to at least
 static constexpr int      UPSTREAM_R3_MIN = 64;   // smallest head_dim llama-kv-cache.cpp rotates
 
 namespace {
@@ -95,15 +96,23 @@ bool is_checked(llm_arch arch) {
 
 bool is_power_of_two(uint32_t n) { return n != 0 && (n & (n - 1)) == 0; }
 
-// layer of "blk.N.ffn_down*.weight", -1 for any other name
-int ffn_down_layer(const std::string & name) {
-    int layer = -1;
-    int end   = 0;
-    if (sscanf(name.c_str(), "blk.%d.ffn_down%n", &layer, &end) != 1 || end == 0) {
-        return -1;
+// "blk.N.ffn_down.weight", and those of experts
+bool is_ffn_down(const std::string & name) {
+    int end = 0;
+    if (sscanf(name.c_str(), "blk.%*d.ffn_down%n", &end) == EOF || end == 0) {
+        return false;
     }
     const std::string rest = name.substr(end);
-    return rest == ".weight" || rest == "_exps.weight" || rest == "_shexp.weight" ? layer : -1;
+    return rest == ".weight" || rest == "_exps.weight" || rest == "_shexp.weight";
+}
+
+// Where a weight's R4 is computed: on the device that holds the weight (-ot, --cpu-moe), the CPU for a card's host memory.
+ggml_backend_buffer_type_t matrix_buffer_type(ggml_backend_buffer_type_t weights) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(weights);
+    if (!device || ggml_backend_buft_is_host(weights)) {
+        device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    }
+    return ggml_backend_dev_buffer_type(device);
 }
 
 bool is_block_linear(const std::string & name, const ggml_tensor * t) {
@@ -160,7 +169,10 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
         if (!is_power_of_two(size) || size < 2 || size > MAX_R4_SIZE) {
             throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, needs a power of two from 2 to %u", size, MAX_R4_SIZE));
         }
-        make_r4(model, size, summary);
+        if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR && size > TENSOR_SPLIT) {
+            throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, and -sm tensor gives each card inputs of an FFN in multiples of %u: give -sm layer", size, TENSOR_SPLIT));
+        }
+        make_r4(ml, size, model.hparams.no_alloc, summary);
     } else {
         summary += ", no R4";
     }
@@ -196,51 +208,60 @@ void kurtail_model::load_activation_bits(const llama_model_loader & ml, llama_mo
     summary += bits == UNROUNDED_BITS ? "unquantized, " : n8 == 0 ? "W4A4" : n4 == 0 ? "W4A8" : format("W4A4 (A8 in %d of %d tensors) ", n8, n4 + n8);
 }
 
-void kurtail_model::make_r4(llama_model & model, uint32_t size, std::string & summary) {
+ggml_tensor * kurtail_model::make_matrix(ggml_backend_buffer_type_t buft, uint32_t size, bool no_alloc, std::vector<float> & values) {
+    ggml_init_params params = { ggml_tensor_overhead(), nullptr, true };
+    contexts.emplace_back(ggml_init(params));
+    ggml_tensor * matrix = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, size, size);
+    ggml_set_name(matrix, "kurtail_r4");
+    if (no_alloc) {
+        buffers.emplace_back(ggml_backend_buft_alloc_buffer(buft, 0));
+        matrix->buffer = buffers.back().get();
+        return matrix;
+    }
+    buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts.back().get(), buft));
+    if (!buffers.back()) {
+        throw std::runtime_error(format("kurtail: cannot allocate the %u x %u matrix of R4", size, size));
+    }
+    // In the CPU's memory it is no weight to the scheduler: a card takes upon itself large products with weights from there,
+    // and this one belongs beside the CPU's product that follows.
+    if (!ggml_backend_buft_is_host(buft)) {
+        ggml_backend_buffer_set_usage(buffers.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
+    if (values.empty()) {
+        values.resize((size_t) size*size);
+        const float scale = 1.0f/sqrtf((float) size);
+        for (size_t row = 0; row < size; ++row) {
+            for (size_t col = 0; col < size; ++col) {
+                values[row*size + col] = __builtin_parityll(row & col) ? -scale : scale;
+            }
+        }
+    }
+    ggml_backend_tensor_set(matrix, values.data(), 0, ggml_nbytes(matrix));
+    return matrix;
+}
+
+void kurtail_model::make_r4(const llama_model_loader & ml, uint32_t size, bool no_alloc, std::string & summary) {
     // one matrix a device: the CPU and CUDA take the fast transform and never read it, other backends multiply by it
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> matrices;
     std::vector<float> hadamard;
     int64_t width = 0;
 
-    for (const auto & [name, t] : model.tensors_by_name) {
-        const int layer = ffn_down_layer(name);
-        if (layer < 0) {
-            continue;
-        }
-        if (t->ne[0] % size != 0) {
-            throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, which does not divide the %" PRId64 " inputs of %s", size, t->ne[0], name.c_str()));
-        }
-        width = t->ne[0];
-
-        ggml_backend_buffer_type_t buft = ggml_backend_dev_buffer_type(model.dev_layer(layer));
-        ggml_tensor * & matrix = matrices[buft];
-        if (!matrix) {
-            ggml_init_params params = { ggml_tensor_overhead(), nullptr, true };
-            contexts.emplace_back(ggml_init(params));
-            matrix = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, size, size);
-            ggml_set_name(matrix, "kurtail_r4");
-            if (model.hparams.no_alloc) {
-                buffers.emplace_back(ggml_backend_buft_alloc_buffer(buft, 0));
-                matrix->buffer = buffers.back().get();
-            } else {
-                buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts.back().get(), buft));
-                if (!buffers.back()) {
-                    throw std::runtime_error(format("kurtail: cannot allocate the %u x %u matrix of R4", size, size));
-                }
-                ggml_backend_buffer_set_usage(buffers.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-                if (hadamard.empty()) {
-                    hadamard.resize((size_t) size*size);
-                    const float scale = 1.0f/sqrtf((float) size);
-                    for (size_t row = 0; row < size; ++row) {
-                        for (size_t col = 0; col < size; ++col) {
-                            hadamard[row*size + col] = __builtin_parityll(row & col) ? -scale : scale;
-                        }
-                    }
-                }
-                ggml_backend_tensor_set(matrix, hadamard.data(), 0, ggml_nbytes(matrix));
+    for (const auto & [key, ctx] : ml.ctx_map) {
+        const ggml_backend_buffer_type_t buft = matrix_buffer_type(key.buft);
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+            if (!is_ffn_down(ggml_get_name(t))) {
+                continue;
             }
+            if (t->ne[0] % size != 0) {
+                throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, which does not divide the %" PRId64 " inputs of %s", size, t->ne[0], ggml_get_name(t)));
+            }
+            width = t->ne[0];
+            ggml_tensor * & matrix = matrices[buft];
+            if (!matrix) {
+                matrix = make_matrix(buft, size, no_alloc, hadamard);
+            }
+            r4[t] = matrix;
         }
-        r4[t] = matrix;
     }
     if (width == 0) {
         throw std::runtime_error("kurtail: kurtail.r4.kind is hadamard, but no ffn_down tensor takes it");
@@ -271,6 +292,12 @@ void kurtail_model::check_adapter(const gguf_context * adapter) const {
     }
     if (k.str("kurtail.adapter.rotations") != rotations) {
         throw std::runtime_error("kurtail: the adapter was made for a file with other rotations: run kurtail-gguf convert-lora with the rotations of this file");
+    }
+}
+
+void kurtail_model::warn_of_control_vector() const {
+    if (!rotations.empty()) {
+        LLAMA_LOG_WARN("%s: this file is rotated: a control vector fits that was made with it, none that was made with the original checkpoint\n", __func__);
     }
 }
 

@@ -18,12 +18,15 @@ struct kurtail_model {
     bool active = false; // the file has kurtail keys, and is not written for stock llama.cpp
 
     // Reads and checks the keys, sets the activation precision of every block linear in model.prec_policy and makes
-    // the R4 matrices on each layer's device. Called once all tensors are known, before their data is read.
+    // the R4 matrices, each where the weights are that it stands before. Called once all tensors are known, before their data is read.
     // Throws std::runtime_error with key, value and limit where the runtime cannot do what the file asks.
     void load(const llama_model_loader & ml, llama_model & model);
 
     // R4: multiplies cur by the Hadamard matrix of weight w, where w is an ffn_down of a rotated file; else cur itself
     ggml_tensor * online_rotation(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur) const;
+
+    // Says that a control vector is taken as it is: whether it was made with a rotated file nobody can see from it
+    void warn_of_control_vector() const;
 
     // Throws std::runtime_error where a LoRA adapter (its GGUF keys) is not in the basis of this model's weights
     void check_adapter(const gguf_context * adapter) const;
@@ -45,7 +48,8 @@ private:
     std::vector<ggml_backend_buffer_ptr> buffers;
 
     void load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const;
-    void make_r4(llama_model & model, uint32_t size, std::string & summary);
+    ggml_tensor * make_matrix(ggml_backend_buffer_type_t buft, uint32_t size, bool no_alloc, std::vector<float> & values);
+    void make_r4(const llama_model_loader & ml, uint32_t size, bool no_alloc, std::string & summary);
 };
 
 // Where an adapter's tensors lie whose model tensor is in a buffer of this type: the same, but for a card's repacked type
