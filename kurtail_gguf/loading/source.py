@@ -9,19 +9,26 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
+from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.errors import KurtailError, SourceError
-from kurtail_gguf.gguf_info import read_gguf
+from kurtail_gguf.gguf_info import GgufInfo, read_gguf
 from kurtail_gguf.loading.recipes import fetch_recipe, find_recipe, recipe_names
 from kurtail_gguf.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Keys of a GGUF file below ``general.`` that upstream's exporter reads in a model card, by the same names.
 _CARD_KEYS = (
     *("name", "author", "version", "organization", "description", "finetune", "basename", "size_label"),
     *("license", "license_name", "license_link", "languages", "tags"),
 )
+#: Tensors that are no weights but say how RoPE is scaled: llama.cpp's form of a config's ``rope_scaling``.
+_ROPE_SCALING = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
@@ -35,7 +42,8 @@ def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
         progress: told about downloads and conversions.
 
     Raises:
-        SourceError: nothing of that name, a download that failed, a GGUF that cannot be read.
+        SourceError: nothing of that name, a download that failed, a GGUF that cannot be read, is one of several
+            parts, lacks a tensor or has one that transformers drops; the message names it.
     """
     path = Path(model)
     if path.is_dir():
@@ -60,13 +68,14 @@ def _from_gguf(gguf: Path, target: Path, progress: Progress, title: str | None =
     marker = target / "converted-from"
     if marker.exists() and marker.read_text(encoding="utf-8") == stamp:
         return target
+    info = _read_header(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
     with progress.stage(f"read {gguf.name}", 3) as stage:
         scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
-            for note in _convert(gguf, scratch):
+            for note in _convert(info, scratch):
                 stage.advance(1, note)
-            (scratch / "README.md").write_text(_model_card(gguf, title), encoding="utf-8")
+            (scratch / "README.md").write_text(_model_card(info, title), encoding="utf-8")
             (scratch / marker.name).write_text(stamp, encoding="utf-8")
             if target.exists():
                 shutil.rmtree(target)
@@ -76,18 +85,43 @@ def _from_gguf(gguf: Path, target: Path, progress: Progress, title: str | None =
     return target
 
 
-def _convert(gguf: Path, target: Path) -> Iterator[str]:
+def _read_header(gguf: Path) -> GgufInfo:
+    """Keys and names of tensors, before anything is loaded, of a file that can be complete."""
+    try:
+        info = read_gguf(gguf)
+    except KurtailError as error:  # bad input: convert keeps nothing of it, as of every SourceError
+        raise SourceError(str(error)) from error
+    parts = info.metadata.get("split.count", 0)  # llama-gguf-split leaves a 0 in what it has merged
+    if isinstance(parts, int) and parts > 1:
+        raise SourceError(f"{gguf} is one of {parts} parts of a model: merge them with llama-gguf-split --merge first")
+    scaling = [f"tensor {tensor.name}" for tensor in info.tensors if tensor.name in _ROPE_SCALING]
+    key = f"{info.architecture}.rope.scaling.type"
+    if info.metadata.get(key, "none") != "none":
+        scaling.append(f"key {key} ({info.metadata[key]})")
+    if scaling:
+        raise SourceError(
+            f"{gguf}: {scaling[0]} scales RoPE (as Llama 3.1's), which transformers does not read from a GGUF: "
+            "convert from the Hugging Face checkpoint instead"
+        )
+    return info
+
+
+def _convert(info: GgufInfo, target: Path) -> Iterator[str]:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    gguf = info.path
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
     with _quiet(), _one_line(gguf):
         tokenizer = AutoTokenizer.from_pretrained(**where)
         tokenizer.save_pretrained(target)
     yield "vocabulary"
     with _quiet(), _one_line(gguf):
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        model, loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+    find_family(type(model).__name__)  # first: what is wrong is then the architecture, not some tensor that only it has
+    with _quiet(), _one_line(gguf):
+        places = _places(model, info.architecture)
     yield "weights"
     config = model.config
     if hasattr(config, "quantization_config"):
@@ -97,6 +131,7 @@ def _convert(gguf: Path, target: Path) -> Iterator[str]:
     weights = model.state_dict()
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
+    _check_complete(info, places, list(weights), loaded)
     for name, tensor in weights.items():
         if tensor.dtype != torch.float32:
             raise SourceError(f"{gguf}: transformers left tensor {name} as {tensor.dtype}, not dequantized")
@@ -106,15 +141,48 @@ def _convert(gguf: Path, target: Path) -> Iterator[str]:
     yield "saved"
 
 
-def _model_card(gguf: Path, title: str | None) -> str:
+def _places(model: PreTrainedModel, architecture: str) -> dict[str, str]:
+    """Tensors that transformers looks for in the file, and the parameter that each fills. Others it drops."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    found = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)())
+    # it names experts' tensors without their suffix; those of gate and up fill one parameter
+    suffixes = (".weight", ".bias")
+    return {name if name.endswith(suffixes) else f"{name}.weight": parameter for name, parameter in found.items()}
+
+
+def _check_complete(
+    info: GgufInfo, places: dict[str, str], parameters: list[str], loaded: dict[str, set[str]]
+) -> None:
+    """Refuse what transformers only warns of, or not even that: tensors dropped, parameters left random or zero.
+
+    Args:
+        info: the file.
+        places: see :func:`_places`.
+        parameters: names of those to be saved, which are without a tied head.
+        loaded: what transformers says about its loading.
+    """
+    names = [tensor.name for tensor in info.tensors]
+    if dropped := [name for name in names if name not in places] or sorted(loaded["unexpected_keys"]):
+        raise SourceError(
+            f"{info.path}: transformers has no place for tensor {_first(dropped)} and would drop it: convert from the "
+            "Hugging Face checkpoint instead"
+        )
+    lacking = [f"{name} ({places[name]})" for name in places if name not in names and places[name] in parameters]
+    if lacking := lacking or [name for name in parameters if name in loaded["missing_keys"]]:
+        raise SourceError(f"{info.path} lacks tensor {_first(lacking)}: the file is incomplete, get it again")
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _model_card(info: GgufInfo, title: str | None) -> str:
     """What the file says of its name, makers and licence, where upstream's exporter looks for it.
 
     Without a card it would name the model after the directory.
     """
-    try:
-        metadata = read_gguf(gguf).metadata
-    except KurtailError as error:  # bad input: convert keeps nothing of it, as of every SourceError
-        raise SourceError(str(error)) from error
+    metadata = info.metadata
     told = {key: metadata[f"general.{key}"] for key in _CARD_KEYS if f"general.{key}" in metadata}
     if title is not None:
         told["name"] = title

@@ -7,13 +7,26 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
-from kurtail_gguf.errors import SourceError
+from kurtail_gguf import native
+from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.loading import recipes
 from kurtail_gguf.loading.recipes import Recipe, fetch_recipe, find_recipe, recipe_names
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import NullProgress
+
+
+def _has_runtime() -> bool:
+    try:
+        return native.python_dir().is_dir()
+    except KurtailError:
+        return False
+
+
+needs_runtime = pytest.mark.skipif(not _has_runtime(), reason="no runtime is installed, whose gguf package reads files")
 
 
 def test_directory_is_taken_as_it_is(tiny_checkpoint, tmp_path):
@@ -27,6 +40,7 @@ def test_unknown_name_lists_the_recipes(tmp_path):
         resolve_source("no-such-model", tmp_path, NullProgress())
 
 
+@needs_runtime
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"GGUF", b"GGUF\x03\x00\x00\x00" + bytes(16)])
 def test_damaged_gguf_is_one_line_and_leaves_nothing(tmp_path, data):
     path = tmp_path / "model.gguf"
@@ -36,6 +50,140 @@ def test_damaged_gguf_is_one_line_and_leaves_nothing(tmp_path, data):
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "work").glob("*"))
+
+
+def _write_gguf(path: Path, arch: str = "llama", without: str = "", more: dict | None = None, parts: int = 0, scaling: str = "") -> dict:
+    """A random model of two layers without ``output.weight``; returns its tensors by name."""
+    # transformers takes the width of an expert and of a head for qwen3moe's own, whatever the file says
+    vocabulary, hidden, ffn, heads, kv_heads, experts = 64, 256, 768, 2, 1, 4
+    head = hidden // heads
+    shapes = {"token_embd.weight": (vocabulary, hidden), "output_norm.weight": (hidden,)}
+    for layer in range(2):
+        block = {
+            "attn_norm.weight": (hidden,), "ffn_norm.weight": (hidden,), "attn_q.weight": (hidden, hidden),
+            "attn_k.weight": (kv_heads * head, hidden), "attn_v.weight": (kv_heads * head, hidden),
+            "attn_output.weight": (hidden, hidden),
+        }  # fmt: skip
+        if arch == "qwen3moe":
+            block |= {
+                "attn_q_norm.weight": (head,), "attn_k_norm.weight": (head,), "ffn_gate_inp.weight": (experts, hidden),
+                "ffn_gate_exps.weight": (experts, ffn, hidden), "ffn_up_exps.weight": (experts, ffn, hidden),
+                "ffn_down_exps.weight": (experts, hidden, ffn),
+            }  # fmt: skip
+        else:
+            block |= {f"ffn_{part}.weight": (ffn, hidden) for part in ("gate", "up")}
+            block |= {"ffn_down.weight": (hidden, ffn)}
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    rng = np.random.default_rng(0)
+    shapes |= more or {}
+    tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items() if name != without}
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(ffn)
+    writer.add_rope_dimension_count(head)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+    writer.add_rope_freq_base(10000.0)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_expert_count(experts if arch == "qwen3moe" else 0)
+    writer.add_expert_used_count(2 if arch == "qwen3moe" else 0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "ab", *(f"<{number}>" for number in range(3, vocabulary))])
+    writer.add_token_types([1] * vocabulary)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(3)
+    writer.add_eos_token_id(4)
+    if parts:
+        writer.add_uint16("split.count", parts)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@needs_runtime
+@pytest.mark.parametrize(
+    ("arch", "more", "parts"),
+    [("llama", {}, 1), ("llama", {"output.weight": (64, 256)}, 0), ("qwen3moe", {}, 0)],
+    ids=["tied", "untied", "experts"],
+)
+def test_every_tensor_of_a_gguf_arrives(tmp_path, recorder, arch, more, parts):
+    from safetensors.numpy import load_file
+
+    tensors = _write_gguf(tmp_path / "model.gguf", arch, more=more, parts=parts)
+    source = resolve_source(str(tmp_path / "model.gguf"), tmp_path / "work", recorder)
+    found = load_file(source / "model.safetensors")
+    assert ("lm_head.weight" in found) == ("output.weight" in tensors)
+    assert sum(array.size for array in found.values()) == sum(array.size for array in tensors.values())
+    assert np.array_equal(found["model.layers.1.self_attn.v_proj.weight"], tensors["blk.1.attn_v.weight"])
+    assert recorder.stages == [["read model.gguf", 3, 3]]
+
+
+@needs_runtime
+@pytest.mark.parametrize(
+    ("arch", "without", "message"),
+    [
+        ("llama", "blk.1.attn_q.weight", r"lacks tensor blk.1.attn_q.weight \(model.layers.1.self_attn.q_proj"),
+        ("llama", "token_embd.weight", r"lacks tensor token_embd.weight \(model.embed_tokens.weight\): "),
+        # transformers leaves zeros here and says nothing
+        ("qwen3moe", "blk.0.ffn_gate_exps.weight", r"lacks tensor blk.0.ffn_gate_exps.weight \(model.layers.0.mlp"),
+    ],
+)
+def test_a_gguf_that_lacks_a_tensor_is_refused(tmp_path, arch, without, message):
+    path = tmp_path / "model.gguf"
+    _write_gguf(path, arch, without)
+    with pytest.raises(SourceError, match=message) as caught:
+        resolve_source(str(path), tmp_path / "work", NullProgress())
+    assert str(path) in str(caught.value)
+    assert not list((tmp_path / "work").glob("*"))
+
+
+@needs_runtime
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"blk.0.attn_q.bias": (256,)}, "no place for tensor blk.0.attn_q.bias and would drop it: convert from"),
+        # a mixture of experts under the name of a llama, which transformers takes for a dense one
+        (
+            {"blk.0.ffn_gate_inp.weight": (4, 256), "blk.1.ffn_gate_inp.weight": (4, 256)},
+            "tensor blk.0.ffn_gate_inp.weight and 1 more",
+        ),
+        ({"rope_freqs.weight": (64,)}, "rope_freqs.weight scales RoPE.*convert from the Hugging Face checkpoint"),
+    ],
+    ids=["bias", "router", "rope"],
+)
+def test_a_tensor_that_would_be_lost_is_refused(tmp_path, more, message):
+    path = tmp_path / "model.gguf"
+    _write_gguf(path, more=more)
+    with pytest.raises(SourceError, match=message) as caught:
+        resolve_source(str(path), tmp_path / "work", NullProgress())
+    assert str(path) in str(caught.value)
+    assert not list((tmp_path / "work").glob("*"))
+
+
+@needs_runtime
+def test_a_part_of_a_gguf_is_refused(tmp_path):
+    path = tmp_path / "model-00001-of-00003.gguf"
+    _write_gguf(path, parts=3)
+    with pytest.raises(SourceError, match="model-00001-of-00003.gguf is one of 3 parts.*llama-gguf-split --merge"):
+        resolve_source(str(path), tmp_path / "work", NullProgress())
+
+
+@needs_runtime
+def test_rope_that_is_scaled_by_a_key_is_refused(tmp_path):
+    path = tmp_path / "model.gguf"
+    _write_gguf(path, scaling="yarn")
+    with pytest.raises(SourceError, match=r"key llama.rope.scaling.type \(yarn\) scales RoPE.*Hugging Face checkpoint"):
+        resolve_source(str(path), tmp_path / "work", NullProgress())
+    _write_gguf(path, scaling="none")
+    resolve_source(str(path), tmp_path / "work", NullProgress())
 
 
 def test_shipped_recipe_is_complete():
