@@ -292,7 +292,7 @@ def _activations(config: CompareConfig, source: Path, scratch: Path, progress: P
     with config.text.path.open(encoding="utf-8", errors="replace") as file:
         head = file.read(_SEQUENCES * _LENGTH * 16)
     tokenizer = load_tokenizer(source)
-    ids = tokenizer(head, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(head, add_special_tokens=False, verbose=False)["input_ids"]
     length = min(_LENGTH, len(ids))
     tokens = min(_SEQUENCES, len(ids) // length) * length
     sequences = cut_sequences([ids], tokens, tokenizer.bos_token_id, length)

@@ -165,7 +165,8 @@ def capture(
                 np.save(directory / _name(layer, site), rows.astype(np.float16))
                 gain = weights[f"{norms[number]}.weight"]
                 folded = [weights[f"{name}.weight"] * gain for name in readers[number]]
-                generator = torch.Generator().manual_seed(seed * 2 * spec.layers + 2 * layer + number)
+                # torch takes 64 bits, and a seed has up to 63 itself
+                generator = torch.Generator().manual_seed((seed * 2 * spec.layers + 2 * layer + number) % 2**63)
                 # as many rows of all experts' linears together as of a single FFN's
                 share = max(1, SKETCH_ROWS * 2 // len(folded)) if number and spec.experts else SKETCH_ROWS
                 sketch = sketch_readers(folded, torch.from_numpy(rows).to(device), generator, share)

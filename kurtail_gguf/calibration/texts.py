@@ -44,7 +44,8 @@ def _read(path: Path) -> str:
 
 
 def _from_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    # not splitlines: U+2028, U+2029 and U+0085 may stand in a string as they are
+    for number, line in enumerate(_read(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -103,6 +103,7 @@ def tokenize(texts: Iterable[str], tokenizer: object, n_tokens: int, at_most: in
         for text in texts:
             for start in range(0, len(text), 1 << 16):
                 piece = text[start : start + (1 << 16)]
-                yield np.asarray(tokenizer(piece, add_special_tokens=False)["input_ids"], np.int32)
+                # not verbose: a piece longer than the model's context is no mistake to warn of
+                yield np.asarray(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     return cut_sequences(documents(), n_tokens, tokenizer.bos_token_id, at_most=at_most)

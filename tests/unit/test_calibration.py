@@ -35,6 +35,17 @@ def test_text_and_jsonl(tmp_path):
     assert list(found) == ["eins\nzwei", "drei", "vier"]
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_jsonl_line_ends_at_a_line_feed_only(tmp_path, end):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in ("a\u2028b", "c\u2029d\u0085e")]
+    path.write_bytes(b"".join(line.encode() + end for line in lines))
+    assert list(read_texts((str(path),))) == ["a\u2028b", "c\u2029d\u0085e"]
+    path.write_bytes(path.read_bytes() + b"[]" + end)
+    with pytest.raises(CalibrationError, match="a.jsonl:3: not a JSON object"):
+        list(read_texts((str(path),)))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -105,6 +116,25 @@ def test_tokenize_uses_the_checkpoints_tokenizer(tiny_checkpoint):
     assert ids.shape == (2, 512)
     assert (ids[:, 0] == 1).all()
     assert tokenizer.decode(ids[0, 1:13]) == "hello hello "
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_text_longer_than_the_context_is_no_warning(tiny_checkpoint, tmp_path, monkeypatch, fast):
+    from transformers import ByT5Tokenizer, tokenization_utils_base
+
+    if fast:
+        directory = tiny_checkpoint()
+    else:
+        directory = tmp_path / "bytes"
+        ByT5Tokenizer(bos_token="<s>").save_pretrained(directory)
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 64}))
+    tokenizer = load_tokenizer(directory)
+    assert (tokenizer.is_fast, tokenizer.model_max_length) == (fast, 64)
+    told = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", told.append)
+    tokenize(iter(["hello " * 400]), tokenizer, 1024)
+    assert told == []
 
 
 def test_missing_tokenizer_names_the_directory(tiny_checkpoint):
@@ -203,6 +233,12 @@ def test_samples_are_bounded_and_hold_every_first_token(tiny_checkpoint, tmp_pat
     assert set(range(0, 144, 24)) <= set(chosen.tolist())
     assert np.array_equal(part.site(1, "ffn"), whole.site(1, "ffn")[chosen])
     assert part.values(0).shape == (32, 2, 32)
+
+
+@pytest.mark.parametrize("seed", [2**62, 2**63 - 1])
+def test_every_seed_of_the_command_line_can_be_captured_with(tiny_checkpoint, tmp_path, ids, seed):
+    seen = capture(open_checkpoint(tiny_checkpoint()), ids, tmp_path, seed, CPU, NullProgress())
+    assert np.isfinite(seen.readers(1, "ffn")).all()
 
 
 def test_nan_weights_are_named_while_capturing(tiny_checkpoint, tmp_path, ids):
