@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -62,8 +64,9 @@ def _subjects(rows: list[tuple[str, ModelResult]]) -> Table:
     names = [*first.subjects, "macro average", "micro average"]
     columns = {"questions": [str(subject.questions) for subject in first.subjects.values()] + ["", ""]}
     columns["questions"][-1] = str(first.micro.questions)
+    heads = _heads(name for name, _ in asked)
     for name, result in asked:
-        columns[Path(name).name] = [percent(part) for part in (*result.subjects.values(), result.macro, result.micro)]
+        columns[heads[name]] = [percent(part) for part in (*result.subjects.values(), result.macro, result.micro)]
     table = _table("MMLU", names, columns)
     table.caption = f"{first.shots} examples a question; accuracy ± standard error"
     if shortened := max(result.shortened for _, result in asked):
@@ -76,11 +79,19 @@ def _tasks(rows: list[tuple[str, ModelResult]]) -> Table:
     ran = [(name, row.tasks) for name, row in rows if row.tasks is not None]
     metrics = ran[0][1].metrics()
     columns = {"metric": [f"{metric.name}, {metric.filter}" for metric in metrics]}
+    heads = _heads(name for name, _ in ran)
     for name, result in ran:
-        columns[Path(name).name] = [metric.text for metric in result.metrics()]
+        columns[heads[name]] = [metric.text for metric in result.metrics()]
     table = _table("task", [metric.task for metric in metrics], columns)
     table.caption = f"lm-eval {ran[0][1].version}; value ± standard error"
     return table
+
+
+def _heads(paths: Iterable[str]) -> dict[str, str]:
+    """Heads of the files' columns by path: the file's name, or the path where another file has the same name."""
+    names = {path: Path(path).name for path in paths}
+    count = Counter(names.values())
+    return {path: name if count[name] == 1 else path for path, name in names.items()}
 
 
 def _table(head: str, names: list[str], columns: dict[str, list[str]]) -> Table:
