@@ -25,7 +25,7 @@ from kurtail_gguf.distill.scales import STEP_TOKENS
 from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.memory import card_module, is_card, memory_available
-from kurtail_gguf.pipeline import check_out, pick_device, runtime_rounding
+from kurtail_gguf.pipeline import check_family, check_out, pick_device, runtime_rounding
 from kurtail_gguf.plan_memory import Sizes, learns, memory_by_stage, rotation_bytes
 from kurtail_gguf.rotation.learn import OUTPUT_STEPS, R1_STEPS
 from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
@@ -43,7 +43,8 @@ _COLUMN_SECONDS = 5e-4
 class Plan:
     """What ``convert --plan`` prints. Bytes and seconds by stage; ``refused`` is why it would not start or not end.
 
-    ``memory`` is the host's; ``card`` is what lies on ``device``, nothing where that is the CPU.
+    ``memory`` is the host's; ``card`` is what lies on ``device``, nothing where that is the CPU. ``room`` is what each disk
+    must have and has free, by "beside OUT" and, where that is another one, "in the work directory".
     """
 
     model: str
@@ -53,7 +54,7 @@ class Plan:
     memory: dict[str, int]
     memory_available: int
     disk: dict[str, int]
-    disk_available: int
+    room: dict[str, tuple[int, int]]
     seconds: dict[str, float]
     rotations: dict[str, str]
     notes: tuple[str, ...]
@@ -94,8 +95,10 @@ def plan(config: ConvertConfig) -> Plan:
     device = pick_device(config.device)
     sizes = Sizes.of(checkpoint, config)
     notes, refused = [], []
-    shortage = memory_shortage(checkpoint, sizes.block, device) if config.tuning_steps else None
-    tuned = config.tuning_steps if shortage is None else 0
+    _tell(refused, lambda: check_family(config, checkpoint))
+    steps = 0 if checkpoint.spec.experts else config.tuning_steps
+    shortage = memory_shortage(checkpoint, sizes.block, device) if steps else None
+    tuned = steps if shortage is None else 0
     if shortage is not None:
         (refused if config.tune else notes).append(f"tuning of scales {shortage}: {'give --tune 0' if config.tune else 'left out'}")
     if config.activations == "auto" and (short := memory_shortage(checkpoint, sizes.block, device)):
@@ -108,9 +111,12 @@ def plan(config: ConvertConfig) -> Plan:
     length = GENERATED_LENGTH if config.calibration == ("self",) else SEQ_LEN
     if config.needs_calibration and window and window < length:
         refused.append(f"sliding_window {window} is below the calibration length {length}")
-    free, available = shutil.disk_usage(config.out.absolute().parent).free, memory_available(torch.device("cpu"))
-    if sum(disk.values()) > free:
-        refused.append(f"{sum(disk.values()) / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free beside OUT")
+    room = _room(config, disk)
+    refused += [
+        f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free {where}"
+        for where, (needed, free) in room.items() if needed > free
+    ]  # fmt: skip
+    available = memory_available(torch.device("cpu"))
     if max(memory.values()) > available:
         refused.append(f"{max(memory.values()) / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
     on_card = memory_available(device) if card else 0
@@ -120,7 +126,7 @@ def plan(config: ConvertConfig) -> Plan:
         notes.append(f"{device} also holds what the driver and cuBLAS take, some hundred MB; figures are of no run on a card yet")
     spec = checkpoint.spec
     return Plan(
-        config.model, spec.family.architecture, spec.layers, sizes.parameters, memory, available, disk, free,
+        config.model, spec.family.architecture, spec.layers, sizes.parameters, memory, available, disk, room,
         _seconds(checkpoint, config, sizes, tuned, device), _rotations(checkpoint, config), tuple(notes), tuple(refused),
         str(device), card, on_card,
     )  # fmt: skip
@@ -131,6 +137,23 @@ def _tell(refused: list[str], check: Callable[[], None]) -> None:
         check()
     except KurtailError as error:
         refused.append(str(error))
+
+
+def _device(path: Path) -> int:
+    return path.stat().st_dev
+
+
+def _room(config: ConvertConfig, disk: dict[str, int]) -> dict[str, tuple[int, int]]:
+    beside = config.out.absolute().parent
+    work = config.work_dir.absolute() if config.work_dir else beside
+    work = next(path for path in (work, *work.parents) if path.exists())  # convert makes it
+    needed = sum(disk.values())
+    if _device(work) == _device(beside):
+        return {"beside OUT": (needed, shutil.disk_usage(beside).free)}
+    return {
+        "beside OUT": (disk["OUT"], shutil.disk_usage(beside).free),
+        "in the work directory": (needed - disk["OUT"], shutil.disk_usage(work).free),
+    }
 
 
 def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int) -> dict[str, int]:

@@ -40,7 +40,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         peak, free = plan.card_peak_bytes / 1e9, plan.card_available / 1e9
         yield f"on {plan.device} at most {peak:.1f} GB in tensors, {free:.1f} GB are free there; by stage:"
         yield from (f"  {name}: {value / 1e9:.1f} GB" for name, value in plan.card.items())
-    yield f"disk {sum(plan.disk.values()) / 1e9:.1f} GB until the end, {plan.disk_available / 1e9:.1f} GB are free:"
+    free = ", ".join(f"{free / 1e9:.1f} GB are free {where}" for where, (_, free) in plan.room.items())
+    yield f"disk {sum(plan.disk.values()) / 1e9:.1f} GB until the end, {free}:"
     yield from (f"  {name}: {value / 1e9:.2f} GB" for name, value in plan.disk.items())
     where = "the CPU" if plan.device == "cpu" else plan.device
     yield f"time on {where} about {format_seconds(sum(plan.seconds.values()))}, by operations; expect a factor of two:"

@@ -140,6 +140,38 @@ def test_what_does_not_fit_would_be_refused(tmp_path, room):
     assert "the whole model in memory" in told
 
 
+@pytest.mark.parametrize(
+    ("architecture", "asked", "told"),
+    [
+        ("mixtral", {"activations": "auto"}, "--activations auto is not offered for MixtralForCausalLM"),
+        ("mixtral", {"tune": 8}, "--tune 8 is not offered for MixtralForCausalLM"),
+        ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not offered for Phi3ForCausalLM"),
+    ],
+)
+def test_what_the_family_does_not_offer_would_be_refused(tiny_checkpoint, tmp_path, room, architecture, asked, told):
+    room(16 * GIB, 16 * GIB)
+    found = plan(ConvertConfig(str(tiny_checkpoint(architecture)), tmp_path / "o.gguf", **asked))
+    assert len(found.refused) == 1 and told in found.refused[0]
+    assert "tune scales" not in found.seconds or architecture != "mixtral"
+
+
+def test_each_disk_must_have_room_for_what_lies_there(tiny_checkpoint, tmp_path, room, monkeypatch):
+    model = str(tiny_checkpoint("qwen2"))
+    room(16 * GIB, 16 * GIB)
+    needed = plan(ConvertConfig(model, tmp_path / "o.gguf")).disk
+    usage = namedtuple("usage", "free")
+    small, work = sum(needed.values()) - 1, tmp_path / "elsewhere" / "work"
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: usage(small))
+    (refused,) = plan(ConvertConfig(model, tmp_path / "o.gguf", work_dir=work)).refused
+    assert "of disk are needed" in refused and "beside OUT" in refused
+    work.parent.mkdir()
+    monkeypatch.setattr(planning, "_device", lambda path: path == work.parent)
+    assert plan(ConvertConfig(model, tmp_path / "o.gguf", work_dir=work)).refused == ()
+    small = needed["OUT"]
+    (refused,) = plan(ConvertConfig(model, tmp_path / "o.gguf", work_dir=work)).refused
+    assert refused.endswith("in the work directory")
+
+
 def test_the_command_prints_it_and_converts_nothing(tiny_checkpoint, tmp_path, room):
     room(16 * GIB, 16 * GIB)
     arguments = ["convert", str(tiny_checkpoint("qwen2")), str(tmp_path / "o.gguf"), "--plan", "--device", "cpu"]
