@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from kurtail_gguf.arch.names import file_rows, file_tensor
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.export import write_adapter
+from kurtail_gguf.files import check_apart
 from kurtail_gguf.fold.lora import fold_pair
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.layerwise import layer_rotations
@@ -85,8 +86,11 @@ def convert_lora(
         How many linears are adapted.
 
     Raises:
-        KurtailError: rotations of another file, an adapter that is more than W + B A or of another model.
+        KurtailError: rotations of another file, an adapter that is more than W + B A or of another model, an ``out``
+            that is one of the files that are read.
     """
+    parts = (("ADAPTER", path) for path in (adapter, adapter / _CONFIG, adapter / _WEIGHTS))
+    check_apart({"OUT": out}, [*parts, ("--file", file), ("--rotations", rotations), ("--reference", Path(model))])
     info = read_gguf(file)
     provenance = info.provenance
     if provenance is None:

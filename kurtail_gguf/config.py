@@ -10,6 +10,7 @@ from typing import Any
 
 from kurtail_gguf import __version__
 from kurtail_gguf.errors import ConfigError
+from kurtail_gguf.files import check_apart
 
 ROTATIONS = ("output", "kurtail", "spinquant", "hadamard", "none")
 #: Those that are learned, and so need calibration text.
@@ -71,8 +72,8 @@ class ConvertConfig:
     Args:
         model: an HF directory, a GGUF file that transformers can read, or the name of a recipe.
         out: the GGUF file to write.
-        rotation: ``kurtail`` (R1, R2 learned layer by layer), ``spinquant`` (learned end to end),
-            ``hadamard`` (R1, R2 random) or ``none``.
+        rotation: ``output`` (R1 learned by what rounding does to the linears' outputs, R2 by kurtosis), ``kurtail``
+            (both by kurtosis), ``spinquant`` (learned end to end), ``hadamard`` (R1, R2 random) or ``none``.
         weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales; ``f32``: rotations
             are folded and nothing is quantized, activations and cache included.
         activations: bits of the activations that enter the block linears, or ``auto``: 8 for those where 4 do most
@@ -127,12 +128,15 @@ class ConvertConfig:
             raise ConfigError("--activations and --kv have no place with --weights f32: nothing is rounded; leave them out")
         if self.weights == "f32" and self.tune:
             raise ConfigError(f"--tune {self.tune} has no place with --weights f32: there are no scales; leave it out")
+        if self.weights == "f32" and self.rotation == "spinquant" and self.target != "stock":
+            raise ConfigError(
+                "--rotation spinquant has no place with --weights f32: it learns by what is rounded, and nothing is: "
+                "give another --rotation"
+            )
         if self.budget is not None and self.activations != "auto":
             raise ConfigError(f"--budget {self.budget} is of no use with --activations {self.activations}: give auto")
         if self.budget is not None and not 0 < self.budget < 1:
             raise ConfigError(f"--budget {self.budget} is no share between 0 and 1: 0 is --activations 4, 1 is 8")
-        if self.report is not None and self.report.resolve() == self.out.resolve():
-            raise ConfigError(f"--report {self.report} is OUT itself: give the page a name of its own, say out.html")
         if not self.model:
             raise ConfigError("MODEL is empty: give an HF directory, a GGUF file or a recipe's name")
         if not self.calibration:
@@ -148,6 +152,17 @@ class ConvertConfig:
             raise ConfigError(f"--tune {self.tune} is outside 0…{MAX_TUNE}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"--seed {self.seed} is outside 0…{MAX_SEED}")
+        written = {
+            "OUT": self.out, "--keep-rotations": self.keep_rotations, "--report": self.report,
+            "--work-dir": self.work_dir,
+        }  # fmt: skip
+        texts = (("--calibration", Path(name)) for name in self.calibration_files)
+        check_apart(written, [("MODEL", Path(self.model)), *texts])
+
+    @property
+    def calibration_files(self) -> tuple[str, ...]:
+        """Those of ``calibration`` that are files."""
+        return tuple(name for name in self.calibration if name != "self" and not name.startswith("hf:"))
 
     @property
     def needs_calibration(self) -> bool:

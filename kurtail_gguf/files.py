@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kurtail_gguf.errors import KurtailError
+import psutil
+
+from kurtail_gguf.errors import ConfigError, KurtailError
+
+#: What a kill leaves beside the file that it was to become: :func:`replacing`'s, and what safetensors writes for it.
+SCRATCH = (".kurtail-*.tmp", ".tmp??????")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -21,15 +27,24 @@ def write_atomically(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write; it takes the other's place, on disk, if the block ends without an error.
 
-    A kill or a power failure leaves ``path`` as it was or complete; an error leaves no scratch file behind.
+    A kill or a power failure leaves ``path`` as it was or complete; an error or an interruption leaves no scratch file
+    behind, and a kill's goes with the next writing of the same file.
     """
-    scratch = path.with_suffix(".tmp")
+    _remove_abandoned(path)
+    scratch = path.with_name(f".kurtail-{path.name}-{os.getpid()}.tmp")
     try:
         yield scratch
         publish(scratch, path)
-    except Exception:
+    finally:
         scratch.unlink(missing_ok=True)
-        raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    for scratch in path.parent.glob(f".kurtail-{glob.escape(path.name)}-*.tmp"):
+        process = scratch.name.removesuffix(".tmp").rpartition("-")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            with suppress(OSError):  # another user's, where many write
+                scratch.unlink()
 
 
 def publish(scratch: Path, target: Path) -> None:
@@ -64,3 +79,19 @@ def file_sha256(path: Path, what: str = "file", kind: type[KurtailError] = Kurta
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise kind(f"cannot read {what} {path}: {error.strerror}") from error
+
+
+def check_apart(written: Mapping[str, Path | None], read: Iterable[tuple[str, Path]]) -> None:
+    """Refuse a file to write that is another one, or one that is read; links are followed.
+
+    Args:
+        written: by what they are to the user; None where there is none.
+        read: what it is to the user, and the path.
+
+    Raises:
+        ConfigError: with both.
+    """
+    taken = {os.path.realpath(path): name for name, path in read}
+    for name, path in written.items():
+        if path is not None and (other := taken.setdefault(os.path.realpath(path), name)) != name:
+            raise ConfigError(f"{name} {path} is {other} itself: give it a name of its own")

@@ -64,7 +64,7 @@ from kurtail_gguf.rotation_choice import choose_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.tuning import memory_shortage, tune
-from kurtail_gguf.workdir import discard, locked, open_work_dir
+from kurtail_gguf.workdir import discard, locked, open_work_dir, remove_stage
 
 #: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
 OBJECTIVE = {"output": "output-error", "kurtail": "kurtosis", "spinquant": "cross-entropy"}
@@ -102,7 +102,9 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
                 result = _convert(config, texts, work_dir, device, clock, progress)
         except torch.cuda.OutOfMemoryError as error:
             raise _card_full(device, clock.running, work_dir) from error
-        except (SourceError, CalibrationError, QuantizeError):
+        except (SourceError, CalibrationError, QuantizeError) as error:
+            if isinstance(error.__cause__, OSError) and any((work_dir / "quantized").glob("layer-*")):
+                raise _read_error(error, work_dir) from error
             # Bad input: nothing that was computed from it is worth keeping.
             if disposable:
                 discard(work_dir, source=True)
@@ -121,6 +123,14 @@ def _disk_error(error: OSError | SafetensorError, work_dir: Path) -> KurtailErro
     return KurtailError(
         f"{reason}{f': {name}' if name else ''}: the work directory {work_dir} keeps what is finished; make room (or "
         "grant access) and type the same line again"
+    )
+
+
+def _read_error(error: KurtailError, work_dir: Path) -> KurtailError:
+    """A disk or network that failed, which is not the input's fault. What is finished is kept."""
+    return SourceError(
+        f"{error}; the work directory {work_dir} keeps what is finished: once the file can be read as it was, type the "
+        "same line again"
     )
 
 
@@ -148,7 +158,7 @@ def _convert(
         checkpoint = open_checkpoint(source, config.allow_pickle)
         checkpoint.check_filled()
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
-    _check_family(config, checkpoint)
+    check_family(config, checkpoint)
     block_format, rounding = BLOCK_FORMATS[config.target], runtime_rounding(config, checkpoint)
     stored_as = None if config.weights == "f32" else block_format
     _check_memory(config, checkpoint, block_format, device)
@@ -305,8 +315,7 @@ def _text_hashes(config: ConvertConfig) -> dict[str, str]:
     """Hashes of the text files: missing ones are noticed at once, edited ones on a rerun."""
     if not config.needs_calibration:
         return {}
-    files = (name for name in config.calibration if name != "self" and not name.startswith("hf:"))
-    return {name: file_sha256(Path(name), "calibration text", CalibrationError) for name in files}
+    return {name: file_sha256(Path(name), "calibration text", CalibrationError) for name in config.calibration_files}
 
 
 def _settings(
@@ -364,7 +373,7 @@ def _tokens(
     return CalibrationTokens(ids, name)
 
 
-def _check_family(config: ConvertConfig, checkpoint: Checkpoint) -> None:
+def check_family(config: ConvertConfig, checkpoint: Checkpoint) -> None:
     """Refuse what was asked for and does not know the family's layers; by default it is left out."""
     spec = checkpoint.spec
     name = spec.family.architecture
@@ -409,12 +418,12 @@ def _tuning_steps(
 ) -> int:
     """Steps of tuning; 0 for experts, and where nobody asked for it by name and the model is too large for it.
 
-    Free memory decides once: a run that goes on does what it began.
+    Free memory decides once: a run that goes on does what it began. What is asked for by name is done.
     """
     path = work_dir / "tuning-steps.json"
     decided = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     possible = 0 if checkpoint.spec.experts else config.tuning_steps
-    steps = possible if decided is None else decided
+    steps = possible if decided is None or config.tune is not None else decided
     shortage = memory_shortage(checkpoint, block_format.block, device) if steps and config.tune is None else None
     if shortage is not None and decided:
         raise KurtailError(
@@ -425,7 +434,11 @@ def _tuning_steps(
         with progress.stage(f"tuning of scales left out: it {shortage}", 1) as stage:
             stage.advance()
         steps = 0
-    if decided is None:
+    if decided is not None and steps != decided:
+        # the report was of layers that were not tuned, and of the text no more was read than without tuning
+        for stage in ("figures", "tokens.npy"):
+            remove_stage(work_dir / stage)
+    if steps != decided:
         write_atomically(path, json.dumps(steps))
     return steps
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kurtail_gguf.adapters import AdapterError, read_adapter
+from kurtail_gguf.adapters import AdapterError, convert_lora, read_adapter
+from kurtail_gguf.errors import ConfigError
 from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.progress import NullProgress
 
 PREFIX = "base_model.model.model.layers"
 
@@ -111,3 +113,24 @@ def test_missing_and_damaged_files_are_told(adapter, tmp_path):
         read_adapter(directory, checkpoint)
     with pytest.raises(AdapterError, match="adapter_config.json is missing"):
         read_adapter(tmp_path, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("out", "what"),
+    [
+        ("o.gguf", "--file"),
+        ("link.gguf", "--file"),
+        ("o.rotations", "--rotations"),
+        ("m.gguf", "--reference"),
+        ("peft/adapter_model.safetensors", "ADAPTER"),
+    ],
+)
+def test_nothing_that_is_read_is_written_over(tmp_path, out, what):
+    (tmp_path / "peft").mkdir()
+    for name in ("o.gguf", "o.rotations", "m.gguf", "peft/adapter_model.safetensors"):
+        (tmp_path / name).write_text("kept")
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "o.gguf")
+    read = (tmp_path / "o.gguf", tmp_path / "o.rotations", str(tmp_path / "m.gguf"))
+    with pytest.raises(ConfigError, match=f"OUT .*{out} is {what} itself: give it a name of its own"):
+        convert_lora(tmp_path / "peft", tmp_path / out, *read, tmp_path, NullProgress())
+    assert (tmp_path / out).read_text() == "kept"

@@ -110,6 +110,21 @@ def test_values_outside_what_is_offered(run, tmp_path):
     assert "--calibration-tokens" in _one_error_line(run("convert", "M", out, "--calibration-tokens", "3"))
 
 
+def test_inputs_are_not_written_over(run, tmp_path):
+    model, text, link = tmp_path / "m.gguf", tmp_path / "t.txt", tmp_path / "link.gguf"
+    model.write_bytes(b"GGUF")
+    text.write_text("words")
+    link.symlink_to(model)
+    for out in (model, link):
+        told = _one_error_line(run("convert", model, out))
+        assert told == f"error: OUT {out} is MODEL itself: give it a name of its own"
+    assert f"OUT {text} is --calibration itself" in _one_error_line(run("convert", model, text, "--calibration", text))
+    options = ("--file", link, "--rotations", text, "--reference", tmp_path / "hf")
+    told = _one_error_line(run("convert-lora", tmp_path / "peft", model, *options))
+    assert f"OUT {model} is --file itself" in told
+    assert (model.read_bytes(), text.read_text()) == (b"GGUF", "words")
+
+
 @pytest.mark.parametrize("typed", [("--kv", "4"), ("--activations", "4"), ("--kv", "8"), ("--activations", "8")])
 def test_target_stock_leaves_activations_and_cache_to_llama_cpp(run, monkeypatch, tmp_path, typed):
     seen = []

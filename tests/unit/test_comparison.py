@@ -99,6 +99,7 @@ def test_options_are_checked_before_any_conversion(text, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "run_measured", lambda *_: pytest.fail("too late"))
     for changes, word in (
         ({"options": {"seed": -1}}, "--seed -1"),
+        ({"methods": parse_methods("none+f32,spinquant+f32")}, "--rotation spinquant has no place with --weights f32"),
         ({"picture": tmp_path / "x.gif"}, ".png or .svg"),
         ({"text": TextRequest(tmp_path / "gone.txt", 512, None)}, "gone.txt"),
         ({"text": TextRequest(text, 16, 1)}, "--chunks or --context"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from kurtail_gguf.config import ConvertConfig, Provenance
 from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer
 from kurtail_gguf.formats import kt4, q4_0
+from kurtail_gguf.loading import weight_files
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.quantize.rtn import quantize_rtn
@@ -267,6 +270,26 @@ def test_bad_input_leaves_nothing_behind(tiny_checkpoint, tmp_path, exported, te
     assert not exported
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_disk_that_fails_to_read_costs_no_finished_layer(tiny_checkpoint, tmp_path, exported, monkeypatch, finished):
+    config = _config(tiny_checkpoint(), tmp_path / "o.gguf", rotation="none")
+    pipeline.convert(config, NullProgress())
+    work, original = tmp_path / "o.gguf.work", weight_files.safe_open
+
+    def failing(path, **options):
+        if (work / "quantized" / "layer-00000.safetensors").exists() == finished and work.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weight_files, "safe_open", failing)
+        told = _refused(config, SourceError)
+    kept = f"the work directory {work} keeps what is finished: once the file can be read as it was, type the same line"
+    assert "Input/output error" in told and (kept in told) == finished == work.exists()
+    assert pipeline.convert(config, NullProgress()).resumed == finished
+    assert exported[0] == exported[1]
+
+
 @pytest.mark.parametrize("weights", ["rtn", "gptq"])
 def test_linears_of_zeros_are_told_of(tiny_checkpoint, tmp_path, exported, text, recorder, weights):
     from safetensors.torch import load_file as load_torch
@@ -345,6 +368,15 @@ def test_a_card_that_is_not_there(cards, tmp_path, count, cuda, device, told):
         ({"activations": 8, "budget": 0.1}, "--budget 0.1 is of no use with --activations 8"),
         ({"calibration": ()}, "--calibration"),
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
+        ({"weights": "f32", "rotation": "spinquant"}, "--rotation spinquant has no place with --weights f32"),
+        ({"out": Path("m")}, "OUT m is MODEL itself: give it a name of its own"),
+        ({"out": Path("x/../m")}, "OUT x/../m is MODEL itself"),
+        ({"calibration": ("a.txt", "o")}, "OUT o is --calibration itself"),
+        ({"report": Path("o")}, "--report o is OUT itself"),
+        ({"keep_rotations": Path("o")}, "--keep-rotations o is OUT itself"),
+        ({"keep_rotations": Path("m")}, "--keep-rotations m is MODEL itself"),
+        ({"keep_rotations": Path("r"), "report": Path("r")}, "--report r is --keep-rotations itself"),
+        ({"work_dir": Path("o")}, "--work-dir o is OUT itself"),
         ({"seed": -1}, "--seed -1"),
         ({"calibration_tokens": 10}, "--calibration-tokens 10"),
     ],
@@ -470,6 +502,12 @@ def test_unquantized_layers_are_the_folded_ones(tiny_checkpoint, tmp_path, expor
     assert found.keys() == {f"model.layers.1.{name}" for name in checkpoint.spec.layer_shapes()}
     for name, value in folded.items():
         assert np.array_equal(found[f"model.layers.1.{name}"], value.float().numpy())
+
+
+def test_for_stock_spinquant_learns_by_its_roundings(tiny_checkpoint, tmp_path, exported, text, few_steps):
+    options = {"rotation": "spinquant", "weights": "f32", "target": "stock", "calibration": (str(text),)}
+    provenance = pipeline.convert(_config(tiny_checkpoint(), tmp_path / "o.gguf", **options), NullProgress()).provenance
+    assert (provenance.r1_kind, provenance.activation_bits, provenance.runs_as) == ("learned", 8, "f32")
 
 
 @pytest.mark.parametrize("changes", [{"activations": 8}, {"kv": 16}, {"tune": 3}])

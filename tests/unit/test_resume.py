@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
+import json
 import multiprocessing
 import os
 import random
@@ -11,7 +13,6 @@ import re
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -96,17 +97,18 @@ def test_killed_at_any_file_operation_it_ends_with_the_same_bytes(config, tmp_pa
 def test_a_full_disk_is_one_line_and_the_same_run_goes_on(config, tmp_path, monkeypatch):
     expected = _expected(config)
     original = workdir.publish
-    for refused in ("capture.partial", "rotations.tmp", "layer-00001.tmp", "state.tmp", "tuned.partial"):
+    for refused in ("capture", "rotations.safetensors", "layer-00001.safetensors", "state.safetensors", "tuned"):
 
         def publish(scratch, target, refused=refused):
-            if scratch.name == refused:
+            if target.name == refused:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch))
             original(scratch, target)
 
         with monkeypatch.context() as patched:
             patched.setattr(workdir, "publish", publish)
             patched.setattr("kurtail_gguf.files.publish", publish)
-            with pytest.raises(KurtailError, match=f"No space left on device: .*{refused}: the work directory .* type the same"):
+            told = f"No space left on device: .*{refused}.*: the work directory .* type the same"
+            with pytest.raises(KurtailError, match=told):
                 pipeline.convert(config, NullProgress())
         assert not list(tmp_path.rglob("*.tmp")) and not config.out.exists()
     pipeline.convert(config, NullProgress())
@@ -165,7 +167,7 @@ def test_a_second_run_in_the_same_place_says_so_and_stops(config, tmp_path):
 
 def test_a_lock_file_that_was_removed_is_not_a_lock(tmp_path):
     with workdir.locked(tmp_path / "w"):
-        (tmp_path / "w" / "lock").unlink()
+        (tmp_path / "w" / workdir._LOCK).unlink()
         with workdir.locked(tmp_path / "w"):
             pass
 
@@ -187,5 +189,127 @@ def test_nothing_is_left_by_what_removes_it(config, tmp_path):
     """What a conversion leaves is what --restart removes."""
     kept = dataclasses.replace(config, work_dir=tmp_path / "w")
     pipeline.convert(kept, NullProgress())
-    workdir.discard(Path(tmp_path / "w"), source=True)
-    assert list((tmp_path / "w").iterdir()) == []
+    with workdir.locked(tmp_path / "w"):
+        workdir.discard(tmp_path / "w", source=True)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("settings", [None, "{}", '{"tool": "editor"}', "[", '["kurtail-gguf 1"]'])
+def test_a_directory_of_somebody_elses_is_refused_as_it_is(config, tmp_path, settings):
+    directory = tmp_path / "w"
+    (directory / "figures").mkdir(parents=True)
+    for name in ("figures/1.png", "notes.tmp", "a.partial", "source.zip", "lock"):
+        (directory / name).write_text("theirs")
+    if settings is not None:
+        (directory / "settings.json").write_text(settings)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    for restart in (False, True):
+        with pytest.raises(KurtailError, match="w is not empty .*; give --work-dir an empty or a new directory"):
+            pipeline.convert(dataclasses.replace(config, work_dir=directory, restart=restart), NullProgress())
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_an_empty_directory_is_taken_and_a_lock_that_was_removed_makes_no_stranger(config, tmp_path):
+    kept = dataclasses.replace(config, work_dir=tmp_path / "w")
+    (tmp_path / "w").mkdir()
+    pipeline.convert(kept, NullProgress())
+    (tmp_path / "w" / workdir._LOCK).unlink()
+    assert pipeline.convert(kept, NullProgress()).resumed
+
+
+@pytest.mark.parametrize("event", ["os.listdir", "open", "fcntl.flock"])
+def test_killed_at_its_beginning_a_work_directory_is_taken_up(tmp_path, event):
+    directory = tmp_path / "w"
+
+    def die() -> None:
+        def hook(name: str, arguments: tuple) -> None:
+            if name == event and directory.exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        with workdir.locked(directory):
+            pass
+
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert sorted(path.name for path in directory.iterdir()) == ([workdir._LOCK] if event == "fcntl.flock" else [])
+    with workdir.locked(directory):
+        assert workdir.open_work_dir(directory, {}) is False
+    assert (directory / "settings.json").exists()
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_killed_while_it_discards_a_work_directory_is_taken_up(tmp_path, at):
+    directory = tmp_path / "w"
+
+    def fill() -> None:
+        workdir.open_work_dir(directory, {"seed": 0})
+        (directory / "quantized").mkdir()
+        (directory / "source").mkdir()
+
+    def die() -> None:
+        count = 0
+
+        def hook(name: str, arguments: tuple) -> None:
+            nonlocal count
+            if name in EVENTS:
+                count += 1
+            if name in EVENTS and count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with workdir.locked(directory):
+            fill()
+            sys.addaudithook(hook)
+            workdir.discard(directory, source=True)
+
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with workdir.locked(directory):
+        workdir.open_work_dir(directory, {"seed": 0})
+        workdir.discard(directory, source=True)
+    assert not directory.exists()
+
+
+def test_what_a_kill_left_half_written_is_gone_when_the_run_goes_on(config, tmp_path):
+    expected = _expected(config)
+    kept = dataclasses.replace(config, work_dir=tmp_path / "w")
+    pipeline.convert(kept, NullProgress())
+    shutil.rmtree(tmp_path / "w" / "tuned")
+    left = [f"quantized/.kurtail-layer-00001.safetensors-{os.getppid()}.tmp", "quantized/.tmpAb12Cd", ".tmpZZZZZZ"]
+    for name in left:
+        (tmp_path / "w" / name).write_text("half")
+    pipeline.convert(kept, NullProgress())
+    assert config.out.read_bytes() == expected
+    assert not [name for name in left if (tmp_path / "w" / name).exists()]
+
+
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    told = r"cannot be locked \(No locks available\): its file system has no locks; give a --work-dir on another one"
+    with pytest.raises(KurtailError, match=told), workdir.locked(tmp_path / "w"):
+        pass
+    assert not (tmp_path / "w").exists()
+
+
+def test_tuning_that_was_left_out_is_done_where_it_is_asked_for(config, tmp_path, text, monkeypatch):
+    """The file is that of a run which tuned from the first, the report of tuned layers."""
+    text.write_text(text.read_text() * 2)  # more than is calibrated on
+    config = dataclasses.replace(config, activations=4, tune=4, report=tmp_path / "o.html")
+    expected = pipeline.convert(config, NullProgress())
+    whole = config.out.read_bytes()
+    kept = dataclasses.replace(config, work_dir=tmp_path / "w")
+    with monkeypatch.context() as patched:
+        patched.setattr(ConvertConfig, "tuning_steps", property(lambda self: 4))
+        patched.setattr("kurtail_gguf.tuning.memory_available", lambda device: 1000)
+        assert pipeline.convert(dataclasses.replace(kept, tune=None), NullProgress()).provenance.tune_steps == 0
+    result = pipeline.convert(kept, NullProgress())
+    assert result.resumed and result.provenance == expected.provenance
+    assert config.out.read_bytes() == whole and result.figures == expected.figures
+    assert json.loads((tmp_path / "w" / "tuning-steps.json").read_text()) == 4
