@@ -44,13 +44,6 @@ class CrossCheck:
     log_ratio_stderr: float
 
 
-def simulate_perplexity(
-    path: Path, text: Path, context: int = 512, chunks: int | None = None, progress: Progress | None = None
-) -> Perplexity:
-    """Perplexity of a GGUF file on a text, computed in torch; arguments as :func:`cross_check`."""
-    return cross_check(path, text, context, chunks, progress).simulated
-
-
 def cross_check(
     path: Path, text: Path, context: int = 512, chunks: int | None = None, progress: Progress | None = None
 ) -> CrossCheck:

@@ -119,13 +119,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ): relative squared error of the layer's output."""
-    w, h = weight.double(), hessian.double()
-    difference = w - quantized.double()
-    return float(((difference @ h) * difference).sum() / ((w @ h) * w).sum())
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class _Order:
     """Columns in the order they are rounded: int64 ``[in]``; blocks stay together."""

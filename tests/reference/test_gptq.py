@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kurtail_gguf.errors import QuantizeError
 from kurtail_gguf.formats import kt4
 from kurtail_gguf.quantize import gptq
-from kurtail_gguf.quantize.gptq import output_error, quantize_gptq
+from kurtail_gguf.quantize.gptq import quantize_gptq
 from kurtail_gguf.quantize.rtn import quantize_rtn
 
 
@@ -28,6 +28,13 @@ def _problem(seed: int, rows: int = 24, columns: int = 128, tokens: int = 600) -
 def _values(codes: np.ndarray, scales: np.ndarray, block: int = 64) -> torch.Tensor:
     expanded = np.repeat(scales.astype(np.float32), block, axis=1)
     return torch.from_numpy(codes.astype(np.float32) * expanded)
+
+
+def _output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ): relative squared error of the layer's output."""
+    w, h = weight.double(), hessian.double()
+    difference = w - quantized.double()
+    return float(((difference @ h) * difference).sum() / ((w @ h) * w).sum())
 
 
 def _obq(w: np.ndarray, h: np.ndarray, scales: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -79,9 +86,9 @@ def _scales_of_first_pass(w, damped, order):
 @pytest.mark.parametrize("seed", range(3))
 def test_much_better_than_rounding_and_every_sweep_helps(seed):
     w, h = _problem(seed, rows=64, columns=256)
-    errors = [output_error(w, torch.from_numpy(kt4.dequantize(*quantize_rtn(w, "w"))), h)]
+    errors = [_output_error(w, torch.from_numpy(kt4.dequantize(*quantize_rtn(w, "w"))), h)]
     for sweeps in (0, 1, 2, 4):
-        errors.append(output_error(w, _values(*quantize_gptq(w, h, "w", sweeps=sweeps)), h))
+        errors.append(_output_error(w, _values(*quantize_gptq(w, h, "w", sweeps=sweeps)), h))
     assert errors[1] < 0.7 * errors[0]
     assert all(after <= before * (1 + 1e-3) for before, after in zip(errors[1:], errors[2:], strict=False))
     assert errors[3] < 0.95 * errors[1]
@@ -132,8 +139,8 @@ def test_the_order_of_columns_is_put_back():
     shuffle = torch.randperm(128, generator=torch.Generator().manual_seed(0)).reshape(2, 64)
     shuffle = torch.cat([shuffle.sort(1)[0][1], shuffle.sort(1)[0][0]])
     moved = quantize_gptq(w[:, shuffle], h[shuffle][:, shuffle], "w")
-    error = output_error(w[:, shuffle], _values(*moved), h[shuffle][:, shuffle])
-    assert error < 0.6 * output_error(w, torch.from_numpy(kt4.dequantize(*quantize_rtn(w, "w"))), h)
+    error = _output_error(w[:, shuffle], _values(*moved), h[shuffle][:, shuffle])
+    assert error < 0.6 * _output_error(w, torch.from_numpy(kt4.dequantize(*quantize_rtn(w, "w"))), h)
 
 
 def test_inputs_that_are_not_finite_are_named():
