@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -38,12 +39,15 @@ def duration(seconds: float) -> str:
 
 
 def run(command: list, log: Path, what: str) -> None:
-    """Run a long command, its output in `log`, its ninja steps ([n/N]) as a line with percent and ETA."""
+    """Run a long command, its output in `log`, its ninja steps ([n/N]) as a line with percent and ETA.
+
+    Raises:
+        ToolError: when there is no such program, or it fails.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     start = last = time.monotonic()
     tty = sys.stdout.isatty()
-    with log.open("w") as f, subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                              text=True, errors="replace", cwd=ROOT) as process:
+    with log.open("w") as f, _start([str(c) for c in command], what) as process:
         assert process.stdout is not None
         for line in process.stdout:
             f.write(line)
@@ -63,6 +67,16 @@ def run(command: list, log: Path, what: str) -> None:
         shown = log.relative_to(ROOT) if log.is_relative_to(ROOT) else log  # a build may lie anywhere
         raise ToolError(f"{what} failed; the end of {shown}:\n{tail}")
     print(f"   {what}: {duration(time.monotonic() - start)}", flush=True)
+
+
+def _start(command: list[str], what: str) -> subprocess.Popen:
+    # set_up puts cmake and ninja into .venv where the machine has none
+    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                                cwd=ROOT, env={**os.environ, "PATH": path})
+    except FileNotFoundError:
+        raise ToolError(f"{what}: {command[0]} is not there, neither in {BIN} nor on the PATH: install it") from None
 
 
 def fingerprint(names: tuple[str, ...], settings: object) -> str:

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 
 from kurtail_gguf import native
+from kurtail_gguf.calibration.texts import read_texts
+from kurtail_gguf.calibration.tokens import load_tokenizer, tokenize
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -37,6 +39,22 @@ def test_a_checkpoint_is_converted_twice_and_measured(gpu_check, tiny_spm, text,
     assert card["perplexity"] == cpu["perplexity"] > 1
     assert card["seconds"].keys() == cpu["seconds"].keys() >= {"rotations", "quantize", "export"}
     assert card["device"] == cpu["device"] == "cpu" and not card["resumed"]
+    assert card["kurtail"]["tune_steps"] == gpu_check.LEARNED_STEPS
+
+
+def test_the_default_text_is_enough_to_learn_from(gpu_check, smollm2, tmp_path) -> None:
+    text = gpu_check.default_text(tmp_path)
+    gpu_check.check_text(text, learn=True)
+    ids = tokenize(read_texts((str(text),)), load_tokenizer(smollm2), gpu_check.LEARNED_TOKENS)
+    assert ids.size == gpu_check.LEARNED_TOKENS
+
+
+def test_a_file_agrees_with_itself(gpu_check, converted, tiny_spm, text, tmp_path) -> None:
+    place = gpu_check.Place(native.executable("llama-perplexity").parent, "CPU", tmp_path)
+    logits = gpu_check.check_logits(place, converted(tiny_spm, "--rotation", "hadamard", "--weights", "rtn"), text)
+    # the base is kept in 16 bits
+    assert logits["kld"] == pytest.approx(0, abs=1e-3) and logits["loss"] == pytest.approx(0, abs=1e-3)
+    assert logits["top1"] > 99
 
 
 def test_a_model_that_cannot_be_learned_is_one_line(gpu_check, text, tmp_path) -> None:
