@@ -1,6 +1,7 @@
 """What a rotation is learned for: losses of rotated activations, smaller is better.
 
-To add one: a function ``[..., n] -> scalar`` and a row in :data:`OBJECTIVES`.
+To add one: a function ``[..., n] -> scalar``, a row in :data:`OBJECTIVES`, and its name where rotations are chosen,
+:mod:`kurtail_gguf.rotation_choice`.
 """
 
 from __future__ import annotations
