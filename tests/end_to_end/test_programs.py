@@ -117,6 +117,11 @@ def test_bench_names_the_type(program, model) -> None:
     assert re.search(r"--cache-type-k <t> +\(default: auto\)", done.stdout), done.stdout
 
 
+def test_licences_are_installed_with_the_programs(runtime) -> None:
+    for name in ("llama.cpp", "cpp-httplib", "jsonhpp"):
+        assert "Permission is hereby granted" in (runtime / "licenses" / f"LICENSE-{name}").read_text(encoding="utf-8")
+
+
 def test_a_control_vector_is_taken_with_a_warning(program, model, tmp_path) -> None:
     path = tmp_path / "vector.gguf"
     width = read_gguf(model).metadata["llama.embedding_length"]
