@@ -113,7 +113,13 @@ class GgufInfo:
 
     @property
     def architecture(self) -> str:
-        """``general.architecture``: prefix of the hyper-parameters' keys."""
+        """``general.architecture``: prefix of the hyper-parameters' keys.
+
+        Raises:
+            GgufError: the file has no such key.
+        """
+        if "general.architecture" not in self.metadata:
+            raise GgufError(f"{self.path} does not say what it is: key general.architecture is missing")
         return str(self.metadata["general.architecture"])
 
     def hyper(self, key: str) -> Any:

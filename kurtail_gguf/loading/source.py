@@ -89,13 +89,13 @@ def _read_header(gguf: Path) -> GgufInfo:
     """Keys and names of tensors, before anything is loaded, of a file that can be complete."""
     try:
         info = read_gguf(gguf)
+        key = f"{info.architecture}.rope.scaling.type"
     except KurtailError as error:  # bad input: convert keeps nothing of it, as of every SourceError
         raise SourceError(str(error)) from error
     parts = info.metadata.get("split.count", 0)  # llama-gguf-split leaves a 0 in what it has merged
     if isinstance(parts, int) and parts > 1:
         raise SourceError(f"{gguf} is one of {parts} parts of a model: merge them with llama-gguf-split --merge first")
     scaling = [f"tensor {tensor.name}" for tensor in info.tensors if tensor.name in _ROPE_SCALING]
-    key = f"{info.architecture}.rope.scaling.type"
     if info.metadata.get(key, "none") != "none":
         scaling.append(f"key {key} ({info.metadata[key]})")
     if scaling:

@@ -64,6 +64,11 @@ def test_what_a_file_runs_as(keys, type_id, bits, word):
     assert (info.runtime_bits, info.runs_as) == (bits, word)
 
 
+def test_a_file_that_does_not_say_what_it_is():
+    with pytest.raises(GgufError, match="x.gguf does not say what it is: key general.architecture is missing"):
+        GgufInfo(Path("x.gguf"), {}, ()).hyper("block_count")
+
+
 def test_bits_per_weight():
     tensors = [
         TensorInfo("blk.0.attn_q.weight", ggml.KT4, "kt4", (64, 64), 64 * 34, 0),
