@@ -30,8 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A kill or a power failure leaves ``path`` as it was or complete; an error or an interruption leaves no scratch file
     behind, and a kill's goes with the next writing of the same file.
     """
-    _remove_abandoned(path)
-    scratch = path.with_name(f".kurtail-{path.name}-{os.getpid()}.tmp")
+    scratch = scratch_beside(path)
     try:
         yield scratch
         publish(scratch, path)
@@ -39,12 +38,14 @@ def replacing(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def _remove_abandoned(path: Path) -> None:
-    for scratch in path.parent.glob(f".kurtail-{glob.escape(path.name)}-*.tmp"):
-        process = scratch.name.removesuffix(".tmp").rpartition("-")[2]
+def scratch_beside(path: Path) -> Path:
+    """A hidden name of this process's beside ``path``. What runs that were killed left of the same file is removed."""
+    for left in path.parent.glob(f".kurtail-{glob.escape(path.name)}-*.tmp"):
+        process = left.name.removesuffix(".tmp").rpartition("-")[2]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             with suppress(OSError):  # another user's, where many write
-                scratch.unlink()
+                left.unlink()
+    return path.with_name(f".kurtail-{path.name}-{os.getpid()}.tmp")
 
 
 def publish(scratch: Path, target: Path) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 from safetensors import SafetensorError, safe_open
 
 from kurtail_gguf import vendored
 from kurtail_gguf.config import TOOL, Provenance
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.files import publish
+from kurtail_gguf.files import publish, scratch_beside
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.progress import Progress
 
@@ -142,8 +139,7 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
     target = out.resolve()
     if target.is_dir():
         raise ExportError(f"cannot write {out}: it is a directory")
-    _remove_abandoned(target)
-    beside = target.parent / f".kurtail-{target.name}-{os.getpid()}.partial"
+    beside = scratch_beside(target)
     try:
         beside.touch()
     except OSError as error:
@@ -156,14 +152,6 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
             raise ExportError(f"cannot write {out}: {error.strerror}") from None
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what runs that were killed left of the same file."""
-    for path in target.parent.glob(f".kurtail-{glob.escape(target.name)}-*.partial"):
-        process = path.name.removesuffix(".partial").rpartition("-")[2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            path.unlink(missing_ok=True)
 
 
 def _count_tensors(quantized: Path) -> int:
