@@ -18,7 +18,8 @@ struct kurtail_model {
     bool active = false; // the file has kurtail keys, and is not written for stock llama.cpp
 
     // Reads and checks the keys, sets the activation precision of every block linear in model.prec_policy and makes
-    // the R4 matrices, each where the weights are that it stands before. Called once all tensors are known, before their data is read.
+    // the R4 matrices, each where the weights are that it stands before. Called once all tensors are known, before their
+    // data is read.
     // Throws std::runtime_error with key, value and limit where the runtime cannot do what the file asks.
     void load(const llama_model_loader & ml, llama_model & model);
 
