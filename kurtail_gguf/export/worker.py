@@ -23,7 +23,7 @@ from safetensors import safe_open
 from kurtail_gguf import ggml, vendored
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.formats.targets import BLOCK_FORMATS
-from kurtail_gguf.gguf_info import PROVENANCE_KEYS
+from kurtail_gguf.gguf_info import K_OFFSET, PROVENANCE_KEYS
 from kurtail_gguf.row_file import RowFile
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -107,6 +107,7 @@ def quantized_model_class(
     files: QuantizedFiles,
     provenance: dict[str, Any],
     eight_bit: list[str],
+    k_offset: list[float] | None,
     library: ggml.GgmlBase,
     send: Send,
 ) -> type:
@@ -117,6 +118,7 @@ def quantized_model_class(
         files: the quantized tensors.
         provenance: fields of config.Provenance.
         eight_bit: packed linears that are listed for 8-bit activations; all of them where that is the general rule.
+        k_offset: the key of that name (docs/format.md), or None.
         library: quantizes the embedding and the output.
         send: reports each tensor as it is written or handed over.
     """
@@ -191,13 +193,24 @@ def quantized_model_class(
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
             for field, key, kind in PROVENANCE_KEYS:
-                # not add_string and so on: those leave out empty strings
-                self.gguf_writer.add_key_value(key, provenance[field], gguf.GGUFValueType[kind.upper()])
+                self._add_key(key, provenance[field], kind)
+            if k_offset is not None:
+                self._add_key(K_OFFSET, k_offset, "float32[]")
             listed = files.expert_groups() if provenance["activation_bits"] == 8 else eight_bit
             if provenance["target"] == "kurtail" and listed:
                 # upstream's own keys for what a backend may not round to 4 bits
                 names = sorted(self.map_tensor_name(name) for name in listed)
                 self.gguf_writer.add_tensor_extra_prec_a4(names, [False] * len(names))
+
+        def _add_key(self, key: str, value: Any, kind: str) -> None:
+            element = gguf.GGUFValueType[kind.removesuffix("[]").upper()]
+            if value is None:
+                return  # not known
+            if kind.endswith("[]"):
+                self.gguf_writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, element)
+            else:
+                # not add_string and so on: those leave out empty strings
+                self.gguf_writer.add_key_value(key, value, element)
 
     return Quantized
 
@@ -208,7 +221,7 @@ def write_quantized(request: dict[str, Any], send: Send) -> None:
     files = QuantizedFiles(Path(request["quantized"]))
     base = _model_class(source)
     provenance = request["provenance"]
-    model_class = quantized_model_class(base, files, provenance, request["eight_bit"], ggml.GgmlBase(), send)
+    model_class = quantized_model_class(base, files, provenance, request["eight_bit"], request["k_offset"], ggml.GgmlBase(), send)
     # upstream numbers a file's type as its tensors' for both of ours, and for float32
     file_type = 0 if provenance["weights"] == "f32" else BLOCK_FORMATS[provenance["target"]].type_id
     _write(model_class(source, gguf.LlamaFileType(file_type), out), out)
