@@ -96,7 +96,7 @@ def test_in_four_bits_it_makes_sense(kind, family, expected, tokens, text, tmp_p
     out, right = tmp_path / "out.gguf", expected(kind)
     config = ConvertConfig(str(family(kind)), out, rotation="hadamard", calibration=(str(text),), calibration_tokens=1024)
     convert(config, NullProgress())
-    assert read_gguf(out).runs_as == "W4A4KV4"
+    assert read_gguf(out).runs_as in ("W4A4KV4", "W4A4KV4+8")
     found = runtime_log_probabilities(out, tokens)
     here, elsewhere = mean_divergence(right, found), mean_divergence(right, np.roll(found, 1, axis=0))
     print(f"{kind} in four bits: divergence {here:.3f}, from the next position's {elsewhere:.3f}")
