@@ -3,7 +3,8 @@
 Hyper-parameters, vocabulary, special tokens and chat template are upstream's business: the model
 class that ``conversion`` has for the architecture runs unchanged on the source directory. Only the
 tensors come from elsewhere. A subclass replaces the list of tensors by the quantized ones; packed
-rows go to the writer as they are, the rest (norms, biases) takes upstream's way.
+rows go to the writer as they are, the rest (norms, biases) takes upstream's way. Of a directory
+that was unpacked from a GGUF file another subclass copies the vocabulary as that file has it.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
         progress: told about downloads and conversions.
 
     Raises:
-        SourceError: nothing of that name, a download that failed, a GGUF that cannot be read, is one of several
-            parts, lacks a tensor or has one that transformers drops; the message names it.
+        SourceError: nothing of that name, a download that failed, a disk too small, a GGUF that cannot be read, is one
+            of several parts, lacks a tensor or has one that transformers drops; the message names it.
     """
     path = Path(model)
     if path.is_dir():
