@@ -276,6 +276,10 @@ def _with_vocabulary(base: type, keys: Path) -> type:
 
         def set_vocab(self) -> None:
             reader = gguf.GGUFReader(keys)
+            tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+            for name in (f"tokenizer.ggml.{end}_token_id" for end in ("bos", "eos")):
+                if name in reader.fields and not 0 <= (number := reader.fields[name].contents()) < tokens:
+                    raise KurtailError(f"{keys}: {name} {number} is not in the vocabulary of {tokens} tokens")
             for name in reader.fields:
                 if name.startswith("tokenizer."):
                     copy_key(reader, name, self.gguf_writer)

@@ -11,6 +11,7 @@ import pytest
 
 from kurtail_gguf import native
 from kurtail_gguf.errors import KurtailError, SourceError
+from kurtail_gguf.export import check_vocabulary
 from kurtail_gguf.gguf_info import UNPACKED_KEYS, read_gguf
 from kurtail_gguf.loading import source as sources
 from kurtail_gguf.loading.source import resolve_source
@@ -190,6 +191,20 @@ def test_a_gguf_that_an_earlier_version_unpacked_is_unpacked_again(tmp_path, rec
     (source / UNPACKED_KEYS).unlink()
     resolve_source(str(path), tmp_path / "work", recorder)
     assert len(recorder.stages) == 2 and (source / UNPACKED_KEYS).exists()
+
+
+@needs_runtime
+def test_the_end_of_text_of_a_gguf_must_be_in_its_vocabulary(tmp_path):
+    _write_gguf(tmp_path / "model.gguf")
+    source = resolve_source(str(tmp_path / "model.gguf"), tmp_path / "work", NullProgress())
+    check_vocabulary(source)
+    writer = gguf.GGUFWriter(source / UNPACKED_KEYS, "llama")
+    writer.add_token_list(["a", "b"])
+    writer.add_eos_token_id(2)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    with pytest.raises(KurtailError, match="eos_token_id 2 is not in the vocabulary of 2 tokens"):
+        check_vocabulary(source)
 
 
 @needs_runtime
