@@ -52,6 +52,10 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("calibration_sha256", "kurtail.calibration.sha256", "string"),
 )
 
+#: In an HF directory that was unpacked from a GGUF file: that file's keys. The vocabulary of whatever is written from the
+#: directory is copied from it.
+UNPACKED_KEYS = "unpacked-from.gguf"
+
 #: what it means that a file lacks a key: it was written before there was one
 _BEFORE_THE_KEY: Mapping[str, Any] = MappingProxyType(
     {

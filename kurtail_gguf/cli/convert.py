@@ -33,6 +33,7 @@ from kurtail_gguf.config import (
     Provenance,
     not_with_stock,
 )
+from kurtail_gguf.loading.recipes import prefer_original
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.resources import peak_memory
 
@@ -142,7 +143,7 @@ def convert_command(
     """Convert MODEL to a 4-bit GGUF file.
 
     MODEL is a Hugging Face directory, a GGUF file that transformers can read, or the name of a known
-    model (smollm2-135m). An interrupted run goes on where it was when the same line is typed again.
+    model (smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b). An interrupted run goes on where it was when the same line is typed again.
     """
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.export import read_gguf
@@ -170,6 +171,8 @@ def convert_command(
         click.echo(line)
     if result.warning is not None:
         click.echo(f"warning: {result.warning}", err=True)
+    if (original := prefer_original(model)) is not None:
+        click.echo(original)
     if config.report is not None:
         click.echo(f"wrote {config.report}: open it in a browser")
     click.echo(f"run it with: llama-cli -m {click.format_filename(result.out)}")

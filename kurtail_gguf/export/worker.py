@@ -3,7 +3,8 @@
 Hyper-parameters, vocabulary, special tokens and chat template are upstream's business: the model
 class that ``conversion`` has for the architecture runs unchanged on the source directory. Only the
 tensors come from elsewhere. A subclass replaces the list of tensors by the quantized ones; packed
-rows go to the writer as they are, the rest (norms, biases) takes upstream's way.
+rows go to the writer as they are, the rest (norms, biases) takes upstream's way. Of a directory
+that was unpacked from a GGUF file another subclass copies the vocabulary as that file has it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from safetensors import safe_open
 
 from kurtail_gguf import ggml, vendored
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.export.header_worker import copy_key
 from kurtail_gguf.formats.targets import BLOCK_FORMATS
-from kurtail_gguf.gguf_info import K_OFFSET, PROVENANCE_KEYS
+from kurtail_gguf.gguf_info import K_OFFSET, PROVENANCE_KEYS, UNPACKED_KEYS
 from kurtail_gguf.row_file import RowFile
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -270,7 +272,32 @@ def _widest_matrix_type(model: Any) -> gguf.LlamaFileType:
 def _model_class(source: Path) -> type:
     hparams = conversion.ModelBase.load_hparams(source, False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
-    return conversion.get_model_class(architecture)
+    base = conversion.get_model_class(architecture)
+    keys = source / UNPACKED_KEYS
+    return _with_vocabulary(base, keys) if keys.is_file() else base
+
+
+def _with_vocabulary(base: type, keys: Path) -> type:
+    """A subclass of upstream's model class whose vocabulary is that of a GGUF file, key for key.
+
+    The tokenizer that transformers makes of a GGUF has lost the scores of SentencePiece, the types of tokens and flags,
+    which upstream would then write as it guesses them.
+    """
+
+    class Unpacked(base):  # type: ignore[misc, valid-type]
+        model_arch = base.model_arch
+
+        def set_vocab(self) -> None:
+            reader = gguf.GGUFReader(keys)
+            tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+            for name in (f"tokenizer.ggml.{end}_token_id" for end in ("bos", "eos")):
+                if name in reader.fields and not 0 <= (number := reader.fields[name].contents()) < tokens:
+                    raise KurtailError(f"{keys}: {name} {number} is not in the vocabulary of {tokens} tokens")
+            for name in reader.fields:
+                if name.startswith("tokenizer."):
+                    copy_key(reader, name, self.gguf_writer)
+
+    return Unpacked
 
 
 def _write(model: Any, out: Path) -> None:

