@@ -149,10 +149,11 @@ def _fill(
     tokenize: Tokenize, haystack: Haystack, length: int, depths: Sequence[float], facts: Sequence[Fact]
 ) -> Context:
     """The context with as many words as there is room for."""
+    longest = max(facts, key=lambda fact: len(tokenize(fact.question + fact.answer)))
 
-    def size(count: int) -> int:
+    def size(count: int, asked: Sequence[Fact] = (longest,)) -> int:
         told = haystack.tell(count, facts, depths)
-        return max(len(tokenize(told + fact.question + fact.answer)) for fact in facts)
+        return max(len(tokenize(told + fact.question + fact.answer)) for fact in asked)
 
     if (least := size(0)) > length:
         raise KurtailError(
@@ -168,8 +169,10 @@ def _fill(
             f"the whole text with the facts has {most} tokens, --retrieval-lengths asks for {length}: give a longer "
             f"--retrieval-text or smaller lengths"
         )
-    # the first count that does not fit has a predecessor that was seen to
     count = bisect_right(range(1, high + 1), length, key=size)
+    # another question may be longer behind the text than by itself
+    while count and size(count, facts) > length:
+        count -= 1
     return _context(tokenize, haystack.tell(count, facts, depths), length, facts)
 
 
