@@ -84,22 +84,76 @@ def test_bindings_load_our_library(runtime) -> None:
     assert Path(done.stdout.strip()).parent == runtime / "lib"
 
 
+def post(port: int, path: str, body: dict) -> dict:
+    """What a server answers to a JSON object, once it has loaded its model."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    for _ in range(300):  # it listens before the model is loaded
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, error.read()
+            time.sleep(0.2)
+    raise AssertionError("the server does not load its model")
+
+
 def test_server_chats(model) -> None:
     with serving("llama-server", "-m", model, "-c", "512") as port:
         body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "temperature": 0}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        for _ in range(300):  # it listens before the model is loaded
-            try:
-                with urllib.request.urlopen(request, timeout=120) as response:
-                    answer = json.load(response)
-                break
-            except urllib.error.HTTPError as error:
-                assert error.code == 503
-                time.sleep(0.2)
+        answer = post(port, "v1/chat/completions", body)
     assert answer["choices"][0]["message"]["content"].strip()
     assert answer["usage"]["completion_tokens"] <= 8
+
+
+REMINDER = {
+    "type": "object",
+    "properties": {
+        "task": {"type": "string"},
+        "weekday": {"enum": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]},
+        "hour": {"type": "integer"},
+    },
+    "required": ["task", "weekday", "hour"],
+    "additionalProperties": False,
+}  # fmt: skip
+
+
+def reminder(text: str) -> dict:
+    """An object that the schema above allows; anything else fails."""
+    found = json.loads(text)
+    assert set(found) == set(REMINDER["required"]), found
+    assert found["weekday"] in REMINDER["properties"]["weekday"]["enum"]
+    assert isinstance(found["task"], str) and type(found["hour"]) is int
+    return found
+
+
+def ask_for_reminder(port: int, document: str) -> tuple[dict, dict]:
+    """What a server makes of a wish behind a document of 4,000 tokens: as a tool call, and as an answer with a schema."""
+    tokens = post(port, "tokenize", {"content": document})["tokens"]
+    assert len(tokens) >= 4000
+    document = post(port, "detokenize", {"tokens": tokens[:4000]})["content"]
+    wish = "Set a reminder to call the dentist, on Thursday at 15 o'clock."
+    messages = [{"role": "user", "content": f"{document}\n\nThat was a document. {wish}"}]
+    common = {"messages": messages, "max_tokens": 256, "temperature": 0}
+    function = {"name": "set_reminder", "description": "Set a reminder.", "parameters": REMINDER}
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    schema = {"response_format": {"type": "json_schema", "json_schema": {"name": "reminder", "schema": REMINDER}}}
+    called, answered = (post(port, "v1/chat/completions", common | how) for how in (tools, schema))
+    assert min(one["usage"]["prompt_tokens"] for one in (called, answered)) > 4000
+    (call,) = called["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "set_reminder" and called["choices"][0]["finish_reason"] == "tool_calls"
+    assert answered["choices"][0]["finish_reason"] == "stop"
+    return reminder(call["function"]["arguments"]), reminder(answered["choices"][0]["message"]["content"])
+
+
+def test_server_calls_tools_behind_a_long_prompt(converted, qwen, text) -> None:
+    """The grammar sees to the form, if the model ends in time; that it got the wish needs a cache that holds 4,000 tokens."""
+    path = converted(qwen, *HADAMARD, "--activations", "8")
+    with serving("llama-server", "-m", path, "-c", "4608", "-np", "1", "--jinja") as port:
+        called, answered = ask_for_reminder(port, text.read_text(encoding="utf-8"))
+    for found in (called, answered):
+        assert (found["weekday"], found["hour"]) == ("Thursday", 15) and "dentist" in found["task"].lower()
 
 
 def test_rpc_serves_the_type(program, model) -> None:
