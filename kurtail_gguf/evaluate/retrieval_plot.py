@@ -67,10 +67,11 @@ def retrieval_figure(panels: Mapping[str, RetrievalResult]) -> Figure:
         axes.set_title(textwrap.fill(title, _TITLE), fontsize="medium")
         axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
-        axes.tick_params(labelbottom=True, labelleft=True, length=0)
-    figure.supxlabel("tokens of the context")
-    figure.supylabel("depth of the code")
-    bar = figure.colorbar(image, ax=grid, extend="min")
-    bar.set_label(f"log-likelihood of the right code, nats\n(a guess has {GUESS:.1f})")
-    figure.suptitle("Codes found in a long text")
+        # below a panel there may be none, at its left there always is one
+        axes.tick_params(labelbottom=True, length=0)
+    figure.supxlabel("tokens of the context", fontsize="medium")
+    figure.supylabel("depth of the code", fontsize="medium")
+    bar = figure.colorbar(image, ax=grid, extend="min", pad=0.02, aspect=20 * rows)
+    bar.set_label(f"log-likelihood of the right code, nats\n(a guess has \N{MINUS SIGN}{-GUESS:.1f})")
+    figure.suptitle("Codes found in a long text", fontsize="large")
     return figure
