@@ -93,8 +93,8 @@ def eval_command(
     """Measure GGUF files with the shipped runtime.
 
     Perplexity (--text) is what llama-perplexity gives, with the cache that the file asks for or those of
-    --cache-type. With a reference, the mean KL divergence from it (KLD, in nats) and how often both agree on the likeliest token
-    (top-1) are measured as well. MMLU (--mmlu) is the share of questions whose right answer is the likeliest.
+    --cache-type. With a reference, the mean KL divergence from it (KLD, in nats) and how often both agree on the
+    likeliest token (top-1) are measured as well. MMLU (--mmlu) is the share of questions whose right answer is the likeliest.
     Tasks (--tasks) are EleutherAI's, run by their own harness on the shipped runtime. Retrieval (--retrieval)
     asks at the end of a long text for codes that were told in it.
     """
@@ -139,10 +139,10 @@ def eval_command(
 
     report = measure(files, request, reference, make_progress(console), tell, options["allow_pickle"])
     print_report(report, Console())
-    if plot is not None:
-        draw_retrieval(plot, retrieval_panels(report))
     if json_path is not None:
         write_json(json_path, report.to_json())
+    if plot is not None:
+        draw_retrieval(plot, retrieval_panels(report))
     if card:
         count = len(request.caches)
         rows = ((file, report.models[i * count : (i + 1) * count], ()) for i, file in enumerate(files))

@@ -107,53 +107,62 @@ def test_server_chats(model) -> None:
     assert answer["usage"]["completion_tokens"] <= 8
 
 
-REMINDER = {
-    "type": "object",
-    "properties": {
-        "task": {"type": "string"},
-        "weekday": {"enum": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]},
-        "hour": {"type": "integer"},
-    },
-    "required": ["task", "weekday", "hour"],
-    "additionalProperties": False,
-}  # fmt: skip
+WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+#: Parameters of the tools that a model may call: name, type or choices.
+TOOLS = {
+    "set_reminder": {"task": {"type": "string"}, "weekday": {"enum": WEEKDAYS}, "hour": {"type": "integer"}},
+    "get_weather": {"city": {"type": "string"}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+}
 
 
-def reminder(text: str) -> dict:
-    """An object that the schema above allows; anything else fails."""
+def closed(properties: dict) -> dict:
+    """The schema of an object that has these and no others."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def call_of(text: str) -> tuple[str, dict]:
+    """Name and arguments of a call that the tools allow; anything else fails."""
     found = json.loads(text)
-    assert set(found) == set(REMINDER["required"]), found
-    assert found["weekday"] in REMINDER["properties"]["weekday"]["enum"]
-    assert isinstance(found["task"], str) and type(found["hour"]) is int
-    return found
+    assert set(found) == {"name", "arguments"} and found["name"] in TOOLS, text
+    parameters = TOOLS[found["name"]]
+    assert set(found["arguments"]) == set(parameters), text
+    for name, value in found["arguments"].items():
+        allowed = parameters[name].get("enum")
+        assert value in allowed if allowed else type(value) is {"string": str, "integer": int}[parameters[name]["type"]], text
+    return found["name"], found["arguments"]
 
 
-def ask_for_reminder(port: int, document: str) -> tuple[dict, dict]:
-    """What a server makes of a wish behind a document of 4,000 tokens: as a tool call, and as an answer with a schema."""
+def call_behind_a_document(port: int, document: str, wish: str) -> tuple[str, dict]:
+    """The tool that a server's model calls, by JSON schema, where a document of 4,000 tokens stands before the wish."""
     tokens = post(port, "tokenize", {"content": document})["tokens"]
     assert len(tokens) >= 4000
     document = post(port, "detokenize", {"tokens": tokens[:4000]})["content"]
-    wish = "Set a reminder to call the dentist, on Thursday at 15 o'clock."
-    messages = [{"role": "user", "content": f"{document}\n\nThat was a document. {wish}"}]
-    common = {"messages": messages, "max_tokens": 256, "temperature": 0}
-    function = {"name": "set_reminder", "description": "Set a reminder.", "parameters": REMINDER}
-    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
-    schema = {"response_format": {"type": "json_schema", "json_schema": {"name": "reminder", "schema": REMINDER}}}
-    called, answered = (post(port, "v1/chat/completions", common | how) for how in (tools, schema))
-    assert min(one["usage"]["prompt_tokens"] for one in (called, answered)) > 4000
-    (call,) = called["choices"][0]["message"]["tool_calls"]
-    assert call["function"]["name"] == "set_reminder" and called["choices"][0]["finish_reason"] == "tool_calls"
-    assert answered["choices"][0]["finish_reason"] == "stop"
-    return reminder(call["function"]["arguments"]), reminder(answered["choices"][0]["message"]["content"])
+    system = f'Answer with a call of one of these tools, {{"name": …, "arguments": …}}:\n{json.dumps(TOOLS)}'
+    calls = [closed({"name": {"const": name}, "arguments": closed(parameters)}) for name, parameters in TOOLS.items()]
+    body = {
+        "messages": [
+            {"role": "system", "content": system},
+            {"role": "user", "content": f"{document}\n\nThat was a document. {wish}"},
+        ],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "call", "schema": {"anyOf": calls}}},
+        "max_tokens": 256, "temperature": 0,
+    }  # fmt: skip
+    answer = post(port, "v1/chat/completions", body)
+    assert answer["usage"]["prompt_tokens"] > 4000
+    assert answer["choices"][0]["finish_reason"] == "stop", answer
+    return call_of(answer["choices"][0]["message"]["content"])
 
 
-def test_server_calls_tools_behind_a_long_prompt(converted, qwen, text) -> None:
-    """The grammar sees to the form, if the model ends in time; that it got the wish needs a cache that holds 4,000 tokens."""
+def test_tools_are_called_by_schema_behind_a_long_prompt(converted, qwen, text) -> None:
+    """The schema sees to the form if the model comes to an end; the right call needs a cache that still holds the prompt."""
     path = converted(qwen, *HADAMARD, "--activations", "8")
-    with serving("llama-server", "-m", path, "-c", "4608", "-np", "1", "--jinja") as port:
-        called, answered = ask_for_reminder(port, text.read_text(encoding="utf-8"))
-    for found in (called, answered):
-        assert (found["weekday"], found["hour"]) == ("Thursday", 15) and "dentist" in found["task"].lower()
+    with serving("llama-server", "-m", path, "-c", "4608", "-np", "1") as port:
+        document = text.read_text(encoding="utf-8")
+        name, reminder = call_behind_a_document(port, document, "Remind me to call the dentist on Thursday at 15 o'clock.")
+        assert (name, reminder["weekday"], reminder["hour"]) == ("set_reminder", "Thursday", 15)
+        assert "dentist" in reminder["task"].lower()
+        name, place = call_behind_a_document(port, document, "How warm is it in Lisbon, in celsius?")
+        assert (name, place) == ("get_weather", {"city": "Lisbon", "unit": "celsius"})
 
 
 def test_rpc_serves_the_type(program, model) -> None:
