@@ -185,7 +185,8 @@ def _values(result: ModelResult) -> dict[str, str]:
     if result.tasks is not None:
         values |= {f"{metric.task}: {metric.name}, {metric.filter}": metric.text for metric in result.tasks.metrics()}
     if result.retrieval is not None:
-        values |= {f"retrieval, {cell.length} tokens, depth {100 * cell.depth:g} %": _found(cell) for cell in result.retrieval.cells}
+        cells = result.retrieval.cells
+        values |= {f"retrieval, {cell.length} tokens, depth {100 * cell.depth:g} %": _found(cell) for cell in cells}
     return values
 
 

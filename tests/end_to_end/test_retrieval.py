@@ -4,6 +4,7 @@ and the cache type that was asked for is the one that is used."""
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +47,7 @@ def test_log_likelihoods_are_transformers_own(tiny_spm, tiny_reference, text, re
 def test_a_context_goes_through_the_model_once(tiny_reference, text):
     request = RetrievalRequest(text, (600,), (0.1, 0.3, 0.5, 0.7, 0.9), 2)
     contexts = retrieval.build(tiny_reference, text.read_text(encoding="utf-8"), request)
-    asked = {
-        "path": str(tiny_reference), "cache": "file",
-        "contexts": [
-            {"prefix": one.prefix, "questions": [{"suffix": q.suffix, "answer": q.answer} for q in one.questions]} for one in contexts
-        ],
-    }  # fmt: skip
+    asked = {"path": str(tiny_reference), "cache": "file", "contexts": [asdict(one) for one in contexts]}
     computed = vendored.run("kurtail_gguf.evaluate.retrieval_worker", asked)
     questions = sum(len(q.suffix) + len(q.answer) for one in contexts for q in one.questions)
     assert computed <= sum(len(one.prefix) for one in contexts) + questions

@@ -134,7 +134,8 @@ def test_a_longer_question_than_by_itself_still_fits():
 
     def tokenize(text: str) -> list[int]:
         tokens = plain(text)
-        return [*tokens[:1], 0, 0, 0, 0, *tokens[1:]] if "Sentence" in text and f"\n\nThe access code of the {second}" in text else tokens
+        split = "Sentence" in text and f"\n\nThe access code of the {second}" in text
+        return [*tokens[:1], 0, 0, 0, 0, *tokens[1:]] if split else tokens
 
     (context,) = build_contexts(tokenize, TEXT, (200,), (0.2, 0.8), 1, 0)
     assert max(len(context.prefix) + len(one.suffix) + len(one.answer) for one in context.questions) <= 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import types
 from pathlib import Path
 
@@ -133,8 +134,7 @@ class _Model:
     def score(self, context, continuations):
         ((*answer,),) = continuations
         assert len(context) + len(answer) <= self.reserved
-        kept = next((i for i, pair in enumerate(zip(context, self.cached)) if pair[0] != pair[1]), min(len(context), len(self.cached)))
-        self.computed += len(context) - kept
+        self.computed += len(context) - len(os.path.commonprefix([list(context), self.cached]))
         self.cached = list(context)
         return [types.SimpleNamespace(log_likelihood=-float(answer[0]), greedy=answer[0] == 1)]
 
@@ -189,7 +189,8 @@ def test_a_row_and_a_column_for_each_cache_type():
     _, overview, cells = console.file.getvalue().split("┏")
     assert "a/m.gguf (cache f16)" in overview and "75.0 % (-14.50)" in overview
     head = next(line for line in cells.splitlines() if line.startswith("┃"))
-    assert [cell.strip() for cell in head.strip("┃").split("┃")] == ["context", "depth", "m.gguf (cache f16)", "m.gguf (cache q4_0)"]
+    names = [cell.strip() for cell in head.strip("┃").split("┃")]
+    assert names == ["context", "depth", "m.gguf (cache f16)", "m.gguf (cache q4_0)"]
     row = next(line for line in cells.splitlines() if "8192" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["8192", "10 %", "3/4 (-0.25)", "3/4 (-14.50)"]
     assert "a guess has -11.5" in cells
@@ -260,7 +261,8 @@ def files(monkeypatch):
     monkeypatch.setattr(GgufInfo, "runtime_bits", (4, 4))
     monkeypatch.setattr(GgufInfo, "runs_as", "W4A4+8KV4")
     monkeypatch.setattr(measurement.evaluate, "perplexity", noted("perplexity", Perplexity(20.0, 1.0)))
-    monkeypatch.setattr(measurement.evaluate, "divergence", noted("divergence", Divergence(Perplexity(20.0, 1.0), 0.1, 0.01, 0.9)))
+    divergence = Divergence(Perplexity(20.0, 1.0), 0.1, 0.01, 0.9)
+    monkeypatch.setattr(measurement.evaluate, "divergence", noted("divergence", divergence))
     monkeypatch.setattr(measurement.evaluate, "reference", _OpenReference)
     monkeypatch.setattr(retrieval, "build", lambda path, text, request: path)
     monkeypatch.setattr(retrieval, "retrieve", noted("retrieval", _result(-1.0)))
