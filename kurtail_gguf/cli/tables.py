@@ -62,7 +62,6 @@ def _overview(rows: list[tuple[str, ModelResult]]) -> Table:
         "KLD": [kld(row) for _, row in rows],
         "top-1": [top1(row) for _, row in rows],
         "MMLU": ["" if row.mmlu is None else percent(row.mmlu.micro) for _, row in rows],
-        "retrieval": ["" if row.retrieval is None else retrieved(row.retrieval) for _, row in rows],
         "bits/w": [f"{row.bits_per_weight:.2f}" for _, row in rows],
         "runs as": [row.runs_as for _, row in rows],
     }
@@ -102,11 +101,11 @@ def _retrieval(rows: list[tuple[str, ModelResult]]) -> Table:
     """Codes found, a row for each length and depth; every file was asked for the same."""
     asked = [(name, row.retrieval) for name, row in rows if row.retrieval is not None]
     cells = asked[0][1].cells
-    columns = {"depth": [f"{100 * cell.depth:g} %" for cell in cells]}
+    columns = {"depth": [*(f"{100 * cell.depth:g} %" for cell in cells), ""]}
     heads = _heads(name for name, _ in asked)
     for name, result in asked:
-        columns[heads[name]] = [cell_text(cell) for cell in result.cells]
-    table = _table("context", [str(cell.length) for cell in cells], columns)
+        columns[heads[name]] = [*(cell_text(cell) for cell in result.cells), retrieved(result)]
+    table = _table("context", [*(str(cell.length) for cell in cells), "all"], columns)
     table.caption = f"codes right, and mean log-likelihood of the right code in nats; a guess has {GUESS:.1f}"
     return table
 
