@@ -74,7 +74,7 @@ def compare_command(
     if json_path is not None:
         write_json(json_path, comparison.to_json())
     if card:
-        rows = ((Path(row.measured.path), row.measured, row.command) for row in comparison.methods)
+        rows = ((Path(row.measured.path), (row.measured,), row.command) for row in comparison.methods)
         write_cards(rows, comparison.reference, Request(text=request))
 
 
