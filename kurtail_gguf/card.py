@@ -176,6 +176,9 @@ def _values(result: ModelResult) -> dict[str, str]:
         values["mean KL divergence from the reference, nats"] = f"{result.kld_mean:.4f}"
     if result.top1_agreement is not None:
         values["same likeliest token as the reference"] = f"{100 * result.top1_agreement:.2f} %"
+    if result.cache_kld is not None:
+        values["mean KL divergence from the same file with an f16 cache, nats"] = f"{result.cache_kld:.4f}"
+        values["perplexity, divided by that with an f16 cache"] = f"{result.cache_perplexity:.4f}"
     if result.mmlu is not None:
         values["MMLU, micro average"] = _percent(result.mmlu.micro)
         values["MMLU, macro average"] = _percent(result.mmlu.macro)

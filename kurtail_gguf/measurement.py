@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from kurtail_gguf import evaluate
 from kurtail_gguf.bindings import require_bindings
 from kurtail_gguf.errors import ConfigError, KurtailError
 from kurtail_gguf.evaluate import harness, mmlu, retrieval
-from kurtail_gguf.evaluate.cache import CACHE_BITS, FILE, with_cache
+from kurtail_gguf.evaluate.cache import CACHE_BITS, F16, FILE, with_cache
 from kurtail_gguf.evaluate.harness import TasksRequest, TasksResult
 from kurtail_gguf.evaluate.mmlu import MmluResult
-from kurtail_gguf.evaluate.perplexity import check_scored
+from kurtail_gguf.evaluate.perplexity import Reference, check_scored
 from kurtail_gguf.evaluate.retrieval import RetrievalRequest, RetrievalResult
 from kurtail_gguf.export import export_reference
 from kurtail_gguf.gguf_info import GgufInfo, read_gguf
@@ -31,7 +32,7 @@ from kurtail_gguf.progress import Progress
 _VOCABULARY = "tokenizer.ggml.tokens"
 
 #: Keys of a result's JSON that are left out where they were not asked for.
-_ONLY_IF_ASKED = ("mmlu", "tasks", "retrieval", "cache")
+_ONLY_IF_ASKED = ("mmlu", "tasks", "retrieval", "cache", "cache_kld", "cache_perplexity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,21 @@ class MmluRequest:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to measure, at least one measurement, and with which cache types (:mod:`kurtail_gguf.evaluate.cache`)."""
+    """What to measure, at least one measurement, and with which cache types (:mod:`kurtail_gguf.evaluate.cache`).
+
+    ``cache_share`` asks what each of these caches alone costs on the text.
+    """
 
     text: TextRequest | None = None
     mmlu: MmluRequest | None = None
     tasks: TasksRequest | None = None
     retrieval: RetrievalRequest | None = None
     caches: tuple[str, ...] = (FILE,)
+    cache_share: bool = False
 
     def __post_init__(self) -> None:
+        if self.cache_share and self.text is None:
+            raise ConfigError("--cache-share compares what a file says to a text with two caches: give --text FILE")
         if not any((self.text, self.mmlu, self.tasks, self.retrieval)):
             raise ConfigError("nothing to measure: give --text, --mmlu, --tasks or --retrieval")
 
@@ -71,7 +78,8 @@ class Request:
 class ModelResult:
     """One file's row; None is what was not measured or does not apply. Field names are the JSON's.
 
-    ``cache`` is the type that was asked for; None where the file's own was not chosen by name.
+    ``cache`` is the type that was asked for; None where the file's own was not chosen by name. ``cache_kld`` is the mean
+    divergence from the same file with an f16 cache, in nats, ``cache_perplexity`` the perplexity divided by that one's.
     """
 
     path: str
@@ -87,6 +95,8 @@ class ModelResult:
     tasks: TasksResult | None = None
     retrieval: RetrievalResult | None = None
     cache: str | None = None
+    cache_kld: float | None = None
+    cache_perplexity: float | None = None
 
     @property
     def name(self) -> str:
@@ -105,6 +115,11 @@ class _Subject:
 
     info: GgufInfo
     cache: str = FILE
+
+    @property
+    def has_f16_cache(self) -> bool:
+        """Whether that is an f16 cache, of keys and values in all layers."""
+        return self.cache == F16 or (self.cache == FILE and self.info.runtime_bits[1] == CACHE_BITS[F16])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +157,7 @@ def measure(
     Raises:
         KurtailError: a bad file, text, directory of questions or reference.
     """
-    questions, haystack = check(request, divergence=reference is not None)
+    questions, haystack = check(request, divergence=reference is not None or request.cache_share)
     infos = [read_gguf(path) for path in files]
     _check_lengths(infos, request)
     with ExitStack() as stack:
@@ -158,8 +173,11 @@ def measure(
             # all of them before anything is measured: the text may be too short for one of the vocabularies
             paths = dict.fromkeys(subject.info.path for subject in subjects)
             contexts = {path: retrieval.build(path, haystack, request.retrieval) for path in paths}
-        if request.text is not None:
+        if request.text is not None and (reference is not None or not request.cache_share):
             results = _perplexities(subjects, results, request.text, reference is not None, progress, tell)
+        if request.cache_share:
+            own = slice(0 if reference is None else 1, None)
+            results[own] = _cache_shares(subjects[own], results[own], request.text, progress, tell)
         if questions:
             results = [
                 replace(result, mmlu=mmlu.score(subject.info.path, questions, progress, subject.cache))
@@ -191,7 +209,7 @@ def check(request: Request, divergence: bool) -> tuple[tuple[mmlu.Subject, ...],
 
     Args:
         request: what to measure.
-        divergence: whether there will be a reference.
+        divergence: whether a divergence will be measured.
 
     Raises:
         KurtailError: no such text, no such questions, too little to score, no bindings.
@@ -255,6 +273,38 @@ def _perplexities(
                 )
             )
     return rows
+
+
+def _cache_shares(
+    subjects: list[_Subject],
+    results: list[ModelResult],
+    text: TextRequest,
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> list[ModelResult]:
+    """The results with what each cache alone costs, and with perplexities where they have none yet.
+
+    A file is its own reference, run once with an f16 cache for all of its cache types.
+    """
+    rows = []
+    for path, pairs in groupby(zip(subjects, results, strict=True), key=lambda pair: pair[0].info.path):
+        group = list(pairs)
+        vocabulary = _vocabulary_size(group[0][0].info)
+        with evaluate.reference(path, vocabulary, text.path, text.context, text.chunks, progress, tell, F16) as base:
+            rows += [_cache_share(subject, result, base, text, progress) for subject, result in group]
+    return rows
+
+
+def _cache_share(
+    subject: _Subject, result: ModelResult, base: Reference, text: TextRequest, progress: Progress
+) -> ModelResult:
+    kld, measured = 0.0, base.perplexity
+    if not subject.has_f16_cache:
+        found = evaluate.divergence(subject.info.path, base, text.path, text.chunks, progress, subject.cache)
+        kld, measured = found.kld_mean, found.perplexity
+    if result.perplexity is None:
+        result = replace(result, perplexity=measured.value, perplexity_stderr=measured.stderr)
+    return replace(result, cache_kld=kld, cache_perplexity=measured.value / base.perplexity.value)
 
 
 def _reference(name: str, allow_pickle: bool, stack: ExitStack, progress: Progress) -> GgufInfo:

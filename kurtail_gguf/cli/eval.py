@@ -74,6 +74,11 @@ def _cache_type(name: str) -> str:
     help=f"Measure with keys and values cached in each of these types: {FILE} (what the file asks for), {', '.join(CACHE_BITS)}.",
 )
 @click.option(
+    "--cache-share", is_flag=True,
+    help="Measure on --text what each of these caches alone costs: divergence from the same file with an f16 cache, and "
+    "perplexity divided by that one's.",
+)
+@click.option(
     "--reference", default=None,
     help="Measure this as well, and the divergence from it: a Hugging Face directory, a GGUF file or a known model.",
 )
@@ -94,11 +99,11 @@ def eval_command(
 
     Perplexity (--text) is what llama-perplexity gives, with the cache that the file asks for or those of
     --cache-type. With a reference, the mean KL divergence from it (KLD, in nats) and how often both agree on the
-    likeliest token (top-1) are measured as well. MMLU (--mmlu) is the share of questions whose right answer is the likeliest.
+    likeliest token (top-1) are measured as well. --cache-share compares each file with itself: with an f16 cache. MMLU (--mmlu) is the share of questions whose right answer is the likeliest.
     Tasks (--tasks) are EleutherAI's, run by their own harness on the shipped runtime. Retrieval (--retrieval)
     asks at the end of a long text for codes that were told in it.
     """
-    if text is None and mmlu is None and tasks is None and not retrieval:
+    if text is None and mmlu is None and tasks is None and not retrieval and not options["cache_share"]:
         raise click.UsageError("nothing to measure: give --text FILE, --mmlu DIR, --tasks NAME or --retrieval")
     haystack = options["retrieval_text"] or text
     if retrieval and haystack is None:
@@ -130,7 +135,7 @@ def eval_command(
             haystack, options["retrieval_lengths"], options["retrieval_depths"], options["retrieval_needles"],
             options["retrieval_seed"],
         ),
-        caches=options["cache_type"],
+        caches=options["cache_type"], cache_share=options["cache_share"],
     )  # fmt: skip
     console = Console(stderr=True)
 

@@ -61,11 +61,16 @@ def _overview(rows: list[tuple[str, ModelResult]]) -> Table:
         "perplexity": [perplexity(row) for _, row in rows],
         "KLD": [kld(row) for _, row in rows],
         "top-1": [top1(row) for _, row in rows],
+        "cache KLD": ["" if row.cache_kld is None else f"{row.cache_kld:.4f}" for _, row in rows],
+        "cache ppl": ["" if row.cache_perplexity is None else f"× {row.cache_perplexity:.4f}" for _, row in rows],
         "MMLU": ["" if row.mmlu is None else percent(row.mmlu.micro) for _, row in rows],
         "bits/w": [f"{row.bits_per_weight:.2f}" for _, row in rows],
         "runs as": [row.runs_as for _, row in rows],
     }
-    return _table("file", [name for name, _ in rows], columns)
+    table = _table("file", [name for name, _ in rows], columns)
+    if any(row.cache_kld is not None for _, row in rows):
+        table.caption = "cache KLD, cache ppl: beside the same file with an f16 cache"
+    return table
 
 
 def _subjects(rows: list[tuple[str, ModelResult]]) -> Table:

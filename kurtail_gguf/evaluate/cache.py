@@ -11,6 +11,8 @@ FILE = "file"
 #: Types that can be asked for instead, for keys and values alike; bits of a value, its scale not counted.
 CACHE_BITS: Mapping[str, int] = MappingProxyType({"f16": 16, "q8_0": 8, "q4_0": 4})
 CACHE_TYPES = (FILE, *CACHE_BITS)
+#: What other caches are compared with.
+F16 = "f16"
 
 
 def cache_arguments(cache: str) -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kurtail_gguf.evaluate import runtime
-from kurtail_gguf.evaluate.cache import FILE, cache_arguments, stage_name
+from kurtail_gguf.evaluate.cache import FILE, cache_arguments, stage_name, with_cache
 from kurtail_gguf.evaluate.runtime import EvaluationError
 from kurtail_gguf.progress import Progress
 
@@ -101,13 +101,14 @@ def reference(
     chunks: int | None,
     progress: Progress,
     tell: Callable[[str], None] = lambda line: None,
+    cache: str = FILE,
 ) -> Iterator[Reference]:
     """Run the reference and keep its log-probabilities while the context is open.
 
     Args:
         model: GGUF file of the reference.
         vocabulary: how many tokens it has: what the size of the file follows from.
-        text, context, chunks, progress: as in :func:`perplexity`.
+        text, context, chunks, progress, cache: as in :func:`perplexity`.
         tell: is given one line with the size of the temporary file, before it is written.
 
     Raises:
@@ -128,8 +129,9 @@ def reference(
                 )
             tell(f"log-probabilities of the reference take {size / 1e6:.0f} MB in {directory} for the time being")
 
-        arguments = [*_arguments(text, context, chunks), "--kl-divergence-base", str(path)]
-        output = runtime.run(model, arguments, f"reference {model.name}", progress, on_start)
+        arguments = [*_arguments(text, context, chunks), *cache_arguments(cache), "--kl-divergence-base", str(path)]
+        name = with_cache(model.name, None if cache == FILE else cache)
+        output = runtime.run(model, arguments, f"reference {name}", progress, on_start)
         estimate = Perplexity(*runtime.find(runtime.FINAL_ESTIMATE, output, model))
         # the program does not notice that its writes fail
         if path.stat().st_size != size:

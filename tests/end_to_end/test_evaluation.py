@@ -138,6 +138,23 @@ def test_a_file_against_itself_does_not_diverge(cli, converted, tiny_spm, text, 
     assert model["perplexity"] == pytest.approx(again.value, rel=1e-4)
 
 
+def test_what_the_cache_alone_costs(cli, converted, tiny_spm, text, tmp_path):
+    path, report = converted(tiny_spm, *HADAMARD, "--kv", "4"), tmp_path / "r.json"
+    options = ("--text", text, "--context", "128", "--chunks", "4", "--cache-type", "file,f16,q4_0,q8_0", "--cache-share")
+    done = cli("eval", path, *options, "--json", report)
+    assert done.status == 0, done.stderr
+    assert "cache KLD" in done.stdout
+    own, half, four, eight = json.loads(report.read_text(encoding="utf-8"))["models"]
+    assert (half["cache_kld"], half["cache_perplexity"]) == (0, 1)
+    # four bits are what the file asks for
+    assert own["cache_kld"] == pytest.approx(four["cache_kld"], abs=1e-6)
+    # 4-bit activations turn any change into roundings the other way, so that 8 bits cost more than nothing
+    assert 0 < eight["cache_kld"] < own["cache_kld"] < 2
+    for row, cache in ((own, "file"), (half, "f16"), (eight, "q8_0")):
+        assert row["perplexity"] == pytest.approx(perplexity(path, text, 128, 4, NullProgress(), cache).value, rel=1e-3)
+        assert row["cache_perplexity"] == pytest.approx(row["perplexity"] / half["perplexity"])
+
+
 def test_a_stock_file_beside_ours(cli, converted, tiny_spm, text, tmp_path, program):
     """llama-quantize's Q4_0 of the plain export: evaluated the same way, told apart in the report."""
     from kurtail_gguf.export import export_reference
