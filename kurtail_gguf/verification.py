@@ -1,7 +1,7 @@
 """Is a file what the model became? Checked from the outside, with nothing but the file and the model.
 
-In this order, each said to be right or told what is not: metadata, vocabulary, scales and weights tensor by tensor, and
-what the model says, from the original over the rotated weights to the file in the runtime.
+In this order, each said to be right or told what is not: metadata, vocabulary, scales and weights tensor by tensor, what the
+model says, from the original over the rotated weights to the file in the runtime, and what the file's cache makes of that.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ import torch
 from kurtail_gguf import ggml
 from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_rows, file_tensor
 from kurtail_gguf.basis import find_layer_rotations, find_r1
-from kurtail_gguf.calibration.prose import TOKENS, prose_tokens
-from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.calibration.tokens import load_tokenizer
 from kurtail_gguf.config import Provenance
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.evaluate.file_tensors import FileTensors
-from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities, runtime_tokens
+from kurtail_gguf.evaluate.logits import runtime_tokens
 from kurtail_gguf.export import read_metadata
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
 from kurtail_gguf.gguf_info import GgufInfo, read_gguf
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
-from kurtail_gguf.progress import Progress, Stage
+from kurtail_gguf.progress import Progress
+from kurtail_gguf.verification_runtime import Differs, RuntimeChecks
 
 #: What the two vocabularies are compared on. Blanks at the start are left out: there transformers, reading a bare
 #: tokenizer.model, and SentencePiece itself disagree.
@@ -50,10 +49,6 @@ TEXTS = (
 BOUNDS = {ggml.F32: 1e-4, ggml.Q8_0: 0.02, ggml.Q6_K: 0.05, ggml.Q4_0: 0.4, ggml.KT4: 0.4}
 #: The same for biases and routers, which are not rounded, where the basis was found again from 4-bit tensors.
 FOUND_AGAIN = 0.2
-#: Divergence in nats a token that single precision accounts for.
-SAME = 1e-5
-#: Divergence of a quantized file as a share of that from what is said at the next position.
-NEARER = 0.5
 #: Below it a weight is nothing that a half-precision scale could hold.
 _TINY = 1e-5
 
@@ -73,10 +68,6 @@ class Check:
     detail: str
 
 
-class _Differs(Exception):
-    """What is wrong, in words."""
-
-
 def verify(
     path: Path, model: str, work_dir: Path, progress: Progress, allow_pickle: bool = False
 ) -> Iterator[Check]:
@@ -86,7 +77,7 @@ def verify(
         path: a file that ``convert`` wrote.
         model: as ``convert`` took it.
         work_dir: where a MODEL that is a GGUF file is unpacked to.
-        progress: a stage for tensors, one for what the model says.
+        progress: a stage for tensors, one for what the model says, one for what its cache does.
         allow_pickle: whether the model's weights may be ``.bin`` files.
 
     Raises:
@@ -103,17 +94,19 @@ def verify(
     yield _checked("tokenizer", lambda: _tokenizer(path, source))
     try:
         rotations, detail = _tensors(checkpoint, file, provenance, progress)
-    except _Differs as difference:
+    except Differs as difference:
         yield Check("tensors", False, str(difference))
         return  # what was folded is not known
     yield Check("tensors", True, detail)
-    yield _checked("logits", lambda: _logits(checkpoint, path, provenance, rotations, progress))
+    runtime = RuntimeChecks(checkpoint, path, provenance, progress)
+    yield _checked("logits", lambda: runtime.logits(rotations))
+    yield _checked("cache", runtime.cache)
 
 
 def _checked(name: str, check: Callable[[], str]) -> Check:
     try:
         return Check(name, True, check())
-    except _Differs as difference:
+    except Differs as difference:
         return Check(name, False, str(difference))
 
 
@@ -125,9 +118,9 @@ def _metadata(info: GgufInfo, source: Path) -> str:
     keys = [key for key in expected if key.startswith(prefixes)]
     for key in keys:
         if key not in info.metadata:
-            raise _Differs(f"key {key} is missing")
+            raise Differs(f"key {key} is missing")
         if info.metadata[key] != expected[key]:
-            raise _Differs(f"key {key} is {info.metadata[key]}, the model's is {expected[key]}")
+            raise Differs(f"key {key} is {info.metadata[key]}, the model's is {expected[key]}")
     return f"{len(keys)} keys"
 
 
@@ -138,7 +131,7 @@ def _tokenizer(path: Path, source: Path) -> str:
         if found != expected:
             same = [a == b for a, b in zip(found, expected, strict=False)]
             at = [*same, False].index(False)
-            raise _Differs(f"{text!r}: token {at} of the file's is {found[at:at + 1]}, of the model's {expected[at:at + 1]}")
+            raise Differs(f"{text!r}: token {at} of the file's is {found[at:at + 1]}, of the model's {expected[at:at + 1]}")
     return f"{len(TEXTS)} texts"
 
 
@@ -200,7 +193,7 @@ def _compare_table(
 def _compare(
     file: FileTensors, name: str, expected: npt.NDArray, expert: int | None = None, unrounded: float = BOUNDS[ggml.F32]
 ) -> float:
-    """Relative error of a tensor; `_Differs` where it is above its type's bound, or a scale is not usable.
+    """Relative error of a tensor; `Differs` where it is above its type's bound, or a scale is not usable.
 
     ``unrounded`` is the bound of what is in single precision.
     """
@@ -213,10 +206,10 @@ def _compare(
 
 def _check_shape(file: FileTensors, name: str, shape: tuple[int, ...], expert: int | None = None) -> None:
     if name not in file:
-        raise _Differs(f"tensor {name} is missing")
+        raise Differs(f"tensor {name} is missing")
     found = file.info(name).shape
     if tuple(found if expert is None else found[1:]) != tuple(shape):
-        raise _Differs(f"tensor {name} is {list(found)}, the model's is {list(shape)}")
+        raise Differs(f"tensor {name} is {list(found)}, the model's is {list(shape)}")
 
 
 def _check_scales(file: FileTensors, name: str, expected: npt.NDArray | None, expert: int | None = None) -> None:
@@ -226,14 +219,14 @@ def _check_scales(file: FileTensors, name: str, expected: npt.NDArray | None, ex
     where = _where(name, expert)
     bad = np.argwhere(~np.isfinite(scales))
     if len(bad):
-        raise _Differs(f"tensor {where}: the scale of row {bad[0][0]}, block {bad[0][1]} is {scales[tuple(bad[0])]}")
+        raise Differs(f"tensor {where}: the scale of row {bad[0][0]}, block {bad[0][1]} is {scales[tuple(bad[0])]}")
     if expected is not None:
         largest = np.abs(expected).reshape(*scales.shape, -1).max(-1)
         bad = np.argwhere((scales == 0) & (largest > _TINY))
         if len(bad):
             row, block = bad[0]
             weight = largest[row, block]
-            raise _Differs(f"tensor {where}: the scale of row {row}, block {block} is 0, its weights reach {weight:.3g}")
+            raise Differs(f"tensor {where}: the scale of row {row}, block {block} is 0, its weights reach {weight:.3g}")
 
 
 def _bounded(
@@ -244,72 +237,13 @@ def _bounded(
     bound = unrounded if info.type_id == ggml.F32 else BOUNDS.get(info.type_id)
     where = _where(name, expert)
     if bound is None:
-        raise _Differs(f"tensor {where} has the type {info.type_name}, which convert does not write")
+        raise Differs(f"tensor {where} has the type {info.type_name}, which convert does not write")
     # NaN is above every bound
     if not relative <= bound:
         limit = f"at most {bound:g} is expected"
-        raise _Differs(f"tensor {where} ({info.type_name}) is off by {relative:.3g} of its size, {limit}")
+        raise Differs(f"tensor {where} ({info.type_name}) is off by {relative:.3g} of its size, {limit}")
     return relative
 
 
 def _where(name: str, expert: int | None) -> str:
     return name if expert is None else f"{name} (expert {expert})"
-
-
-def _logits(
-    checkpoint: Checkpoint, path: Path, provenance: Provenance, rotations: list[LayerRotations], progress: Progress
-) -> str:
-    """Original to rotated within single precision, rotated to the file by what its types account for."""
-    spec = checkpoint.spec
-    tokenizer = load_tokenizer(checkpoint.directory)
-    ids = prose_tokens(tokenizer, min(TOKENS, spec.window or TOKENS, checkpoint.config.max_position_embeddings))[0].tolist()
-    with progress.stage("compare logits", 2 * spec.layers + 1) as stage:
-        original = _said(checkpoint, ids, None, stage)
-        turned = _said(checkpoint, ids, rotations, stage)
-        unquantized = provenance.weights == "f32"
-        found = runtime_log_probabilities(path, [ids], exact_cache=unquantized)
-        stage.advance(1, "the file in the runtime")
-    folding, whole = mean_divergence(original, turned), mean_divergence(original, found)
-    if not folding <= SAME:
-        raise _Differs(f"the rotated weights say something else than the original ones: divergence {folding:.3g} nats")
-    different = f"the file says something else than the original: divergence {whole:.3g} nats"
-    if unquantized and not whole <= SAME:
-        raise _Differs(f"{different}, at most {SAME:g} is expected")
-    elsewhere = mean_divergence(original, np.roll(found, 1, axis=0))
-    if not whole <= NEARER * elsewhere:
-        raise _Differs(f"{different}, {elsewhere:.3g} from what it says at the next position")
-    agree = float((original.argmax(-1) == found.argmax(-1)).mean())
-    return (
-        f"{len(ids)} tokens; divergence original to rotated {abs(folding):.1e}, to the file {whole:.3g} nats; "
-        f"the likeliest token is the same for {agree:.0%}"
-    )
-
-
-def _said(
-    checkpoint: Checkpoint, ids: list[int], rotations: list[LayerRotations] | None, stage: Stage
-) -> npt.NDArray[np.float32]:
-    """Log-probabilities ``[tokens, vocabulary]`` in torch, of the model as it is or folded (R4 left out on both sides)."""
-    spec, device = checkpoint.spec, torch.device("cpu")
-    r1 = None if rotations is None else rotations[0].r1  # all layers'
-    runner = LayerRunner(checkpoint, device, len(ids))
-    rotary = runner.rotary(0, len(ids))
-    gain = checkpoint.tensor(f"{spec.family.final_norm}.weight").double()
-    with torch.inference_mode():
-        hidden = runner.embed(torch.tensor(ids))[None]
-        if r1 is not None:
-            hidden = (hidden.double() @ r1).float()
-        for layer in range(spec.layers):
-            weights = checkpoint.layer(layer)
-            if rotations is not None:
-                one = rotations[layer]
-                folded = fold_layer(weights, spec, LayerRotations(one.r1, one.r2, 0, one.ffn_scale, one.key_scale))
-                weights = {name: value.float() for name, value in folded.items()}
-            hidden = runner.run(layer, weights, hidden, rotary)
-            stage.advance(1, f"layer {layer}, {'original' if rotations is None else 'rotated'}")
-        hidden = hidden[0] * torch.rsqrt(hidden[0].square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
-        logits = [
-            hidden @ fold_reader(rows, gain, r1).float().T / spec.logit_divisor
-            for _, rows in checkpoint.rows(checkpoint.head_name)
-        ]
-        return torch.log_softmax(torch.cat(logits, -1), -1).numpy()
-

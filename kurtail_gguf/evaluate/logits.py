@@ -12,12 +12,17 @@ import numpy.typing as npt
 from kurtail_gguf import vendored
 from kurtail_gguf.bindings import require_bindings
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.cache import FILE
 
 _WORKER = "kurtail_gguf.evaluate.logits_worker"
 
 
 def runtime_log_probabilities(
-    path: Path, sequences: Sequence[Sequence[int]], exact_cache: bool = False, adapter: Path | None = None
+    path: Path,
+    sequences: Sequence[Sequence[int]],
+    exact_cache: bool = False,
+    adapter: Path | None = None,
+    cache: str = FILE,
 ) -> npt.NDArray[np.float32]:
     """Log-probabilities of what follows each token of some sequences, each from an empty cache.
 
@@ -26,6 +31,7 @@ def runtime_log_probabilities(
         sequences: token ids, none of them empty.
         exact_cache: cache keys and values in single precision and attend in it, whatever the file asks for.
         adapter: GGUF file of a LoRA adapter to apply.
+        cache: one of :data:`kurtail_gguf.evaluate.cache.CACHE_TYPES`; of no use with ``exact_cache``.
 
     Returns:
         float32 ``[Σ tokens, vocabulary]``.
@@ -36,7 +42,7 @@ def runtime_log_probabilities(
     require_bindings()
     with tempfile.TemporaryDirectory(prefix="kurtail-logits-") as directory:
         out = Path(directory) / "rows.npy"
-        request = {"sequences": [list(map(int, one)) for one in sequences], "texts": [], "out": str(out)}
+        request = {"sequences": [list(map(int, one)) for one in sequences], "texts": [], "out": str(out), "cache": cache}
         _run(path, {**request, "exact_cache": exact_cache, "adapter": adapter and str(adapter.resolve())})
         return np.load(out)
 
@@ -58,7 +64,7 @@ def runtime_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
         KurtailError: no bindings, or a file that the runtime refuses.
     """
     require_bindings()
-    request = {"sequences": None, "texts": list(texts), "out": "", "exact_cache": False, "adapter": None}
+    request = {"sequences": None, "texts": list(texts), "out": "", "exact_cache": False, "adapter": None, "cache": FILE}
     return _run(path, request)
 
 

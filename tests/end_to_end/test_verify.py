@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.evaluate.file_tensors import FileTensors
 from kurtail_gguf.export import export_reference
-from kurtail_gguf.gguf_info import read_gguf
+from kurtail_gguf.gguf_info import K_OFFSET, read_gguf
 from kurtail_gguf.pipeline import convert
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.verification import Check, verify
@@ -61,7 +62,7 @@ def change(path: Path, name: str, changed: Callable[[np.ndarray], None]) -> None
 def test_a_converted_file_passes(cli, source, file):
     done = cli("verify", file, "--reference", source)
     assert done.status == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["metadata", "tokenizer", "tensors", "logits", "pass"]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["metadata", "tokenizer", "tensors", "logits", "cache", "pass"]
 
 
 def test_another_model_fails_and_is_told_in_one_line(cli, file, source, save_tiny, tmp_path):
@@ -104,6 +105,28 @@ def test_another_hyper_parameter_is_found(file, source, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     check = first_difference(file, other)
     assert check.name == "metadata" and "attention.layer_norm_rms_epsilon is" in check.detail
+
+
+def test_a_cache_that_harms_is_told_of_with_the_remedy(cli, source, tmp_path):
+    """Keys like Qwen2.5's, most of which is a constant: a file without the offset stands for those older than it."""
+    model, path = tmp_path / "model", tmp_path / "out.gguf"
+    shutil.copytree(source, model)
+    weights = load_file(model / "model.safetensors")
+    for layer in range(2):
+        # the pair that RoPE turns least, of both heads
+        weights[f"model.layers.{layer}.self_attn.k_proj.bias"].reshape(2, 2, -1)[:, :, -1] += 60.0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    convert(ConvertConfig(str(model), path, rotation="hadamard", weights="rtn", activations=8, kv=4), NullProgress())
+    done = cli("verify", path, "--reference", model)
+    assert done.status == 0 and "cache: KV4; divergence from an exact cache" in done.stdout, done.stderr
+    offsets = np.asarray(read_gguf(path).metadata[K_OFFSET], "<f4").tobytes()
+    content = path.read_bytes()
+    assert content.count(offsets) == 1 and any(offsets)
+    path.write_bytes(content.replace(offsets, bytes(len(offsets))))
+    done = cli("verify", path, "--reference", model)
+    assert "the file's own cache (KV4) harms what it says" in done.error
+    assert "convert the model again, or run the file with -ctk q8_0" in done.error and "is not" not in done.error
+    assert [line.split(":")[0] for line in done.stdout.splitlines()][-2:] == ["logits", "cache"]
 
 
 def test_a_file_without_our_keys_is_refused(cli, source, tmp_path):

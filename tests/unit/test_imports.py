@@ -20,7 +20,7 @@ LAYERS = (
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
     ("distill",),
     ("layerwise", "tuning", "basis", "cache"),
-    ("activation_choice", "rotation_choice"),
+    ("activation_choice", "rotation_choice", "verification_runtime"),
     ("figures",),
     ("pipeline", "measurement", "verification", "adapters"),
     ("plan_memory",),
