@@ -156,7 +156,8 @@ def _tensors(
             weights = checkpoint.layer(layer, check=True)
             rotations = find_layer_rotations(checkpoint, file, provenance, layer, weights, r1)
             folded = fold_layer(weights, spec, rotations)
-            for linear in (*spec.linears, *spec.unquantized_readers):
+            # keys first: what they were divided by is found from them, and queries are multiplied by it
+            for linear in dict.fromkeys((family.key, *spec.linears, *spec.unquantized_readers)):
                 name, expert = file_tensor(spec, layer, linear)
                 rows = file_rows(spec, linear, folded[f"{linear}.weight"].numpy())
                 worst = max(worst, (_compare(file, name, rows, expert, unrounded), name))
