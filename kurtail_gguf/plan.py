@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kurtail_gguf.cache.streams import LOGIT_TOKENS
 from kurtail_gguf.calibration.capture import MAX_SAMPLE, SKETCH_ROWS
 from kurtail_gguf.calibration.generate import BATCH as GENERATED_TOGETHER
 from kurtail_gguf.calibration.generate import GENERATED_LENGTH
@@ -26,7 +27,7 @@ from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.memory import card_module, is_card, memory_available
 from kurtail_gguf.pipeline import check_family, check_out, pick_device, runtime_rounding
-from kurtail_gguf.plan_memory import Sizes, learns, memory_by_stage, rotation_bytes
+from kurtail_gguf.plan_memory import Sizes, cache_text, learns, memory_by_stage, rotation_bytes
 from kurtail_gguf.rotation.learn import OUTPUT_STEPS, R1_STEPS
 from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
 from kurtail_gguf.rotation_choice import CAPTURED_TOKENS
@@ -37,6 +38,38 @@ from kurtail_gguf.tuning import memory_shortage
 _GPTQ_PRODUCTS = 6
 #: Seconds a column takes whatever its length: a few dozen calls of torch in each of three passes.
 _COLUMN_SECONDS = 5e-4
+#: Tokens that the KV cache's size is told for.
+_CONTEXT = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """What the file's KV cache will take.
+
+    Args:
+        choice: ``auto``, or bits that hold for all layers.
+        bits: of a value with its share of a scale; with ``auto`` the most that is spent where 4 bits harm no layer.
+        token_bytes: of a token, keys and values of all layers, with so many bits.
+        context: tokens that the next two are for: 8192, or all that the model has.
+        context_bytes: of so many tokens.
+        f16_bytes: the same in half precision.
+    """
+
+    choice: str
+    bits: float
+    token_bytes: float
+    context: int
+    context_bytes: float
+    f16_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: ConvertConfig) -> CacheSize:
+        spec, kv = checkpoint.spec, config.cache_bits
+        bits = config.cache_budget if kv == "auto" else kv if kv == 16 else kv + 0.5
+        values = 2 * spec.layers * spec.kv_heads * spec.head_dim
+        context = min(_CONTEXT, checkpoint.config.max_position_embeddings)
+        token = values * bits / 8
+        return cls(str(kv), bits, token, context, context * token, 2 * context * values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +92,7 @@ class Plan:
     rotations: dict[str, str]
     notes: tuple[str, ...]
     refused: tuple[str, ...]
+    cache: CacheSize
     device: str = "cpu"
     card: dict[str, int] = field(default_factory=dict)
     card_available: int = 0
@@ -128,7 +162,7 @@ def plan(config: ConvertConfig) -> Plan:
     return Plan(
         config.model, spec.family.architecture, spec.layers, sizes.parameters, memory, available, disk, room,
         _seconds(checkpoint, config, sizes, tuned, device), _rotations(checkpoint, config), tuple(notes), tuple(refused),
-        str(device), card, on_card,
+        CacheSize.of(checkpoint, config), str(device), card, on_card,
     )  # fmt: skip
 
 
@@ -171,6 +205,9 @@ def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: in
         readers = sum(min(SKETCH_ROWS, shapes[name][0]) for name in (*spec.family.attention_readers, *spec.ffn_readers))
         a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden + 4 * spec.intermediate_size
         found["captured activations"] = layers * a_layer + 4 * CAPTURED_TOKENS * hidden
+    if config.cache_bits != 16:
+        sequences, length = cache_text(spec, config)
+        found["inputs of layers, while the cache is measured"] = 4 * layers * sequences * length * hidden
     if config.weights == "gptq":
         width = 2 * hidden + spec.heads * spec.head_dim + spec.intermediate_size
         found["tokens between layers"] = 4 * config.calibration_tokens * width
@@ -197,6 +234,13 @@ def _seconds(
         found["rotations"] = 2 * CAPTURED_TOKENS * every / single + steps * 24 * hidden**3 / single
     if config.rotation == "spinquant":
         found["rotations"] = 8 * STEPS * BATCH * SEQUENCE * sizes.parameters / single
+    if config.cache_bits != 16:
+        text = math.prod(cache_text(spec, config))
+        # two models on two texts, and forward and back through one of them; a head for each, and back once
+        passes, heads = (4, 4) if config.cache_bits == 8 else (6, 7)
+        found["decide on the cache"] = 2 * text * (passes * every + heads * sizes.table) / single
+        # the head is read and made single precision for so many tokens at a time
+        found["decide on the cache"] += -(-text // LOGIT_TOKENS) * heads * sizes.table * 6 / 2e9
     fold = 0.0 if config.rotation == "none" else 2 * hidden * (every + 2 * sizes.table) / double
     if config.weights == "gptq":
         each = sum(

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from kurtail_gguf.arch.spec import ModelSpec
+from kurtail_gguf.cache.plan import SEQUENCES
+from kurtail_gguf.cache.streams import LOGIT_TOKENS
 from kurtail_gguf.calibration.capture import MAX_SAMPLE
 from kurtail_gguf.calibration.generate import BATCH as GENERATED_TOGETHER
 from kurtail_gguf.calibration.generate import GENERATED_LENGTH
 from kurtail_gguf.calibration.precision import forward_dtype
+from kurtail_gguf.calibration.prose import TOKENS as PROSE_TOKENS
 from kurtail_gguf.calibration.tokens import SEQ_LEN
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.formats.targets import BLOCK_FORMATS
@@ -42,7 +45,7 @@ _ROWS = 8192
 class Sizes:
     """Values of things: a layer, its widest linear, a table, a step's stops of GPTQ as (rows, inputs).
 
-    ``readers`` is the values of the linears that read a norm.
+    ``readers`` is the values of the linears that read a norm, ``attention`` those of attention's.
     """
 
     layer: int
@@ -54,6 +57,7 @@ class Sizes:
     block: int
     block_bytes: int
     readers: int
+    attention: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, config: ConvertConfig) -> Sizes:
@@ -80,12 +84,46 @@ class Sizes:
             readers=max(
                 sum(math.prod(shapes[name]) for name in names) for names in (family.attention_readers, spec.ffn_readers)
             ),
+            attention=sum(math.prod(shapes[name]) for name in (*family.attention_readers, family.attention_writer)),
         )
 
 
 def learns(config: ConvertConfig) -> bool:
     """Whether rotations are learned layer by layer."""
     return config.rotation in ("output", "kurtail")
+
+
+def cache_text(spec: ModelSpec, config: ConvertConfig) -> tuple[int, int]:
+    """Sequences that the cache is decided on and tokens of one; as many others it is measured on."""
+    if not config.needs_calibration:
+        sequences, length = 1, PROSE_TOKENS // 2
+    else:
+        length = GENERATED_LENGTH if config.calibration == ("self",) else SEQ_LEN
+        sequences = min(SEQUENCES, -(-config.calibration_tokens // length) // 2)
+    return sequences, min(length, spec.window or length)
+
+
+def _cache(spec: ModelSpec, config: ConvertConfig, sizes: Sizes, loaded: int) -> int:
+    """What deciding on the cache takes where it is computed.
+
+    Args:
+        loaded: bytes of a layer as it was read, in single precision.
+    """
+    sequences, length = cache_text(spec, config)
+    hidden, heads = spec.hidden_size, spec.heads * spec.head_dim
+    # two residual streams of either text, what becomes of one, gradients
+    streams = 4 * 8 * sequences * length * hidden
+    # in double precision, and a linear of it changed, before it is single again
+    folding = 12 * sizes.attention + 16 * heads * hidden
+    # with what the backward pass wants, and scores should they be kept
+    each = 12 * hidden + 16 * heads + 6 * spec.intermediate_size * max(1, spec.experts_used)
+    running = 4 * sizes.attention + 4 * length * (each + 2 * spec.heads * length)
+    if spec.experts:
+        # stacked anew for each pass: gate and up once more while they become one
+        running += 16 * (sizes.layer - sizes.attention) // 3
+    # of teacher and student, what they are on the way, and a gradient; the head in pieces
+    logits = 4 * 5 * LOGIT_TOKENS * spec.vocab_size + 6 * min(_ROWS, spec.vocab_size) * hidden
+    return loaded + streams + max(folding, running, logits)
 
 
 def rotation_bytes(spec: ModelSpec, config: ConvertConfig, layers: int) -> tuple[int, int]:
@@ -129,6 +167,8 @@ def _on_cpu(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: 
         found["learn R1"] = _LEARNING_BYTES * hidden**2
     if config.rotation == "spinquant":
         found["learn R1 and R2"] = _spinquant(spec, sizes)
+    if config.cache_bits != 16:
+        found["decide on the cache"] = _cache(spec, config, sizes, loading) + r2
     found["fold a layer"] = 12 * sizes.layer + 16 * sizes.widest + r1 + r2
     if config.weights == "gptq":
         # in double precision, damped, and the factor; then parts of the rows
@@ -176,6 +216,8 @@ def _on_card(
         found["learn R1"] = _LEARNING_BYTES * hidden**2
     if config.rotation == "spinquant":
         found["learn R1 and R2"] = _spinquant(spec, sizes)
+    if config.cache_bits != 16:
+        found["decide on the cache"] = _cache(spec, config, sizes, 4 * sizes.layer + 4 * sizes.widest) + r2
     found["fold a layer"] = 12 * sizes.layer + 16 * sizes.widest + r1 + r2
     if config.weights == "gptq":
         found["quantize by GPTQ"] = _gptq_on_card(sizes, forward + multiplied * (sizes.layer - sizes.readers)) + r1 + r2
@@ -214,6 +256,10 @@ def _beside_card(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tu
         found["learn R1"] = 3 * 8 * hidden**2
     if config.rotation == "spinquant":
         found["learn R1 and R2"] = rotations + table + 8 * sizes.widest
+    if config.cache_bits != 16:
+        # inputs of layers on their way to the file, the head in pieces
+        sequences, length = cache_text(spec, config)
+        found["decide on the cache"] = ahead + rotations + 4 * 2 * sequences * length * hidden + 6 * _ROWS * hidden
     results = sizes.layer * (4 if config.weights == "f32" else 1)
     found["fold a layer"] = ahead + rotations + results
     if config.weights == "gptq":

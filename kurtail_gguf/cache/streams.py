@@ -30,7 +30,7 @@ from kurtail_gguf.simulation.attention import CacheSettings, LayerCache
 from kurtail_gguf.simulation.hooks import round_cache
 
 #: Tokens whose logits are in memory at a time.
-_LOGIT_TOKENS = 256
+LOGIT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +176,8 @@ class Streams:
         gradient = torch.zeros_like(rounded) if with_gradient else rounded
         count = ids.numel()
         for sequence in range(len(ids)):
-            for start in range(0, ids.shape[1], _LOGIT_TOKENS):
-                part = slice(start, start + _LOGIT_TOKENS)
+            for start in range(0, ids.shape[1], LOGIT_TOKENS):
+                part = slice(start, start + LOGIT_TOKENS)
                 teacher = self._log_probabilities(self._normed(plain[sequence, part]))
                 # a leaf of its own: what was computed in inference mode has no gradient
                 hidden = rounded[sequence, part].clone().requires_grad_(with_gradient)

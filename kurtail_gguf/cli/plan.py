@@ -12,7 +12,7 @@ from kurtail_gguf.cli.progress import format_seconds
 from kurtail_gguf.config import ConvertConfig
 
 if TYPE_CHECKING:
-    from kurtail_gguf.plan import Plan
+    from kurtail_gguf.plan import CacheSize, Plan
 
 
 def show_plan(config: ConvertConfig, as_json: bool) -> None:
@@ -30,6 +30,16 @@ def show_plan(config: ConvertConfig, as_json: bool) -> None:
         click.get_current_context().exit(1)
 
 
+def _cache(cache: CacheSize) -> str:
+    takes = f"{cache.token_bytes / 1e3:.3g} kB a token, {cache.context_bytes / 1e6:,.0f} MB at {cache.context:,} tokens"
+    if cache.choice == "16":
+        return f"KV cache: f16, {takes}"
+    bits = f"{cache.bits:.4g} bits a value"
+    if cache.choice == "auto":
+        bits += " at most (auto, more where they harm a layer)"
+    return f"KV cache: {bits}, {takes}, {cache.f16_bytes / 1e6:,.0f} MB as f16"
+
+
 def _lines(plan: Plan) -> Iterator[str]:
     yield f"{plan.model}: {plan.architecture}, {plan.layers} layers, {plan.parameters / 1e9:.2f} billion weights; can be folded"
     for name, text in plan.rotations.items():
@@ -40,6 +50,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         peak, free = plan.card_peak_bytes / 1e9, plan.card_available / 1e9
         yield f"on {plan.device} at most {peak:.1f} GB in tensors, {free:.1f} GB are free there; by stage:"
         yield from (f"  {name}: {value / 1e9:.1f} GB" for name, value in plan.card.items())
+    yield _cache(plan.cache)
     free = ", ".join(f"{free / 1e9:.1f} GB are free {where}" for where, (_, free) in plan.room.items())
     yield f"disk {sum(plan.disk.values()) / 1e9:.1f} GB until the end, {free}:"
     yield from (f"  {name}: {value / 1e9:.2f} GB" for name, value in plan.disk.items())

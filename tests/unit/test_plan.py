@@ -32,7 +32,7 @@ def _hollow(directory: Path, layers: int) -> Path:
     """Llama-3-70B's shapes as headers over files without content: whoever reads weights reads zeros for an hour."""
     config = LlamaConfig(
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=layers, num_attention_heads=64,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=False,
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
@@ -185,6 +185,46 @@ def test_the_command_prints_it_and_converts_nothing(tiny_checkpoint, tmp_path, r
     done = CliRunner().invoke(commands, arguments)
     assert done.exit_code == 1 and "would be refused: " in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen2-0"]
+
+
+def test_the_cache_is_told_by_context_and_bits(tiny_checkpoint, tmp_path, room):
+    room(16 * GIB, 1000 * GIB)
+    model = str(_hollow(tmp_path / "m", 80))
+    sizes = {}
+    for bits in ("auto", 4, 8, 16):
+        sizes[bits] = plan(ConvertConfig(model, tmp_path / "o.gguf", calibration=("t",), tune=0, device="cpu", kv=bits)).cache
+    # Llama-3-70B: keys and values of 80 layers x 8 heads x 128, 320 KiB a token in half precision
+    assert (sizes[16].token_bytes, sizes[16].context) == (320 * 1024, 8192)
+    assert all(one.f16_bytes == sizes[16].context_bytes == 8192 * 320 * 1024 for one in sizes.values())
+    assert [sizes[bits].bits for bits in sizes] == [4.6, 4.5, 8.5, 16]
+    assert sizes[8].context_bytes == pytest.approx(sizes[16].context_bytes * 8.5 / 16)
+    arguments = ["convert", str(tiny_checkpoint("qwen2")), str(tmp_path / "o.gguf"), "--plan", "--device", "cpu"]
+    # 2 layers x 2 heads x 32 values twice, and no more tokens than the model has
+    line = "KV cache: 4.6 bits a value at most (auto, more where they harm a layer), 0.147 kB a token, 0 MB at 512 tokens, 0 MB as f16"
+    assert line in CliRunner().invoke(commands, arguments).stdout
+    content = json.loads(CliRunner().invoke(commands, [*arguments, "--kv", "8", "--json"]).stdout)
+    assert content["cache"]["choice"] == "8" and content["cache"]["token_bytes"] == 256 * 8.5 / 8
+    assert "KV cache: f16, 0.512 kB a token" in CliRunner().invoke(commands, [*arguments, "--target", "stock"]).stdout
+
+
+def test_deciding_on_the_cache_has_memory_disk_and_time_of_its_own(tmp_path, room, card, monkeypatch):
+    room(64 * GIB, 1000 * GIB)
+    model, given = _hollow(tmp_path / "m", 2), {"calibration": ("t",), "tune": 0}
+    found = plan(ConvertConfig(str(model), tmp_path / "o.gguf", **given))
+    assert found.disk["inputs of layers, while the cache is measured"] == 4 * 2 * 4 * 512 * 8192
+    # a layer in single precision, and attention of it in double and single while it is folded
+    attention = 2 * (8192 + 1024) * 8192
+    assert found.card["decide on the cache"] > 4 * 855_654_400 + 12 * attention
+    assert found.memory["decide on the cache"] > 2 * 855_654_400 and found.seconds["decide on the cache"] > 0
+    less = plan(ConvertConfig(str(model), tmp_path / "o.gguf", kv=8, **given))
+    assert less.seconds["decide on the cache"] < found.seconds["decide on the cache"]
+    none = plan(ConvertConfig(str(model), tmp_path / "o.gguf", kv=16, **given))
+    for told in (none.memory, none.card, none.seconds):
+        assert "decide on the cache" not in told
+    assert "inputs of layers, while the cache is measured" not in none.disk
+    # a page of prose where no text is read, half of it for each
+    alone = plan(ConvertConfig(str(model), tmp_path / "o.gguf", rotation="hadamard", weights="rtn"))
+    assert alone.disk["inputs of layers, while the cache is measured"] == 4 * 2 * 128 * 8192
 
 
 def test_what_cannot_be_planned_is_one_line(tiny_checkpoint, tmp_path):
