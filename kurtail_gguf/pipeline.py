@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 
@@ -63,6 +64,7 @@ from kurtail_gguf.resources import peak_memory
 from kurtail_gguf.rotation.store import Rotations, save_rotations
 from kurtail_gguf.rotation_choice import choose_rotations
 from kurtail_gguf.simulation.attention import CacheSettings
+from kurtail_gguf.simulation.rounding import CACHE_BLOCK
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.tuning import memory_shortage, tune
 from kurtail_gguf.workdir import discard, locked, open_work_dir, remove_stage
@@ -178,9 +180,9 @@ def _convert(
     with clock.measure("rotations"):
         rotations = choose_rotations(config, checkpoint, calibration, rounding, work_dir, device, progress)
     with clock.measure("cache"):
-        ids = prose_tokens(load_tokenizer(checkpoint.directory)) if calibration is None else calibration.ids
+        text = _cache_text(config, checkpoint, calibration)
         plan = plan_cache(
-            checkpoint, ids, config.cache_bits, config.cache_budget, rotations.r2, rounding.cache, work_dir, device, progress
+            checkpoint, text, config.cache_bits, config.cache_budget, rotations.r2, rounding.cache, work_dir, device, progress
         )
         rotations = replace(rotations, key_scales=plan.scales, key_offsets=plan.offsets)
         rounding = replace(rounding, cache=replace(rounding.cache, layers=plan.layers()))
@@ -383,10 +385,26 @@ def _tokens(
     return CalibrationTokens(ids, name)
 
 
+def _cache_text(
+    config: ConvertConfig, checkpoint: Checkpoint, calibration: CalibrationTokens | None
+) -> npt.NDArray[np.int32]:
+    """Tokens that the cache is decided on: calibration's, else prose; none, and no tokenizer, where nothing is decided."""
+    if calibration is not None:
+        return calibration.ids
+    if config.cache_bits == 16:
+        return np.empty((0, 0), np.int32)
+    return prose_tokens(load_tokenizer(checkpoint.directory))
+
+
 def check_family(config: ConvertConfig, checkpoint: Checkpoint) -> None:
     """Refuse what was asked for and does not know the family's layers; by default it is left out."""
     spec = checkpoint.spec
     name = spec.family.architecture
+    if config.cache_bits != 16 and spec.head_dim % CACHE_BLOCK:
+        raise KurtailError(
+            f"--kv {config.cache_bits} is not offered for {name} with head_dim {spec.head_dim}: 4- and 8-bit caches have blocks "
+            f"of {CACHE_BLOCK} values, which must divide it; give --kv 16"
+        )
     if spec.experts and config.activations == "auto":
         raise KurtailError(f"--activations auto is not offered for {name}, a mixture of experts: give 4 or 8")
     if spec.experts and config.tune:

@@ -15,11 +15,14 @@ from safetensors.numpy import load_file, save_file
 from kurtail_gguf.cache.choice import LIMIT, CacheBits, choose_bits, uniform
 from kurtail_gguf.cache.condition import Conditioned
 from kurtail_gguf.cache.streams import CacheCost, Streams
+from kurtail_gguf.errors import SourceError
 from kurtail_gguf.files import replacing, write_atomically
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.simulation.attention import CacheSettings, LayerCache
 
+#: Fewest tokens of a sequence: the first four are left out of statistics.
+_FEWEST = 8
 #: Sequences that keys are prepared on and damage is measured on, and as many others that the cost is measured on.
 SEQUENCES = 4
 
@@ -85,15 +88,24 @@ def plan_cache(
         work_dir: where the result is kept.
         device: where to compute.
         progress: stages of measuring.
+
+    Raises:
+        SourceError: a sliding window that leaves too few tokens.
     """
     layers = checkpoint.spec.layers
     if kv == 16:
         return CachePlan(uniform(16, layers))
-    path = work_dir / "cache.json"
+    path, scratch = work_dir / "cache.json", work_dir / "measuring-cache"
     if path.exists():
+        # of a run that ended between the two
+        shutil.rmtree(scratch, ignore_errors=True)
         return _load(path)
     learned, held = _split(ids, checkpoint.spec.window)
-    scratch = work_dir / "measuring-cache"
+    if learned.shape[1] < _FEWEST:
+        window = f", sliding_window is {checkpoint.spec.window}" if checkpoint.spec.window else ""
+        raise SourceError(
+            f"{checkpoint.directory}: {learned.shape[1]} tokens are too few to measure the cache on{window}: give --kv 16"
+        )
     scratch.mkdir(exist_ok=True)
     start = uniform(4 if kv == "auto" else int(kv), layers)
     streams = Streams(checkpoint, learned, r2, cache, scratch, device)

@@ -129,6 +129,9 @@ class Streams:
 
         Returns:
             Nats a token; a little below 0 where an error happens to help.
+
+        Raises:
+            KurtailError: one that is not finite.
         """
         spec = self._checkpoint.spec
         meter = DamageMeter()
@@ -152,7 +155,10 @@ class Streams:
                 gradient = torch.stack(gradients)
                 stage.advance(1, f"layer {layer}")
         inputs.close()
-        return {f"{side}{layer}": meter.totals[f"{side}{layer}"] / 2 for layer in range(spec.layers) for side in "kv"}
+        found = {f"{side}{layer}": meter.totals[f"{side}{layer}"] / 2 for layer in range(spec.layers) for side in "kv"}
+        if unknown := [name for name, damage in found.items() if not math.isfinite(damage)]:
+            raise KurtailError(f"measuring the cache: the damage of {unknown[0]} is not finite; give --kv 16")
+        return found
 
     def _run(self, runner: LayerRunner, layer: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
         # a sequence at a time: the attention of all is the largest thing in memory

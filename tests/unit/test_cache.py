@@ -17,6 +17,7 @@ from kurtail_gguf.cache.choice import GOOD_ENOUGH, LIMIT, CacheBits, choose_bits
 from kurtail_gguf.cache.condition import KeyStatistics, condition
 from kurtail_gguf.cache.plan import CachePlan, plan_cache
 from kurtail_gguf.cache.streams import Streams
+from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.simulation.attention import CacheSettings, LayerCache
@@ -193,7 +194,30 @@ def test_the_plan_takes_the_outlier_away_and_is_taken_over(tiny_checkpoint, tmp_
     assert plan.bits.mean <= 4.6 and not plan.bits.forced and plan.warning is None
     assert plan.offsets.shape == plan.scales.shape == (layers, 2, 32)
     assert all(done == total for _, total, done in recorder.stages) and not (tmp_path / "measuring-cache").exists()
+    # a run that was killed just before it removed them
+    (tmp_path / "measuring-cache").mkdir()
     again = plan_cache(*arguments, NullProgress())
+    assert not (tmp_path / "measuring-cache").exists()
     assert (again.bits, again.damages, again.cost) == (plan.bits, plan.damages, plan.cost)
     assert np.array_equal(again.offsets, plan.offsets) and np.array_equal(again.scales, plan.scales)
     assert math.isclose(plan.cost.tokens, IDS.size / 2)
+
+
+@pytest.mark.parametrize(("window", "shape"), [(7, (4, 48)), (0, (1, 14))])
+def test_too_few_tokens_are_refused_in_one_line(save_tiny, tmp_path, window, shape):
+    model = tmp_path / "m"
+    save_tiny("mistral", model, sliding_window=window or None)
+    ids = np.full(shape, 5, np.int32)
+    told = r"7 tokens are too few to measure the cache on(, sliding_window is 7)?: give --kv 16"
+    with pytest.raises(SourceError, match=told):
+        plan_cache(open_checkpoint(model), ids, "auto", 4.6, None, ROUNDED, tmp_path, CPU, NullProgress())
+    assert not (tmp_path / "measuring-cache").exists()
+
+
+def test_a_damage_that_is_no_number_is_not_taken_for_a_small_one(tiny_checkpoint, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    streams, bits = Streams(checkpoint, IDS, None, ROUNDED, tmp_path, CPU), [LayerCache(4, 4)] * checkpoint.spec.layers
+    _, found = streams.forward(bits, None, "prepare", NullProgress())
+    monkeypatch.setattr(streams, "_compare", lambda with_gradient: (None, torch.full((*IDS.shape, 128), torch.nan)))
+    with pytest.raises(KurtailError, match="damage of k0 is not finite; give --kv 16"):
+        streams.damages(bits, found, NullProgress())

@@ -555,3 +555,14 @@ def test_the_default_goes_through_for_other_families(kind, tiny_checkpoint, tmp_
     provenance = pipeline.convert(config, NullProgress()).provenance
     assert provenance.tune_steps == (0 if kind == "mixtral" else 2)
     assert (provenance.rotation, provenance.weights) == ("output", "gptq")
+
+
+def test_heads_that_no_cache_type_divides_are_refused_before_any_work(save_tiny, tmp_path, exported):
+    model, out = tmp_path / "m", tmp_path / "o.gguf"
+    save_tiny("llama", model, head_dim=40, num_attention_heads=8)
+    for kv in ("auto", 8):
+        with pytest.raises(KurtailError, match=f"--kv {kv} is not offered .* head_dim 40: .* give --kv 16"):
+            pipeline.convert(_config(model, out, rotation="hadamard", kv=kv), NullProgress())
+    assert not out.exists() and exported == []
+    pipeline.convert(_config(model, out, rotation="hadamard", kv=16), NullProgress())
+    assert len(exported) == 1
