@@ -36,6 +36,10 @@ struct kurtail_model {
     // rotated in the weights (R2) or not at all
     void override_attention_rotation(bool & rotate_k, bool & rotate_v) const;
 
+    // What the values of a cache are expressed in, for its states (kurtail-cache.h): what was folded, and what upstream
+    // rotates K and V by on the way into the cache. Empty for a model that is not ours.
+    std::string state_tag(bool k_rotated, bool v_rotated, int32_t head_k) const;
+
     // cache types left at GGML_TYPE_COUNT ("not given") become what the file asks for, f16 for any other file
     void default_cache_types(llama_context_params & params) const;
 
