@@ -16,6 +16,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +130,26 @@ def program() -> Callable[..., Finished]:
 def serving() -> Callable[..., contextlib.AbstractContextManager[int]]:
     """``with serving(name, *arguments) as port``: a server of the runtime."""
     return run_server
+
+
+@pytest.fixture(scope="session")
+def post() -> Callable[[int, str, dict], tuple[int, dict]]:
+    """``post(port, path, body)``: status and answer of a server; waits until it has loaded its model."""
+
+    def ask(port: int, path: str, body: dict) -> tuple[int, dict]:
+        url = f"http://127.0.0.1:{port}{path}"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        for _ in range(300):  # it listens before the model is loaded
+            try:
+                with urllib.request.urlopen(request, timeout=120) as response:
+                    return response.status, json.load(response)
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    return error.code, json.load(error)
+                time.sleep(0.2)
+        raise TimeoutError("the server is still loading its model")
+
+    return ask
 
 
 @pytest.fixture(scope="session")

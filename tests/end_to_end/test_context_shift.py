@@ -11,9 +11,6 @@ import json
 import math
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,30 +50,24 @@ def with_r3(source: Path, out: Path, head: int) -> Path:
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory, with_tokenizer, tiny_spm, converted) -> Callable[..., Path]:
-    """``shape(head, share, r3, **rope)``: a file of one unquantized layer."""
+    """``shape(head, share, r3, scaling=1)``: a file of one unquantized layer; with a scaling in LongRoPE."""
 
     @functools.cache
-    def make(head: int, share: float, r3: bool, **rope: object) -> Path:
+    def make(head: int, share: float, r3: bool, scaling: int = 1) -> Path:
         heads = 1 if head == 256 else 2  # wider layers would make attention pick single tokens
-        rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}
-        if scaling := rope.get("longrope"):
+        context = 512 // scaling
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}
+        if scaling > 1:
             factors = [1.0 + i / 8 for i in range(int(head * share) // 2)]
-            rope_parameters |= {
-                "rope_type": "longrope", "short_factor": factors, "long_factor": factors,
-                "original_max_position_embeddings": 512 // int(scaling),
-            }  # fmt: skip
+            rope |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+            rope["original_max_position_embeddings"] = context
         if r3:
             directory = tmp_path_factory.mktemp("rotated")
-            return with_r3(make(head, share, False, **rope), directory / "r3.gguf", head)
+            return with_r3(make(head, share, False, scaling), directory / "r3.gguf", head)
         source = with_tokenizer(
             "phi3", tiny_spm, 400, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=1,
-            hidden_size=heads * head, rope_parameters=rope_parameters,
+            hidden_size=heads * head, rope_parameters=rope, original_max_position_embeddings=context,
         )  # fmt: skip
-        if rope.get("longrope"):  # transformers keeps it beside the others
-            path = source / "config.json"
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config["original_max_position_embeddings"] = rope_parameters["original_max_position_embeddings"]
-            path.write_text(json.dumps(config), encoding="utf-8")
         return converted(source, "--rotation", "none", "--weights", "f32")
 
     return make
@@ -108,8 +99,8 @@ def test_a_shift_only_rounds(shape, head, share, r3):
 @pytest.mark.usefixtures("bindings")
 @pytest.mark.parametrize("r3", [False, True])
 def test_a_shift_leaves_the_length_of_k(shape, r3):
-    """LongRoPE scales the keys, by 1.41 here; a shift that does so again makes every later answer another."""
-    path = shape(64, 0.75, r3, longrope=32)
+    """LongRoPE scales the keys, by 1.5 here; a shift that does so again makes every later answer another."""
+    path = shape(64, 0.75, r3, 32)
     scale = next(f.contents() for f in gguf.GGUFReader(path).fields.values() if f.name.endswith("rope.scaling.attn_factor"))
     assert math.isclose(scale, math.sqrt(1 + math.log(32) / math.log(16)), rel_tol=1e-6)
     assert_only_rounded(path, [F16, Q4_0])
@@ -132,29 +123,15 @@ def test_the_default_cache_survives_shifts(program, converted, tiny_spm, rotatio
     assert done.status == 0, (done.status, done.stderr[-2000:])
 
 
-def ask(port: int, path: str, body: dict) -> dict:
-    """A server's answer; waits until it has loaded its model."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            if error.code != 503:
-                raise
-            time.sleep(0.2)
-    raise TimeoutError("the server is still loading")
-
-
 @pytest.mark.parametrize(("head", "share", "r3"), [(64, 0.75, True), (96, 1.0, False), (128, 0.75, False)])
-def test_a_server_survives_requests_that_shift(serving, shape, head, share, r3):
+def test_a_server_survives_requests_that_shift(serving, post, shape, head, share, r3):
     options = ("-c", "256", "-np", "1", "-ctk", "q4_0", "--context-shift", "--cache-reuse", "16", "-t", "1")
     tokens = [5 + 37 * i % 390 for i in range(120)]
     with serving("llama-server", "-m", shape(head, share, r3), *options) as port:
-        long = ask(port, "/completion", {"prompt": tokens, "n_predict": 300, "ignore_eos": True})
+        _, long = post(port, "/completion", {"prompt": tokens, "n_predict": 300, "ignore_eos": True})
         assert long["tokens_predicted"] == 300
         settings = {"n_predict": 1, "cache_prompt": True}
-        ask(port, "/completion", {"prompt": tokens, **settings})
+        post(port, "/completion", {"prompt": tokens, **settings})
         # 20 tokens fewer in the middle: what is behind them moves up
-        shorter = ask(port, "/completion", {"prompt": tokens[:40] + tokens[60:], **settings})
+        _, shorter = post(port, "/completion", {"prompt": tokens[:40] + tokens[60:], **settings})
         assert shorter["tokens_evaluated"] == 100 and shorter["timings"]["cache_n"] >= 90

@@ -6,8 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import gguf
@@ -60,20 +58,10 @@ def test_bindings_load_our_library(runtime) -> None:
     assert Path(done.stdout.strip()).parent == runtime / "lib"
 
 
-def test_server_chats(serving, model) -> None:
+def test_server_chats(serving, post, model) -> None:
     with serving("llama-server", "-m", model, "-c", "512") as port:
         body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "temperature": 0}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        for _ in range(300):  # it listens before the model is loaded
-            try:
-                with urllib.request.urlopen(request, timeout=120) as response:
-                    answer = json.load(response)
-                break
-            except urllib.error.HTTPError as error:
-                assert error.code == 503
-                time.sleep(0.2)
+        _, answer = post(port, "/v1/chat/completions", body)
     assert answer["choices"][0]["message"]["content"].strip()
     assert answer["usage"]["completion_tokens"] <= 8
 

@@ -4,9 +4,13 @@
 
 #include "llama-impl.h"
 #include "llama-io.h"
+#include "llama-mmap.h"
+#include "llama-model-loader.h"
 
 #include "ggml.h"
 
+#include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
@@ -14,6 +18,7 @@
 // no number of streams that upstream could write in its place (LLAMA_MAX_SEQ is 256)
 static constexpr uint32_t STATE_MAGIC   = 0x6b745354; // "TStk"
 static constexpr uint32_t MAX_TAG_BYTES = 1024;
+static constexpr size_t   SAMPLE_BYTES  = 512; // of a tensor; with 4 bits about a thousand values
 
 ggml_tensor * kurtail_shift_k(ggml_context * ctx, const kurtail_shift & shift, const std::function<ggml_tensor *(ggml_tensor *)> & rope) {
     ggml_tensor * k = shift.k;
@@ -62,7 +67,29 @@ std::string kurtail_model::state_tag(bool k_rotated, bool v_rotated, int32_t hea
     }
     // upstream turns K in blocks of the largest power of two that divides a head, V in blocks of 64
     const int32_t k_block = k_rotated ? head_k & -head_k : 0;
-    return format("rotations %s;K rotated by %d;V rotated by %d", rotations.empty() ? "none" : rotations.c_str(), k_block, v_rotated ? 64 : 0);
+    return format("rotations %s;K rotated by %d;V rotated by %d;weights %s", rotations.empty() ? "none" : rotations.c_str(), k_block,
+        v_rotated ? 64 : 0, cache_weights.c_str());
+}
+
+std::string kurtail_cache_weights(const llama_model_loader & ml) {
+    if (ml.files.empty()) {
+        return "unread";
+    }
+    uint64_t hash = 0xcbf29ce484222325; // FNV-1a
+    std::vector<uint8_t> sample;
+    for (const auto & [name, weight] : ml.weights_map) {
+        if (name.find(".attn_k.") == std::string::npos && name.find(".attn_v.") == std::string::npos && name.find(".attn_qkv.") == std::string::npos) {
+            continue;
+        }
+        sample.resize(std::min(SAMPLE_BYTES, ggml_nbytes(weight.tensor)));
+        const auto & file = ml.files.at(weight.idx);
+        file->seek(weight.offs, SEEK_SET);
+        file->read_raw(sample.data(), sample.size());
+        for (const uint8_t byte : sample) {
+            hash = (hash ^ byte)*0x100000001b3;
+        }
+    }
+    return format("%016" PRIx64, hash);
 }
 
 static std::vector<std::string> fields(const std::string & tag) {

@@ -9,6 +9,7 @@ struct ggml_context;
 struct ggml_tensor;
 class llama_io_read_i;
 class llama_io_write_i;
+struct llama_model_loader;
 
 struct kurtail_shift {
     ggml_tensor * k;        // one layer's cache, [n_embd_k_gqa, cells, streams] of any type
@@ -27,6 +28,10 @@ ggml_tensor * kurtail_shift_k(ggml_context * ctx, const kurtail_shift & shift, c
 // attn_factor for ggml_rope_ext so that a shift turns K and leaves its length: what YaRN and LongRoPE scale the cached
 // K by is in it already
 float kurtail_shift_attn_factor(float ext_factor, float freq_scale);
+
+// A hash of the first bytes of every tensor that makes keys or values, in hex: tells files apart whose rotations are the
+// same. "unread" where the loader has no files.
+std::string kurtail_cache_weights(const llama_model_loader & ml);
 
 // At the head of a cache's state: what its values are expressed in (kurtail_model::state_tag). An empty tag writes
 // nothing, so that states of other models stay what upstream writes.

@@ -36,8 +36,8 @@ struct kurtail_model {
     // rotated in the weights (R2) or not at all
     void override_attention_rotation(bool & rotate_k, bool & rotate_v) const;
 
-    // What the values of a cache are expressed in, for its states (kurtail-cache.h): what was folded, and what upstream
-    // rotates K and V by on the way into the cache. Empty for a model that is not ours.
+    // What the values of a cache are expressed in, for its states (kurtail-cache.h): what was folded, what upstream
+    // rotates K and V by on the way into the cache, and the weights that made them. Empty for a model that is not ours.
     std::string state_tag(bool k_rotated, bool v_rotated, int32_t head_k) const;
 
     // cache types left at GGML_TYPE_COUNT ("not given") become what the file asks for, f16 for any other file
@@ -47,6 +47,7 @@ private:
     uint32_t kv_bits = 16;
     bool     r3      = false;
     std::string rotations; // sha256 of what was folded; empty in a file without the key
+    std::string cache_weights; // kurtail_cache_weights
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> r4; // ffn_down -> Hadamard matrix
     std::vector<ggml_context_ptr>        contexts;
