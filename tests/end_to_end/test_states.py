@@ -109,6 +109,8 @@ def test_a_damaged_tag_is_refused(complete, file, tmp_path):
     at = state.index(b"rotations ")
     (tmp_path / "state").write_bytes(state[: at - 4] + b"\xff\xff\xff\x7f" + state[at:])
     assert "the state is damaged: its tag has 2147483647 bytes, the limit is 1024" in refusal(complete(file))
+    (tmp_path / "state").write_bytes(state[:at] + b"\x1b[2J\n" + state[at + 5 :])
+    assert "it has '?[2J?ions " in refusal(complete(file))
 
 
 def test_slots_take_their_own_files_states_only(serving, post, file, another, tiny_reference, tmp_path):

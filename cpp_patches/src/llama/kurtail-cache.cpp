@@ -27,7 +27,7 @@ ggml_tensor * kurtail_shift_k(ggml_context * ctx, const kurtail_shift & shift, c
     }
 
     // Whole heads: a rotation mixes all of their values, and quantized blocks may reach over the end of the rotary part.
-    ggml_tensor * cur = k->type == GGML_TYPE_F32 ? ggml_dup(ctx, k) : ggml_cast(ctx, k, GGML_TYPE_F32);
+    ggml_tensor * cur = k->type == GGML_TYPE_F32 ? k : ggml_cast(ctx, k, GGML_TYPE_F32);
     cur = ggml_reshape_3d(ctx, cur, shift.head, shift.rotary->ne[1], shift.rotary->ne[2]);
     if (shift.rotation) {
         cur = llama_mul_mat_hadamard(ctx, cur, shift.rotation);
@@ -67,7 +67,7 @@ std::string kurtail_model::state_tag(bool k_rotated, bool v_rotated, int32_t hea
     }
     // upstream turns K in blocks of the largest power of two that divides a head, V in blocks of 64
     const int32_t k_block = k_rotated ? head_k & -head_k : 0;
-    return format("rotations %s;K rotated by %d;V rotated by %d;weights %s", rotations.empty() ? "none" : rotations.c_str(), k_block,
+    return format("rotations %.64s;K rotated by %d;V rotated by %d;weights %s", rotations.empty() ? "none" : rotations.c_str(), k_block,
         v_rotated ? 64 : 0, cache_weights.c_str());
 }
 
@@ -104,13 +104,15 @@ static std::vector<std::string> fields(const std::string & tag) {
     return found;
 }
 
-// the first thing two tags differ in, for people: hashes by their beginning
+// the first thing two tags differ in, for people: hashes by their beginning, nothing from a file that a terminal would obey
 static std::string difference(const std::string & theirs, const std::string & ours) {
     const auto a = fields(theirs);
     const auto b = fields(ours);
     for (size_t i = 0; i < a.size() && i < b.size(); ++i) {
         if (a[i] != b[i]) {
-            return format("'%.22s', this context has '%.22s'", a[i].c_str(), b[i].c_str());
+            std::string text = format("'%.22s', this context has '%.22s'", a[i].c_str(), b[i].c_str());
+            std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c > '~'; }, '?');
+            return text;
         }
     }
     return "other settings than this context has";
