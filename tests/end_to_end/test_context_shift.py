@@ -22,8 +22,8 @@ F32, F16, Q4_0 = 0, 1, 2
 #: ggml's numbers: what llama.cpp takes for -ctk.
 TYPES = {"f32": F32, "f16": F16, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": Q4_0, "iq4_nl": 20}
 #: Distance of logits from those of an f32 cache, of their norm: a shift rounds K once more, which makes it up to 1.7 times
-#: what the type's own rounding makes it; f16 sums of the attention are the rest. A shift in the wrong basis, or of the
-#: wrong values, gives 0.3 and more for every type.
+#: what the type's own rounding makes it; f16 sums of the attention are the rest. Without undoing R3 it is 1.0, with the
+#: scale of LongRoPE applied twice 0.6.
 ROUNDED_AGAIN, SUMS = 2.0, 0.005
 
 #: head_dim, share of it in RoPE (0.75: Phi-4-mini), R3; no R3 fits a head of 96 (Phi-3-mini)
