@@ -1,4 +1,5 @@
 #include "kurtail.h"
+#include "kurtail-cache.h"
 
 #include "kurtail-keys.h"
 
@@ -80,6 +81,7 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     if (k.has("kurtail.rotations.sha256")) {
         rotations = k.str("kurtail.rotations.sha256");
     }
+    cache_weights = kurtail_cache_weights(ml);
     // written for stock llama.cpp: it runs as it does there, with an explicit -ctk or -ctv too
     if (k.has("kurtail.target") && k.str_of("kurtail.target", { "kurtail", "stock" }) == "stock") {
         LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as there\n", __func__);

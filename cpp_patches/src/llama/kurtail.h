@@ -40,6 +40,10 @@ struct kurtail_model {
     // k_cur (after RoPE, before R3) as layer il's cache holds it
     ggml_tensor * without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const;
 
+    // What the values of a cache are expressed in, for its states (kurtail-cache.h): what was folded, what upstream
+    // rotates K and V by on the way into the cache, and the weights that made them. Empty for a model that is not ours.
+    std::string state_tag(bool k_rotated, bool v_rotated, int32_t head_k) const;
+
     // What upstream checks before it makes a context: cache types left at GGML_TYPE_COUNT ("not given") become the
     // smallest that the file asks for, f16 for any other file. leave_cache_types gives "not given" back to the cache's
     // constructor, which asks for each layer's.
@@ -51,6 +55,7 @@ struct kurtail_model {
 private:
     bool r3 = false;
     std::string rotations; // sha256 of what was folded; empty in a file without the key
+    std::string cache_weights; // kurtail_cache_weights
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> r4; // ffn_down -> Hadamard matrix
     kurtail_constants constants;
