@@ -5,6 +5,7 @@ what llama-quantize picks for the type; ours never ties the head (docs/format.md
 """
 
 import json
+import math
 import sys
 
 import gguf
@@ -26,15 +27,35 @@ SPREAD = {"kt4": 4.6, "q4_0": 4.6, "q4_1": 4.6, "q8_0": 74.0, "q6_K": 18.5 * 74.
 FILE_TYPES = {"kt4": 164, "q4_0": 2, "q4_1": 3, "q8_0": 7, "f16": 1}
 
 
+def random_bytes(rng: np.random.Generator, size: int) -> np.ndarray:
+    """[size] of uint8. Those of a large tensor are 64 MiB again and again, from different places on: the time of a file of
+    13 GB is then that of copying."""
+    period = 1 << 26
+    if size <= period:
+        return np.frombuffer(rng.bytes(size), np.uint8).copy()
+    pool = np.frombuffer(rng.bytes(period), np.uint8)
+    out = np.empty(size, np.uint8)
+    for begin in range(0, size, period):
+        part = out[begin : begin + period]
+        first = int(rng.integers(period))
+        part[:] = np.concatenate([pool[first:], pool[:first]])[: part.size]
+    return out
+
+
 def random_tensor(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:
     """[rows, bytes of a row] of uint8: values of about the spread that keeps activations where they are."""
     _, size, fields = BLOCKS[kind]
     dtype = np.dtype([(name, code, (count,)) for name, code, count in fields])
     n = rows * columns // size
     scale = columns**-0.5 / SPREAD[kind]
+    blocks = random_bytes(rng, n * dtype.itemsize).view(dtype)
     if kind == "f16":
-        return (rng.standard_normal((rows, columns), dtype=np.float32) * scale).astype("<f2").view(np.uint8)
-    blocks = np.frombuffer(rng.bytes(n * dtype.itemsize), dtype).copy()
+        # signs and mantissas are random; one exponent, so that values are 1 to 2 times a power of two, 1.53 in the mean square
+        exponent = np.uint16(15 + round(math.log2(scale / 1.53)) << 10)
+        bits = blocks.view("<u2")
+        bits &= np.uint16(0x83FF)
+        bits |= exponent
+        return bits.view(np.uint8).reshape(rows, -1)
     blocks["d"] = scale
     if kind == "q4_1":
         blocks["m"] = -7.5 * scale

@@ -1,0 +1,113 @@
+"""The header of a GGUF file: what of it is where, and 32-bit values changed in place. Standard library only."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from environment import ToolError
+
+UINT32, STRING, ARRAY = 4, 8, 9
+#: bytes of a value, by GGUF's number of its type
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+@dataclass(frozen=True)
+class Header:
+    """``values``: of each key GGUF's number of the type and where in the file its value begins. ``tensors``: of each name
+    its dimensions (inputs first), ggml's number of its type and where its bytes begin."""
+
+    values: dict[str, tuple[int, int]]
+    tensors: dict[str, tuple[tuple[int, ...], int, int]]
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def number(self, form: str) -> int:
+        value = struct.unpack_from("<" + form, self.data, self.at)[0]
+        self.at += struct.calcsize(form)
+        return value
+
+    def text(self) -> str:
+        size = self.number("Q")
+        self.at += size
+        return self.data[self.at - size : self.at].decode()
+
+    def skip(self, kind: int) -> None:
+        if kind == STRING:
+            self.text()
+        elif kind == ARRAY:
+            kind, n = self.number("I"), self.number("Q")
+            if kind in SIZES:
+                self.at += n * SIZES[kind]
+                return
+            for _ in range(n):
+                self.skip(kind)
+        else:
+            self.at += SIZES[kind]
+
+
+def read_header(path: Path) -> Header:
+    """Of a little-endian GGUF file of version 3.
+
+    Raises:
+        ToolError: when it is none.
+    """
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:8] != b"GGUF\x03\0\0\0":
+            raise ToolError(f"{path} is not a GGUF file of version 3")
+        reader = _Reader(data)
+        reader.at = 8
+        n_tensors, n_values = reader.number("Q"), reader.number("Q")
+        values, found, alignment = {}, {}, 32
+        for _ in range(n_values):
+            key, kind = reader.text(), reader.number("I")
+            values[key] = (kind, reader.at)
+            if key == "general.alignment":
+                alignment = struct.unpack_from("<I", data, reader.at)[0]
+            reader.skip(kind)
+        for _ in range(n_tensors):
+            name = reader.text()
+            shape = tuple(reader.number("Q") for _ in range(reader.number("I")))
+            found[name] = (shape, reader.number("I"), reader.number("Q"))
+        begin = -(-reader.at // alignment) * alignment
+    return Header(values, {name: (shape, kind, begin + offset) for name, (shape, kind, offset) in found.items()})
+
+
+def set_uint32(path: Path, changes: dict[str, int]) -> None:
+    """Overwrite values of a file that has these keys, each of type uint32.
+
+    Raises:
+        ToolError: when a key is missing or of another type; nothing is written then.
+    """
+    values = read_header(path).values
+    for key in changes:
+        if values.get(key, (None, 0))[0] != UINT32:
+            raise ToolError(f"{path}: {key} is {'of another type' if key in values else 'missing'}, a uint32 is to be overwritten")
+    with path.open("r+b") as f:
+        for key, value in changes.items():
+            f.seek(values[key][1])
+            f.write(struct.pack("<I", value))
+
+
+def multiplied_bytes(path: Path, kind: int, values: int, size: int) -> int:
+    """Bytes of the file's matrices of a type whose rows are a multiple of 16: those that the GPU holds in groups.
+
+    Args:
+        path: the file.
+        kind: ggml's number of the type.
+        values: of its block.
+        size: of its block, in bytes.
+    """
+    total = 0
+    for shape, found, _ in read_header(path).tensors.values():
+        if found == kind and len(shape) > 1 and shape[1] % 16 == 0:
+            count = 1
+            for n in shape:
+                count *= n
+            total += count // values * size
+    return total
