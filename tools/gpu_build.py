@@ -13,7 +13,7 @@ from pathlib import Path
 from cuda_kernels import find_nvcc
 from environment import ROOT, ToolError, run, say
 
-TARGETS = ["llama-bench", "llama-perplexity", "llama-completion", "test-backend-ops", "test-kt4-gpu", "test-kt4-gpu-ptx"]
+TARGETS = ["llama-bench", "llama-perplexity", "test-backend-ops", "test-kt4-cuda"]
 #: the toolkit's own version: cuBLAS has to be of the same major release
 CUBLAS = "nvidia-cublas==13.0.2.14"
 #: K and V types of the cache that attention has kernels for while generating; others are converted to f16 first
@@ -24,6 +24,11 @@ LIBRARIES = {
     "cublasLt": ["CUDA_cublasLt_LIBRARY"],
     "cudart": ["CUDA_cudart_LIBRARY", "CUDA_CUDART"],
 }
+
+
+def targets(arch: int | None) -> list[str]:
+    """Programs to build. From Hopper on the int4 kernels are tested by a program of their own."""
+    return TARGETS + (["test-kt4-gpu"] if arch else []) + (["test-kt4-gpu-ptx"] if arch and arch >= 90 else [])
 
 
 def toolkit_of(nvcc: str) -> Path:
@@ -101,27 +106,35 @@ def driver_stub(directory: Path, toolkit: Path, sources: list[Path]) -> Path:
     return library
 
 
-def configure(directory: Path, arch: int) -> None:
-    """CMake of the checkout with CUDA for one architecture; CPU code for any x86-64 with AVX2."""
-    nvcc = find_nvcc()
-    toolkit = toolkit_of(nvcc)
-    source = directory / "upstream"
-    subprocess.run([sys.executable, ROOT / "cpp_patches" / "prepare.py", "--out", source], check=True, stdout=subprocess.DEVNULL)
-    hooked = sorted((source / "vendor" / "llama.cpp" / "ggml" / "src" / "ggml-cuda").glob("*.cu*"))
-    stub = driver_stub(directory.with_name(directory.name + "-driver"), toolkit, hooked)
-    launcher = ["-DCMAKE_CUDA_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
+def configure(directory: Path, arch: int | None) -> None:
+    """CMake of the checkout: CPU code for any x86-64 with AVX2, and CUDA for one architecture; None: without."""
     options = [
-        "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}-real", f"-DCMAKE_CUDA_COMPILER={nvcc}", *launcher,
-        f"-DGGML_CUDA_FA_QUANTS={';'.join(ATTENTION)}", f"-DCUDA_cuda_driver_LIBRARY={stub}", "-DGGML_CUDA_NCCL=OFF",
         "-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in ("SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2")), "-DLLAMA_OPENSSL=OFF",
-        "-DKURTAIL_TESTS=ON", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
-        *library_options(cublas(directory.with_name("gpu-cublas"), toolkit), toolkit),
+        "-DKURTAIL_TESTS=ON", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", *(_cuda_options(directory, arch) if arch else ["-DGGML_CUDA=OFF"]),
     ]  # fmt: skip
     command = ["cmake", "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DPython3_EXECUTABLE={sys.executable}", *options]
     run(command, directory.with_name(directory.name + "-configure.log"), "configure")
 
 
-def build(directory: Path, targets: list[str]) -> None:
+def _cuda_options(directory: Path, arch: int) -> list[str]:
+    nvcc = find_nvcc()
+    toolkit = toolkit_of(nvcc)
+    # upstream's source is laid out first: the driver's stub has the functions that it calls
+    source = directory / "upstream"
+    prepared = subprocess.run([sys.executable, ROOT / "cpp_patches" / "prepare.py", "--out", source], capture_output=True, text=True)
+    if prepared.returncode != 0:
+        raise ToolError(prepared.stderr.strip().removeprefix("error: "))
+    sources = sorted((source / "vendor" / "llama.cpp" / "ggml" / "src" / "ggml-cuda").glob("*.cu*"))
+    stub = driver_stub(directory.with_name(directory.name + "-driver"), toolkit, sources)
+    launcher = ["-DCMAKE_CUDA_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
+    return [
+        "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={arch}-real", f"-DCMAKE_CUDA_COMPILER={nvcc}", *launcher,
+        f"-DGGML_CUDA_FA_QUANTS={';'.join(ATTENTION)}", f"-DCUDA_cuda_driver_LIBRARY={stub}", "-DGGML_CUDA_NCCL=OFF",
+        *library_options(cublas(directory.with_name("gpu-cublas"), toolkit), toolkit),
+    ]  # fmt: skip
+
+
+def build(directory: Path, names: list[str]) -> None:
     """Compile and link; ninja goes on where an earlier call was interrupted. Its log lies beside the directory."""
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-    run(["cmake", "--build", directory, "-j", jobs, "--target", *targets], directory.with_name(directory.name + "-build.log"), "runtime with CUDA")
+    run(["cmake", "--build", directory, "-j", jobs, "--target", *names], directory.with_name(directory.name + "-build.log"), "runtime with CUDA")
