@@ -27,28 +27,34 @@ SPREAD = {"kt4": 4.6, "q4_0": 4.6, "q4_1": 4.6, "q8_0": 74.0, "q6_K": 18.5 * 74.
 FILE_TYPES = {"kt4": 164, "q4_0": 2, "q4_1": 3, "q8_0": 7, "f16": 1}
 
 
-def random_bytes(rng: np.random.Generator, size: int) -> np.ndarray:
-    """[size] of uint8. Those of a large tensor are 64 MiB again and again, from different places on: the time of a file of
-    13 GB is then that of copying."""
-    period = 1 << 26
-    if size <= period:
-        return np.frombuffer(rng.bytes(size), np.uint8).copy()
-    pool = np.frombuffer(rng.bytes(period), np.uint8)
-    out = np.empty(size, np.uint8)
-    for begin in range(0, size, period):
-        part = out[begin : begin + period]
-        first = int(rng.integers(period))
-        part[:] = np.concatenate([pool[first:], pool[:first]])[: part.size]
-    return out
+class RandomBytes:
+    """Random bytes that repeat after 64 MiB, from another place on each time: the time of a file of 13 GB is then that of
+    copying."""
+
+    PERIOD = 1 << 26
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        pool = np.frombuffer(self._rng.bytes(self.PERIOD), np.uint8)
+        self._pool = np.concatenate([pool, pool])
+
+    def take(self, size: int) -> np.ndarray:
+        """[size] of uint8."""
+        out = np.empty(size, np.uint8)
+        for begin in range(0, size, self.PERIOD):
+            part = out[begin : begin + self.PERIOD]
+            first = int(self._rng.integers(self.PERIOD))
+            part[:] = self._pool[first : first + part.size]
+        return out
 
 
-def random_tensor(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:
+def random_tensor(source: RandomBytes, kind: str, rows: int, columns: int) -> np.ndarray:
     """[rows, bytes of a row] of uint8: values of about the spread that keeps activations where they are."""
     _, size, fields = BLOCKS[kind]
     dtype = np.dtype([(name, code, (count,)) for name, code, count in fields])
     n = rows * columns // size
     scale = columns**-0.5 / SPREAD[kind]
-    blocks = random_bytes(rng, n * dtype.itemsize).view(dtype)
+    blocks = source.take(n * dtype.itemsize).view(dtype)
     if kind == "f16":
         # signs and mantissas are random; one exponent, so that values are 1 to 2 times a power of two, 1.53 in the mean square
         exponent = np.uint16(15 + round(math.log2(scale / 1.53)) << 10)
@@ -64,7 +70,7 @@ def random_tensor(rng: np.random.Generator, kind: str, rows: int, columns: int) 
 
 def write(path: str, kind: str, shape: dict, seed: int = 0) -> None:
     """Write one file. shape: hidden, ffn, layers, heads, kv_heads, head_dim, vocab."""
-    rng = np.random.default_rng(seed)
+    source = RandomBytes(seed)
     hidden, ffn, head_dim = shape["hidden"], shape["ffn"], shape["head_dim"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(f"random {kind}")
@@ -86,7 +92,7 @@ def write(path: str, kind: str, shape: dict, seed: int = 0) -> None:
         add_kurtail_keys(writer, hidden, head_dim)
 
     def matrix(name: str, type_name: str, rows: int, columns: int) -> None:
-        writer.add_tensor(name, random_tensor(rng, type_name, rows, columns), raw_dtype=BLOCKS[type_name][0])
+        writer.add_tensor(name, random_tensor(source, type_name, rows, columns), raw_dtype=BLOCKS[type_name][0])
 
     def norm(name: str) -> None:
         writer.add_tensor(name, np.ones(hidden, np.float32))

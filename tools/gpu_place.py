@@ -167,10 +167,12 @@ class Place:
 
 
 def cuda_libraries() -> list[Path]:
-    """Directories of cuBLAS and the CUDA runtime: of NVIDIA's wheels in this Python, and of toolkits."""
+    """Directories of cuBLAS, the CUDA runtime and the driver: of NVIDIA's wheels in this Python, of toolkits, of containers."""
     wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/lib"))
     toolkits = [path for root in sorted(Path("/usr/local").glob("cuda*")) for path in (root / "lib64", root / "targets/x86_64-linux/lib")]
-    return [path for path in [*wheels, *toolkits] if any(path.glob("libcublas.so*")) or any(path.glob("libcudart.so*"))]
+    drivers = [Path("/usr/local/nvidia/lib64"), Path("/usr/local/nvidia/lib")]
+    names = ("libcublas.so*", "libcudart.so*", "libcuda.so*")
+    return [path for path in [*wheels, *toolkits, *drivers] if any(any(path.glob(name)) for name in names)]
 
 
 def _text(file) -> str:
