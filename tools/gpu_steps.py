@@ -232,23 +232,27 @@ def convert(place: Place) -> Found:
     return _told(done.stdout), []
 
 
+def compare(place: Place, reference: Path, file: Path) -> tuple[dict[str, float], report.Placement]:
+    """Predictions of a file on the device against a reference's on the CPU, and where the file was put."""
+    base = place.work / f"{file.stem}.logits"
+    common = ["-f", place.work / "text.txt", "-c", "512", "--chunks", "1" if place.tiny else "4", "-fa", "on", "--kl-divergence-base", base]
+    place.run(place.bin / "llama-perplexity", "-m", reference, *common, "-ngl", "0", "-dev", "none")
+    done = place.run(place.bin / "llama-perplexity", "-m", file, *common, "--kl-divergence", "-lv", "4", *place.layers)
+    base.unlink()
+    return report.divergence(done.stdout), report.placement(done.stdout + done.stderr)
+
+
 def logits(name: str, place: Place) -> Found:
     """A file on the GPU against the CPU, with the bits of activations and cache that the name says."""
     changes, limit = LOGITS[name]
     place.finished("logits-file")
-    path, base = place.work / f"{name}.gguf", place.work / f"{name}.logits"
+    path = place.work / f"{name}.gguf"
     shutil.copyfile(place.work / "logits.gguf", path)
     set_uint32(path, changes)
-    chunks = "1" if place.tiny else "4"
-    common = ["-m", path, "-f", place.work / "text.txt", "-c", "512", "--chunks", chunks, "-fa", "on", "--kl-divergence-base", base]
-    place.run(place.bin / "llama-perplexity", *common, "-ngl", "0", "-dev", "none")
-    done = place.run(place.bin / "llama-perplexity", *common, "--kl-divergence", "-lv", "4", *place.layers)
-    for file in (path, base):
-        file.unlink()
-    found = report.divergence(done.stdout)
-    where = report.placement(done.stdout + done.stderr)
+    found, where = compare(place, path, path)
     wrong = report.divergence_complaints(found, limit)
-    wrong += report.placement_complaints(where, place.device, multiplied_bytes(place.work / "logits.gguf", *TYPES["kt4"]))
+    wrong += report.placement_complaints(where, place.device, multiplied_bytes(path, *TYPES["kt4"]))
+    path.unlink()
     return found | {"limit": limit.kld, "weights_mib": where.weights, "splits": where.splits}, wrong
 
 
