@@ -43,7 +43,7 @@ class Step:
     """``budget``: seconds. ``payload``: of the bundle, that it needs; it runs with the part that completes it."""
 
     name: str
-    budget: int
+    budget: float
     payload: str
     run: Callable[[Place], Found] = field(repr=False)
 

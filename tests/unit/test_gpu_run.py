@@ -151,7 +151,7 @@ def test_steps_after_a_failure_run_and_results_are_kept(tool, parts, monkeypatch
     def step(name, run, budget=9, payload="programs"):
         return gpu_steps.Step(name, budget, payload, run)
 
-    steps = (step("good", lambda place: ({"n": 1}, [])), step("bad", bad), step("none", skipped), step("hangs", hangs, 1),
+    steps = (step("good", lambda place: ({"n": 1}, [])), step("bad", bad), step("none", skipped), step("hangs", hangs, 0.05),
              step("missed", lambda place: ({"kld": 0.5}, ["KLD 0.5"])), step("later", lambda place: ({}, []), payload="package"))  # fmt: skip
     monkeypatch.setattr(gpu_run, "STEPS", steps)
     command = ["gpu_run", "--bundle", tmp / "bundle", "--work", tmp / "work", "--out", out, "--device", "CPU"]
