@@ -21,6 +21,8 @@ class Header:
 
     values: dict[str, tuple[int, int]]
     tensors: dict[str, tuple[tuple[int, ...], int, int]]
+    infos: int  # where the tensors' own headers begin
+    alignment: int
 
 
 class _Reader:
@@ -70,12 +72,13 @@ def read_header(path: Path) -> Header:
             if key == "general.alignment":
                 alignment = struct.unpack_from("<I", data, reader.at)[0]
             reader.skip(kind)
+        infos = reader.at
         for _ in range(n_tensors):
             name = reader.text()
             shape = tuple(reader.number("Q") for _ in range(reader.number("I")))
             found[name] = (shape, reader.number("I"), reader.number("Q"))
         begin = -(-reader.at // alignment) * alignment
-    return Header(values, {name: (shape, kind, begin + offset) for name, (shape, kind, offset) in found.items()})
+    return Header(values, {name: (shape, kind, begin + offset) for name, (shape, kind, offset) in found.items()}, infos, alignment)
 
 
 def set_uint32(path: Path, changes: dict[str, int]) -> None:
@@ -111,3 +114,34 @@ def multiplied_bytes(path: Path, kind: int, values: int, size: int) -> int:
                 count *= n
             total += count // values * size
     return total
+
+
+def first_layers(path: Path, out: Path, layers: int) -> None:
+    """Write a file without the layers from `layers` on: the same weights, too few of them for roundings to add up.
+
+    Raises:
+        ToolError: when the file's header does not count its layers.
+    """
+    header = read_header(path)
+    count = next((at for key, (kind, at) in header.values.items() if key.endswith(".block_count") and kind == UINT32), None)
+    if count is None:
+        raise ToolError(f"{path} does not tell how many layers it has")
+    ends = sorted([begin for _, _, begin in header.tensors.values()] + [path.stat().st_size])
+    kept = {name: tensor for name, tensor in header.tensors.items() if not (name.startswith("blk.") and int(name.split(".")[1]) >= layers)}
+    with path.open("rb") as f:
+        head = bytearray(f.read(header.infos))
+        struct.pack_into("<Q", head, 8, len(kept))
+        struct.pack_into("<I", head, count, layers)
+        offset, places = 0, []
+        for name, (shape, kind, begin) in kept.items():
+            head += struct.pack("<Q", len(name.encode())) + name.encode() + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+            size = ends[ends.index(begin) + 1] - begin
+            places.append((begin, size, offset))
+            offset += -(-size // header.alignment) * header.alignment
+        start = -(-len(head) // header.alignment) * header.alignment
+        with out.open("wb") as to:
+            to.write(head)
+            for begin, size, offset in places:
+                f.seek(begin)
+                to.seek(start + offset)
+                to.write(f.read(size))

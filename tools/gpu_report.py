@@ -18,8 +18,8 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 class Limit:
     """How far a file's predictions on the GPU may be from the CPU's: mean divergence in nats, loss either way."""
 
-    kld: float
-    loss: float
+    kld: float = math.inf
+    loss: float = math.inf
 
 
 # To learn in another order of sums is as good as with another seed, which moves the perplexity by up to ten percent (README);

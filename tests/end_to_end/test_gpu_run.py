@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import time
 from pathlib import Path
 from types import ModuleType
@@ -48,23 +47,27 @@ def test_conversions_and_logits_are_compared(steps, place) -> None:
         assert found["splits"] == 1 and found["weights_mib"]["CPU_KT4"] > 0
 
 
-def test_a_faulty_group_of_rows_is_beyond_the_limit(steps, place) -> None:
-    """16 rows of one product computed as zeros, as a tile that is never written would leave them."""
+@pytest.mark.parametrize("name", ["W4A4KV4, first layer", "W4A4KV16, first layer", "W4A8KV4, first layer", "W4A8KV16"])
+def test_a_faulty_group_of_rows_is_beyond_the_limit(steps, place, name: str) -> None:
+    """16 rows of one product of a layer computed as zeros, as a tile that is never written would leave them."""
     steps.start_conversions(place)
     place.finished("logits-file")
-    changes, limit = steps.LOGITS["W4A8KV16"]
+    header = importlib.import_module("gguf_header")
+    bits = steps.LOGITS[name]
     good, faulty = place.work / "good.gguf", place.work / "faulty.gguf"
-    shutil.copyfile(place.work / "logits.gguf", good)
-    steps.set_uint32(good, changes)
-    shutil.copyfile(good, faulty)
-    shape, kind, begin = importlib.import_module("gguf_header").read_header(faulty).tensors["blk.1.ffn_up.weight"]
-    _, values, size = steps.TYPES["kt4"]
-    assert kind == steps.TYPES["kt4"][0]
+    steps.prepare(bits, place.work / "logits.gguf", good)
+    steps.prepare(bits, place.work / "logits.gguf", faulty)
+    number, values, size = steps.TYPES["kt4"]
+    tensors = [tensor for key, tensor in header.read_header(faulty).tensors.items() if key.endswith(".ffn_up.weight")]
+    assert len(tensors) == (bits.layers or 2)
     with faulty.open("r+b") as f:
-        f.seek(begin + 64 * shape[0] // values * size)
-        f.write(bytes(16 * shape[0] // values * size))
+        for shape, kind, begin in tensors:
+            assert kind == number
+            row = shape[0] // values * size
+            f.seek(begin + 64 * row)
+            f.write(bytes(16 * row))
     found, _ = steps.compare(place, good, faulty)
-    assert steps.report.divergence_complaints(found, limit), found
+    assert steps.report.divergence_complaints(found, bits.limit), found
 
 
 def test_a_conversion_that_fails_is_one_line(steps, place) -> None:
@@ -73,7 +76,7 @@ def test_a_conversion_that_fails_is_one_line(steps, place) -> None:
         steps.convert(place)
     steps.start_conversions(place)
     with pytest.raises(steps.ToolError, match="logits-file failed: error: "):
-        steps.logits("W4A4KV4", place)
+        steps.logits("W4A8KV16", place)
 
 
 def test_speeds_and_products_of_tiny_models(steps, place, runtime) -> None:

@@ -246,6 +246,29 @@ def test_bytes_in_groups_are_counted(tool, gguf: Path) -> None:
         header.read_header(gguf)
 
 
+def test_a_file_is_cut_after_its_first_layers(tool, tmp_path: Path) -> None:
+    header = tool("gguf_header")
+    names = ("token_embd.weight", "blk.0.a.weight", "blk.10.a.weight", "blk.1.a.weight", "output.weight")
+    contents = {name: bytes([number + 1]) * (32 * (number + 1)) for number, name in enumerate(names)}
+    values = _string("llama.block_count") + struct.pack("<II", 4, 11) + _string("last") + struct.pack("<II", 4, 7)
+    tensors, offset = b"", 0
+    for name, content in contents.items():
+        tensors += _string(name) + struct.pack("<IQIQ", 1, len(content), 24, offset)
+        offset += len(content)
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(names), 2) + values + tensors
+    path, out = tmp_path / "file.gguf", tmp_path / "first.gguf"
+    path.write_bytes(head + b"\0" * (-len(head) % 32) + b"".join(contents.values()))
+    header.first_layers(path, out, 1)
+    found = header.read_header(out)
+    assert list(found.tensors) == ["token_embd.weight", "blk.0.a.weight", "output.weight"]
+    data = out.read_bytes()
+    assert [struct.unpack_from("<I", data, found.values[key][1])[0] for key in ("llama.block_count", "last")] == [1, 7]
+    for name, ((size,), _, begin) in found.tensors.items():
+        assert begin % 32 == 0 and data[begin : begin + size] == contents[name]
+    header.first_layers(path, out, 11)
+    assert out.read_bytes() == path.read_bytes()
+
+
 def test_the_drivers_functions_are_found_by_their_exported_names(tool) -> None:
     cuda_h = "#define cuMemAlloc                          cuMemAlloc_v2\nCUresult CUDAAPI cuMemAlloc(CUdeviceptr *p);\nCUresult CUDAAPI cuMemMap(int);\nCUresult CUDAAPI cuInit(unsigned);\n"
     sources = ["CU_CHECK(cuMemMap(pool)); cuMemAlloc(&p); cublasCreate(&h); cudaMalloc(&p); cuThing x;"]
