@@ -20,6 +20,8 @@ from gpu_report import reason
 
 #: bytes of a program's output that are kept in the log
 KEPT = 200_000
+#: bytes of all random models
+MODELS_BYTES = 45e9
 
 
 class OutOfTime(ToolError):
@@ -69,10 +71,11 @@ class Place:
     @property
     def models(self) -> Path:
         """Directory of the random models: in memory where there is room for them."""
-        memory = Path("/dev/shm")
+        memory = Path("/dev/shm") / self.work.name
         with contextlib.suppress(OSError):
-            if not self.tiny and shutil.disk_usage(memory).free > 45e9:
-                return memory / self.work.name
+            # once it is there it stays the place: the models in it take the room that is asked about
+            if not self.tiny and (memory.is_dir() or shutil.disk_usage(memory.parent).free > MODELS_BYTES):
+                return memory
         return self.work / "models"
 
     def seconds(self) -> float:

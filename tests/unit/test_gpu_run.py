@@ -130,6 +130,22 @@ def test_what_is_started_goes_on_and_is_waited_for(tool, place) -> None:
         place.finished("slow")
 
 
+def test_models_stay_where_they_were_begun(tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_place = tool("gpu_place")
+    found = gpu_place.Place(tmp_path / f"work-{os.getpid()}", "CUDA0", tmp_path / "log")
+    free = {"bytes": gpu_place.MODELS_BYTES + 1}
+    monkeypatch.setattr(gpu_place.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free["bytes"]})())
+    memory = found.models
+    assert memory.parent == Path("/dev/shm")
+    free["bytes"] = 0
+    assert found.models == found.work / "models"
+    memory.mkdir()
+    try:
+        assert found.models == memory
+    finally:
+        memory.rmdir()
+
+
 def test_steps_after_a_failure_run_and_results_are_kept(tool, parts, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     gpu_run, gpu_steps, tmp = tool("gpu_run"), tool("gpu_steps"), parts[2]
     out = tmp / "out"
