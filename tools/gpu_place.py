@@ -165,8 +165,8 @@ class Place:
         return (self.work / f"{name}.out").read_text()
 
     def python(self, *arguments: object) -> list[object]:
-        """A command of this Python that sees the bundle's package and no checkout's."""
-        return [sys.executable, "-P", *arguments]
+        """A command of this Python."""
+        return [sys.executable, *arguments]
 
 
 def cuda_libraries() -> list[Path]:

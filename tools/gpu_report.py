@@ -268,8 +268,8 @@ def bench_speeds(text: str) -> dict[str, float]:
 
 
 def reason(*texts: str) -> str:
-    """The line that tells most of why a program ended: the first with "error", or the last there is."""
+    """The line that tells most of why a program ended: the first that names an error, or the last there is."""
     for text in texts:
         if told := [line.strip() for line in COLOURS.sub("", text).splitlines() if line.strip()]:
-            return next((line for line in told if "error" in line.lower()), told[-1])
+            return next((line for line in told if re.search(r"(?i:\berror\b)|\w+Error: ", line)), told[-1])
     return "no output"

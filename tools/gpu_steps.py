@@ -216,7 +216,8 @@ def write_wide(place: Place) -> Found:
 
 
 def _convert(place: Place, model: Path, out: str, device: str, *options: str) -> list[object]:
-    return [*place.python("-m", "kurtail_gguf.cli.main"), "convert", model, place.work / out, "--device", device, "--restart", "--json",
+    # -P: the checkout's own package, without a runtime, is not to be found first
+    return [*place.python("-P", "-m", "kurtail_gguf.cli.main"), "convert", model, place.work / out, "--device", device, "--restart", "--json",
             "--work-dir", place.work / f"{out}.work", *options]  # fmt: skip
 
 

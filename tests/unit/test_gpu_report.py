@@ -178,4 +178,6 @@ def test_speeds_are_read_though_the_last_line_was_cut(report: ModuleType) -> Non
 
 def test_the_line_that_tells_why(report: ModuleType) -> None:
     assert report.reason("\n", "first\nCUDA error: bad\nlast\n") == "CUDA error: bad"
+    traceback = "Traceback:\n from x import ToolError\nModuleNotFoundError: No module named 'x'\nlast\n"
+    assert report.reason(traceback) == "ModuleNotFoundError: No module named 'x'"
     assert report.reason("", "first\nlast\n") == "last" and report.reason("", "") == "no output"

@@ -186,6 +186,7 @@ def test_steps_after_a_failure_run_and_results_are_kept(tool, parts, monkeypatch
 
     monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, "--only", "good", "--seconds", "0"]])
     assert gpu_run.main() == 1 and kept()[-1] == "left out"
+    assert "| good | pass |" in (out / "report.md").read_text()
     monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, "--only", "other"]])
     with pytest.raises(tool("environment").ToolError, match="there is no step 'other'; steps are: good; bad"):
         gpu_run.main()
