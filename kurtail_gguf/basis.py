@@ -1,7 +1,7 @@
 """The rotations that are folded into a file, found again from the file and the model it was made of.
 
 Each is the orthogonal matrix that carries the model's weights nearest to the file's (Procrustes): R1 from embedding and
-head, R2 from each layer's values, and the scales of FFN channels row by row. Nothing has to have been kept; rounding to 4
+head, R2 from each layer's values, and the scales of FFN channels and keys row by row. Nothing has to have been kept; rounding to 4
 bits in the file moves the result a little, so that it is for checking, not for converting.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_tensor
+from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_rows, file_tensor
 from kurtail_gguf.config import Provenance
 from kurtail_gguf.evaluate.file_tensors import FileTensors
 from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
@@ -69,7 +69,35 @@ def find_layer_rotations(
         scale = torch.where(energy > 0, (up * found).sum(1) / energy, 1.0)
         # a row that came out as zeros has lost its scale; the comparison of its tensor will tell
         scale = torch.where(scale > 0, scale, 1.0)
-    return LayerRotations(r1, r2, r4, scale)
+    return LayerRotations(r1, r2, r4, scale, _key_scale(checkpoint, file, layer, weights, folded))
+
+
+def _key_scale(
+    checkpoint: Checkpoint, file: FileTensors, layer: int, weights: dict[str, torch.Tensor], folded: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """What keys were divided by, the same for both values of a RoPE pair: from the gains of their norm, or their rows."""
+    spec = checkpoint.spec
+    if norm := spec.family.key_norm:
+        kept = weights[f"{norm}.weight"].double()[None, :, None]
+        found = torch.from_numpy(file.values(f"blk.{layer}.attn_k_norm.weight")).double()[None, :, None]
+    else:
+        linear, rows = spec.key_rows
+        stored = _stored(file, checkpoint, layer, linear)[rows]
+        found = torch.empty_like(stored)
+        # where the file has each row of the checkpoint
+        found[torch.from_numpy(file_rows(spec, linear, np.arange(len(stored))))] = stored
+        shape = (spec.kv_heads, spec.head_dim, -1)
+        kept, found = folded[f"{linear}.weight"][rows].reshape(shape), found.reshape(shape)
+    same, energy = (_of_pairs((kept * other).sum(-1), spec.rotary_dim // 2) for other in (found, kept))
+    # a row that came out as zeros has lost its scale; the comparison of its tensor will tell
+    usable = (same > 0) & (energy > 0)
+    return torch.where(usable, energy / same.where(usable, 1.0), 1.0).expand(spec.kv_heads, -1)
+
+
+def _of_pairs(values: torch.Tensor, pairs: int) -> torch.Tensor:
+    """The sum over both values of each RoPE pair, at the place of both, ``[heads, head_dim]``."""
+    both = values[:, :pairs] + values[:, pairs : 2 * pairs]
+    return torch.cat([both, both, values[:, 2 * pairs :]], -1)
 
 
 def _stored(file: FileTensors, checkpoint: Checkpoint, layer: int, linear: str) -> torch.Tensor:

@@ -14,7 +14,9 @@ from typing import Any
 
 from kurtail_gguf.config import TOOL
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.cache import with_cache
 from kurtail_gguf.evaluate.mmlu import Accuracy
+from kurtail_gguf.evaluate.retrieval import GUESS, Cell
 from kurtail_gguf.files import file_sha256, write_atomically
 from kurtail_gguf.measurement import ModelResult, Request
 
@@ -65,7 +67,8 @@ def write_card(file: Path, text: str) -> Path:
 def render(
     file: Path,
     summary: Mapping[str, Any],
-    model: ModelResult,
+    runs_as: str,
+    models: Sequence[ModelResult],
     reference: ModelResult | None,
     circumstances: Circumstances,
     made_by: Sequence[str] = (),
@@ -75,17 +78,18 @@ def render(
     Args:
         file: the GGUF file.
         summary: what ``kurtail-gguf inspect --json`` says about it.
-        model: what was measured of it.
+        runs_as: the file with its own cache, as ``inspect`` says it.
+        models: what was measured of it, once for each cache type.
         reference: the same of the reference, or None.
         circumstances: of the measuring.
         made_by: the conversion's command line, where it is known.
     """
     parts = [
         f"# {file.name}",
-        _table(("", ""), identity(file, summary, model.runs_as, made_by)),
+        _table(("", ""), identity(file, summary, runs_as, made_by)),
         "## Measured",
-        _figures(model, reference),
-        *_conditions(circumstances.request, model.tasks.version if model.tasks else ""),
+        _figures(models, reference),
+        *_conditions(circumstances.request, models[0].tasks.version if models[0].tasks else ""),
         f"Measured through the shipped runtime on {circumstances.when.isoformat(timespec='seconds')} by {TOOL} on "
         f"{circumstances.machine}. To repeat it:",
         f"```\n{shlex.join(circumstances.command)}\n```",
@@ -156,11 +160,12 @@ def _provenance(kurtail: Mapping[str, Any], runs_as: str) -> list[tuple[str, str
     ]
 
 
-def _figures(model: ModelResult, reference: ModelResult | None) -> str:
-    ours = _values(model)
-    theirs = {} if reference is None else _values(reference)
-    rows = [(name, value, *([theirs.get(name, "")] if reference else [])) for name, value in ours.items()]
-    return _table(("measure", "this file", *([f"reference: {reference.path}"] if reference else [])), rows)
+def _figures(models: Sequence[ModelResult], reference: ModelResult | None) -> str:
+    columns = {with_cache("this file", model.cache): _values(model) for model in models}
+    if reference is not None:
+        columns[f"reference: {reference.path}"] = _values(reference)
+    rows = [(name, *(values.get(name, "") for values in columns.values())) for name in _values(models[0])]
+    return _table(("measure", *columns), rows)
 
 
 def _values(result: ModelResult) -> dict[str, str]:
@@ -179,7 +184,14 @@ def _values(result: ModelResult) -> dict[str, str]:
             values["MMLU, questions with fewer examples for want of context"] = str(result.mmlu.shortened)
     if result.tasks is not None:
         values |= {f"{metric.task}: {metric.name}, {metric.filter}": metric.text for metric in result.tasks.metrics()}
+    if result.retrieval is not None:
+        cells = result.retrieval.cells
+        values |= {f"retrieval, {cell.length} tokens, depth {100 * cell.depth:g} %": _found(cell) for cell in cells}
     return values
+
+
+def _found(cell: Cell) -> str:
+    return f"{cell.right} of {cell.facts}, log-likelihood {cell.log_likelihood:.2f}"
 
 
 def _percent(part: Accuracy) -> str:
@@ -205,6 +217,12 @@ def _conditions(request: Request, version: str) -> list[str]:
         shots = "the tasks' own number of examples" if tasks.shots is None else f"{tasks.shots} examples"
         limit = "all documents" if tasks.limit is None else f"the first {tasks.limit} documents of a task"
         told.append(f"Tasks of lm-eval {version} ({', '.join(tasks.names)}): {limit}, {shots}; ± is the standard error.")
+    if (facts := request.retrieval) is not None:
+        told.append(
+            f"Retrieval: {facts.text.name} (sha256 `{file_sha256(facts.text)}`) with codes of five digits hidden in it, "
+            f"{facts.needles} for each length and depth, seed {facts.seed}; how many greedy decoding gave, and the mean "
+            f"log-likelihood of the right code in nats, where a guess has {GUESS:.1f}."
+        )
     return told
 
 

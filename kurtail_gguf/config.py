@@ -23,6 +23,10 @@ ACTIVATIONS = (*ACTIVATION_BITS, "auto")
 #: Share of the block linears' multiply-accumulates that ``auto`` may give 8 bits, where nothing is said.
 DEFAULT_BUDGET = 0.1
 KV_BITS = (4, 8, 16)
+#: ``auto``: 4, and 8 for the layers whose keys or values need it most.
+KV_CHOICES = ("auto", *KV_BITS)
+#: Bits of a value of the cache on average, scales included, that ``auto`` may spend; 4.5 is four bits everywhere.
+DEFAULT_KV_BUDGET = 4.6
 DEVICES = ("auto", "cpu", "cuda")
 #: One card of several, as torch counts them.
 _NUMBERED_CARD = re.compile(r"cuda:[0-9]{1,3}")
@@ -47,7 +51,7 @@ MAX_TUNE = 1 << 20
 #: ``kurtail.seed`` is a uint64; torch's generators take seeds below 2**63.
 MAX_SEED = (1 << 63) - 1
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOOL = f"kurtail-gguf {__version__}"
 
 
@@ -80,7 +84,10 @@ class ConvertConfig:
             damage, 4 for the others.
         budget: share of the block linears' multiply-accumulates that ``auto`` may give 8 bits; None is
             :data:`DEFAULT_BUDGET` (:attr:`activation_budget`).
-        kv: bits of the KV cache (16 is f16).
+        kv: bits of the KV cache (16 is f16), or ``auto``: 4, and 8 for the keys or values of layers where 4 do most damage;
+            None is ``auto``, and 16 for files that round nothing or leave the cache to stock llama.cpp (:attr:`cache_bits`).
+        kv_budget: bits of a cached value on average, scales included, that ``auto`` may spend; None is
+            :data:`DEFAULT_KV_BUDGET` (:attr:`cache_budget`).
         calibration: ``("self",)``, text or jsonl files, or ``hf:NAME``.
         calibration_tokens: how many tokens to calibrate on; tuning takes more of the same, 512 a step.
         tune: steps of tuning the block scales end to end; None lets the method decide (:attr:`tuning_steps`).
@@ -101,7 +108,8 @@ class ConvertConfig:
     weights: str = "gptq"
     activations: int | str = 4
     budget: float | None = None
-    kv: int = 4
+    kv: int | str | None = None
+    kv_budget: float | None = None
     calibration: tuple[str, ...] = ("self",)
     calibration_tokens: int = 16384
     tune: int | None = None
@@ -118,14 +126,14 @@ class ConvertConfig:
         _one_of("--rotation", self.rotation, ROTATIONS)
         _one_of("--weights", self.weights, WEIGHTS)
         _one_of("--activations", self.activations, ACTIVATIONS)
-        _one_of("--kv", self.kv, KV_BITS)
+        _one_of("--kv", self.cache_bits, KV_CHOICES)
         if not _NUMBERED_CARD.fullmatch(self.device):
             _one_of("--device", self.device, (*DEVICES, "cuda:N"))
         _one_of("--target", self.target, TARGETS)
-        if self.target == "stock" and (self.activations, self.kv) != (4, 4):
+        if self.target == "stock" and (self.activations != 4 or self.kv is not None):
             raise not_with_stock("--activations and --kv")
-        if self.weights == "f32" and (self.activations, self.kv) != (4, 4):
-            raise ConfigError("--activations and --kv have no place with --weights f32: nothing is rounded; leave them out")
+        if self.weights == "f32" and self.activations != 4:
+            raise ConfigError("--activations has no place with --weights f32: no input of a linear is rounded; leave it out")
         if self.weights == "f32" and self.tune:
             raise ConfigError(f"--tune {self.tune} has no place with --weights f32: there are no scales; leave it out")
         if self.weights == "f32" and self.rotation == "spinquant" and self.target != "stock":
@@ -137,6 +145,10 @@ class ConvertConfig:
             raise ConfigError(f"--budget {self.budget} is of no use with --activations {self.activations}: give auto")
         if self.budget is not None and not 0 < self.budget < 1:
             raise ConfigError(f"--budget {self.budget} is no share between 0 and 1: 0 is --activations 4, 1 is 8")
+        if self.kv_budget is not None and self.cache_bits != "auto":
+            raise ConfigError(f"--kv-budget {self.kv_budget} is of no use with --kv {self.cache_bits}: give --kv auto")
+        if self.kv_budget is not None and not 4.5 <= self.kv_budget <= 8.5:
+            raise ConfigError(f"--kv-budget {self.kv_budget} is outside 4.5…8.5: 4.5 is --kv 4, 8.5 is --kv 8")
         if not self.model:
             raise ConfigError("MODEL is empty: give an HF directory, a GGUF file or a recipe's name")
         if not self.calibration:
@@ -185,6 +197,22 @@ class ConvertConfig:
         return DEFAULT_BUDGET if self.budget is None else self.budget
 
     @property
+    def cache_bits(self) -> int | str:
+        """Bits of the KV cache, or ``auto``."""
+        if self.kv is not None:
+            return self.kv
+        if self.target == "stock":
+            return STOCK_KV_BITS
+        return UNROUNDED_KV_BITS if self.weights == "f32" else "auto"
+
+    @property
+    def cache_budget(self) -> float:
+        """What ``--kv auto`` may spend, :data:`DEFAULT_KV_BUDGET` if nothing is said; 0 where the bits are fixed."""
+        if self.cache_bits != "auto":
+            return 0.0
+        return DEFAULT_KV_BUDGET if self.kv_budget is None else self.kv_budget
+
+    @property
     def tuning_steps(self) -> int:
         """``tune``, or by default :data:`DEFAULT_TUNE` for our own recipe; the papers' methods come without."""
         if self.tune is not None:
@@ -197,8 +225,11 @@ class Provenance:
     """The ``kurtail.*`` keys of docs/format.md; a field ``r1_kind`` is the key ``kurtail.r1.kind``.
 
     Kinds are ``none``, ``hadamard``, ``random`` (orthogonal) or ``learned``; a size is 0 where the
-    kind is ``none``; the hash of what was folded is empty in a file older than its key. Without calibration the name and hash are empty and the tokens 0. The budget is in
-    single precision, as the file has it.
+    kind is ``none``; the hash of what was folded is empty in a file older than its key. Without calibration the name and
+    hash are empty and the tokens 0. Budgets and what was measured are in single precision, as the file has them.
+    ``kv_bits`` are the fewest of any layer; ``kv_k_bits`` and ``kv_v_bits`` have a value a layer and are empty in files of
+    format 1. ``kv_divergence`` (nats a token) and ``kv_perplexity`` (a ratio) are what the cache alone costs, None where
+    that was not measured.
     """
 
     rotation: str
@@ -223,6 +254,13 @@ class Provenance:
     activation_choice: str = "fixed"
     activation_budget: float = 0.0
     rotations_sha256: str = ""
+    kv_choice: str = "fixed"
+    kv_budget: float = 0.0
+    kv_k_bits: tuple[int, ...] = ()
+    kv_v_bits: tuple[int, ...] = ()
+    kv_divergence: float | None = None
+    kv_perplexity: float | None = None
+    kv_measured_tokens: int | None = None
     format_version: int = FORMAT_VERSION
     tool: str = TOOL
 
@@ -230,8 +268,20 @@ class Provenance:
     def runs_as(self) -> str:
         """Bits of weights, activations and cache; those of the weights where the rest is stock llama.cpp's affair."""
         if self.weights == "f32":
-            return "f32"
-        return "stock W4" if self.target == "stock" else f"W4A{self.activation_bits}KV{self.kv_bits}"
+            return "f32" if self.kv_bits == UNROUNDED_KV_BITS else f"f32{self.cache_as}"
+        return "stock W4" if self.target == "stock" else f"W4A{self.activation_bits}{self.cache_as}"
+
+    @property
+    def cache_as(self) -> str:
+        """Bits of the cache: ``KV4``, or ``KV4+8`` where some layers' keys or values have others than the fewest."""
+        others = sorted({*self.kv_k_bits, *self.kv_v_bits} - {self.kv_bits})
+        return f"KV{self.kv_bits}" + "".join(f"+{bits}" for bits in others)
+
+    @property
+    def mean_kv_bits(self) -> float:
+        """Bits of a cached value on average, with the half-precision scale that 32 values of 4 or 8 bits share."""
+        bits = (*self.kv_k_bits, *self.kv_v_bits) or (self.kv_bits,)
+        return sum(one if one == 16 else one + 0.5 for one in bits) / len(bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +298,7 @@ class ConvertResult:
         peak_bytes: the most resident memory of the process until the end of each stage.
         device: what was computed on, as torch calls it.
         card_peak: the most of that card's memory in each stage, ``memory.CardMemory``; nothing on the CPU.
+        warning: one line that a user should not miss; None for nothing.
         figures: ``figures.Figures`` of the layers where a report was asked for, else None.
     """
 
@@ -261,6 +312,7 @@ class ConvertResult:
     figures: Any = None
     device: str = "cpu"
     card_peak: Mapping[str, Any] = field(default_factory=dict)
+    warning: str | None = None
 
     @property
     def card_peak_bytes(self) -> tuple[int, int] | None:

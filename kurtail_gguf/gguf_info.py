@@ -17,7 +17,7 @@ from kurtail_gguf import ggml, vendored
 from kurtail_gguf.config import STOCK_KV_BITS, Provenance
 from kurtail_gguf.errors import KurtailError
 
-#: field of Provenance, key in the file, GGUF type; the order is the order in the file
+#: field of Provenance, key in the file, GGUF type (an array of it with []); the order is the order in the file
 PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("format_version", "kurtail.format_version", "uint32"),
     ("tool", "kurtail.tool", "string"),
@@ -40,15 +40,33 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("activation_choice", "kurtail.activation_choice", "string"),
     ("activation_budget", "kurtail.activation_budget", "float32"),
     ("kv_bits", "kurtail.kv_bits", "uint32"),
+    ("kv_choice", "kurtail.kv.choice", "string"),
+    ("kv_budget", "kurtail.kv.budget", "float32"),
+    ("kv_k_bits", "kurtail.kv.k_bits", "uint32[]"),
+    ("kv_v_bits", "kurtail.kv.v_bits", "uint32[]"),
+    ("kv_divergence", "kurtail.kv.divergence", "float32"),
+    ("kv_perplexity", "kurtail.kv.perplexity", "float32"),
+    ("kv_measured_tokens", "kurtail.kv.measured_tokens", "uint32"),
     ("calibration_name", "kurtail.calibration.name", "string"),
     ("calibration_tokens", "kurtail.calibration.tokens", "uint32"),
     ("calibration_sha256", "kurtail.calibration.sha256", "string"),
 )
 
+#: In an HF directory that was unpacked from a GGUF file: that file's keys. The vocabulary of whatever is written from the
+#: directory is copied from it.
+UNPACKED_KEYS = "unpacked-from.gguf"
+
 #: what it means that a file lacks a key: it was written before there was one
 _BEFORE_THE_KEY: Mapping[str, Any] = MappingProxyType(
-    {"target": "kurtail", "activation_choice": "fixed", "activation_budget": 0.0, "rotations_sha256": ""}
-)
+    {
+        "target": "kurtail", "activation_choice": "fixed", "activation_budget": 0.0, "rotations_sha256": "",
+        "kv_choice": "fixed", "kv_budget": 0.0, "kv_k_bits": (), "kv_v_bits": (), "kv_divergence": None,
+        "kv_perplexity": None, "kv_measured_tokens": None,
+    }
+)  # fmt: skip
+
+#: what keys are stored without, float32: each layer's ``[kv_heads, head_dim]`` one after the other, in the file's order
+K_OFFSET = "kurtail.kv.k_offset"
 
 #: upstream's keys for activation bits of single tensors: names, and whether 4 bits are allowed
 TENSOR_EXTRA_NAME = "general.tensor_extra.name"
@@ -150,15 +168,19 @@ class GgufInfo:
         missing = [key for field, key, _ in PROVENANCE_KEYS if field not in present | _BEFORE_THE_KEY.keys()]
         if missing:
             raise GgufError(f"{self.path} has kurtail keys but lacks {', '.join(missing)}: convert the model again")
-        values = {field: self.metadata[key] for field, key, _ in PROVENANCE_KEYS if field in present}
+        values = {
+            field: tuple(self.metadata[key]) if kind.endswith("[]") else self.metadata[key]
+            for field, key, kind in PROVENANCE_KEYS
+            if field in present
+        }
         return Provenance(**{**_BEFORE_THE_KEY, **values})
 
     @property
     def runtime_bits(self) -> tuple[int | None, int]:
         """Bits of activations and of the default cache; None where llama.cpp's own kernels decide."""
         provenance = self.provenance
-        if provenance is not None and provenance.target != "stock" and provenance.weights != "f32":
-            return provenance.activation_bits, provenance.kv_bits
+        if provenance is not None and provenance.target != "stock":
+            return None if provenance.weights == "f32" else provenance.activation_bits, provenance.kv_bits
         from_llama_quantize = any(tensor.type_id == ggml.KT4 for tensor in self.tensors)
         return 4 if from_llama_quantize else None, STOCK_KV_BITS
 
@@ -166,13 +188,14 @@ class GgufInfo:
     def runs_as(self) -> str:
         """The same in a word: ``W4A4KV4``, ``stock W4`` (ours, for stock llama.cpp), ``stock`` (not ours).
 
-        ``W4A4+8KV4`` has some linears with activations of 8 bits.
+        ``W4A4+8KV4`` has some linears with activations of 8 bits, ``KV4+8`` some layers with keys or values of 8.
         """
         activations, cache = self.runtime_bits
+        provenance = self.provenance
         if activations is None:
-            return "stock" if self.provenance is None else self.provenance.runs_as
+            return "stock" if provenance is None else provenance.runs_as
         others = "".join(f"+{bits}" for bits in sorted(set(self.activation_exceptions.values())))
-        return f"W4A{activations}{others}KV{cache}"
+        return f"W4A{activations}{others}" + (f"KV{cache}" if provenance is None else provenance.cache_as)
 
     @property
     def activation_exceptions(self) -> dict[str, int]:

@@ -143,7 +143,8 @@ def layer_rotations(
     """A layer's share of ``rotations``, on a device where ``r1`` is already."""
     r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
     scales = None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]).to(device)
-    return LayerRotations(r1, r2, r4, scales)
+    keys = None if rotations.key_scales is None else torch.from_numpy(rotations.key_scales[layer]).to(device)
+    return LayerRotations(r1, r2, r4, scales, keys)
 
 
 class _Layer:

@@ -5,6 +5,7 @@ Everything that can be wrong with the request is found before the first of them 
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,10 +16,12 @@ from typing import Any
 from kurtail_gguf import evaluate
 from kurtail_gguf.bindings import require_bindings
 from kurtail_gguf.errors import ConfigError, KurtailError
-from kurtail_gguf.evaluate import harness, mmlu
+from kurtail_gguf.evaluate import harness, mmlu, retrieval
+from kurtail_gguf.evaluate.cache import CACHE_BITS, FILE, with_cache
 from kurtail_gguf.evaluate.harness import TasksRequest, TasksResult
 from kurtail_gguf.evaluate.mmlu import MmluResult
 from kurtail_gguf.evaluate.perplexity import check_scored
+from kurtail_gguf.evaluate.retrieval import RetrievalRequest, RetrievalResult
 from kurtail_gguf.export import export_reference
 from kurtail_gguf.gguf_info import GgufInfo, read_gguf
 from kurtail_gguf.loading.source import resolve_source
@@ -28,7 +31,7 @@ from kurtail_gguf.progress import Progress
 _VOCABULARY = "tokenizer.ggml.tokens"
 
 #: Keys of a result's JSON that are left out where they were not asked for.
-_ONLY_IF_ASKED = ("mmlu", "tasks")
+_ONLY_IF_ASKED = ("mmlu", "tasks", "retrieval", "cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +54,25 @@ class MmluRequest:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to measure; at least one of them."""
+    """What to measure, at least one measurement, and with which cache types (:mod:`kurtail_gguf.evaluate.cache`)."""
 
     text: TextRequest | None = None
     mmlu: MmluRequest | None = None
     tasks: TasksRequest | None = None
+    retrieval: RetrievalRequest | None = None
+    caches: tuple[str, ...] = (FILE,)
 
     def __post_init__(self) -> None:
-        if self.text is None and self.mmlu is None and self.tasks is None:
-            raise ConfigError("nothing to measure: give --text, --mmlu or --tasks")
+        if not any((self.text, self.mmlu, self.tasks, self.retrieval)):
+            raise ConfigError("nothing to measure: give --text, --mmlu, --tasks or --retrieval")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelResult:
-    """One file's row; None is what was not measured or does not apply. Field names are the JSON's."""
+    """One file's row; None is what was not measured or does not apply. Field names are the JSON's.
+
+    ``cache`` is the type that was asked for; None where the file's own was not chosen by name.
+    """
 
     path: str
     perplexity: float | None
@@ -77,6 +85,13 @@ class ModelResult:
     runs_as: str
     mmlu: MmluResult | None = None
     tasks: TasksResult | None = None
+    retrieval: RetrievalResult | None = None
+    cache: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The path, with the cache type where one was asked for: unique among the rows of a report."""
+        return with_cache(self.path, self.cache)
 
     def to_json(self) -> dict[str, Any]:
         """As written by ``--json``."""
@@ -85,8 +100,16 @@ class ModelResult:
 
 
 @dataclass(frozen=True, slots=True)
+class _Subject:
+    """A file, and the cache type it is measured with."""
+
+    info: GgufInfo
+    cache: str = FILE
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Results in the order of the files; the reference's own, where there is one."""
+    """Results in the order of the files, for each in the order of the cache types; the reference's own, where there is one."""
 
     reference: ModelResult | None
     models: tuple[ModelResult, ...]
@@ -111,7 +134,7 @@ def measure(
         files: GGUF files.
         request: what to measure.
         reference: an HF directory, a GGUF file or a known model; what is measured of the files is
-            measured of it as well, and the divergence from it.
+            measured of it as well, with the file's own cache, and the divergence from it.
         progress: a stage for each measurement.
         tell: is given lines to show, of what takes much disk.
         allow_pickle: whether the reference's weights may be ``.bin`` files.
@@ -119,25 +142,43 @@ def measure(
     Raises:
         KurtailError: a bad file, text, directory of questions or reference.
     """
-    subjects = check(request, divergence=reference is not None)
+    questions, haystack = check(request, divergence=reference is not None)
     infos = [read_gguf(path) for path in files]
+    _check_lengths(infos, request)
     with ExitStack() as stack:
-        all_infos = list(infos)
+        subjects = [_Subject(info, cache) for info in infos for cache in request.caches]
+        results = [_row(subject, request.caches) for subject in subjects]
         if reference is not None:
-            all_infos.insert(0, _reference(reference, allow_pickle, stack, progress))
-            _check_vocabularies(infos, all_infos[0])
-        results = [_row(info) for info in all_infos]
+            base = _reference(reference, allow_pickle, stack, progress)
+            _check_vocabularies(infos, base)
+            _check_lengths([base], request)
+            subjects.insert(0, _Subject(base))
+            results.insert(0, _row(subjects[0]))
+        if request.retrieval is not None:
+            # all of them before anything is measured: the text may be too short for one of the vocabularies
+            paths = dict.fromkeys(subject.info.path for subject in subjects)
+            contexts = {path: retrieval.build(path, haystack, request.retrieval) for path in paths}
         if request.text is not None:
-            results = _perplexities(all_infos, results, request.text, reference is not None, progress, tell)
-        if subjects:
+            results = _perplexities(subjects, results, request.text, reference is not None, progress, tell)
+        if questions:
             results = [
-                replace(result, mmlu=mmlu.score(info.path, subjects, progress))
-                for info, result in zip(all_infos, results, strict=True)
+                replace(result, mmlu=mmlu.score(subject.info.path, questions, progress, subject.cache))
+                for subject, result in zip(subjects, results, strict=True)
             ]
         if request.tasks is not None:
             results = [
-                replace(result, tasks=harness.run_tasks(info.path, request.tasks, progress))
-                for info, result in zip(all_infos, results, strict=True)
+                replace(result, tasks=harness.run_tasks(subject.info.path, request.tasks, progress, subject.cache))
+                for subject, result in zip(subjects, results, strict=True)
+            ]
+        if request.retrieval is not None:
+            results = [
+                replace(
+                    result,
+                    retrieval=retrieval.retrieve(
+                        subject.info.path, contexts[subject.info.path], request.retrieval, progress, subject.cache
+                    ),
+                )
+                for subject, result in zip(subjects, results, strict=True)
             ]
     if reference is None:
         return Report(None, tuple(results))
@@ -145,8 +186,8 @@ def measure(
     return Report(replace(results[0], path=reference), tuple(results[1:]))
 
 
-def check(request: Request, divergence: bool) -> tuple[mmlu.Subject, ...]:
-    """Refuse what cannot be measured; returns MMLU's questions.
+def check(request: Request, divergence: bool) -> tuple[tuple[mmlu.Subject, ...], str]:
+    """Refuse what cannot be measured; returns MMLU's questions and the text of the retrieval test.
 
     Args:
         request: what to measure.
@@ -161,10 +202,11 @@ def check(request: Request, divergence: bool) -> tuple[mmlu.Subject, ...]:
             check_scored(request.text.context, request.text.chunks)
     if request.tasks is not None:
         harness.check_tasks(request.tasks)
+    haystack = "" if request.retrieval is None else retrieval.check_retrieval(request.retrieval)
     if request.mmlu is None:
-        return ()
+        return (), haystack
     require_bindings()
-    return mmlu.read_mmlu(request.mmlu.directory, request.mmlu.shots, request.mmlu.limit)
+    return mmlu.read_mmlu(request.mmlu.directory, request.mmlu.shots, request.mmlu.limit), haystack
 
 
 def _check_text(text: Path) -> None:
@@ -177,7 +219,7 @@ def _check_text(text: Path) -> None:
 
 
 def _perplexities(
-    infos: list[GgufInfo],
+    subjects: list[_Subject],
     results: list[ModelResult],
     text: TextRequest,
     divergence: bool,
@@ -186,20 +228,23 @@ def _perplexities(
 ) -> list[ModelResult]:
     """The results with perplexities; with ``divergence``, the first file is the reference of the others."""
     if not divergence:
-        measured = [evaluate.perplexity(i.path, text.path, text.context, text.chunks, progress) for i in infos]
+        measured = [
+            evaluate.perplexity(one.info.path, text.path, text.context, text.chunks, progress, one.cache)
+            for one in subjects
+        ]
         return [
             replace(result, perplexity=one.value, perplexity_stderr=one.stderr)
             for result, one in zip(results, measured, strict=True)
         ]
-    base, *others = infos
+    base, *others = subjects
     opened = evaluate.reference(
-        base.path, _vocabulary_size(base), text.path, text.context, text.chunks, progress, tell
+        base.info.path, _vocabulary_size(base.info), text.path, text.context, text.chunks, progress, tell
     )
     with opened as reference:
         own = reference.perplexity
         rows = [replace(results[0], perplexity=own.value, perplexity_stderr=own.stderr)]
-        for info, result in zip(others, results[1:], strict=True):
-            found = evaluate.divergence(info.path, reference, text.path, text.chunks, progress)
+        for subject, result in zip(others, results[1:], strict=True):
+            found = evaluate.divergence(subject.info.path, reference, text.path, text.chunks, progress, subject.cache)
             rows.append(
                 replace(
                     result,
@@ -227,6 +272,12 @@ def _reference(name: str, allow_pickle: bool, stack: ExitStack, progress: Progre
     return read_gguf(exported)
 
 
+def _check_lengths(infos: list[GgufInfo], request: Request) -> None:
+    if request.retrieval is not None:
+        for info in infos:
+            retrieval.check_lengths(info, request.retrieval)
+
+
 def _check_vocabularies(infos: list[GgufInfo], reference: GgufInfo) -> None:
     # llama-perplexity goes on with a reference of another vocabulary, and compares garbage
     for info in infos:
@@ -241,6 +292,14 @@ def _vocabulary_size(info: GgufInfo) -> int:
     return int(tokens["length"]) if isinstance(tokens, dict) else len(tokens)
 
 
-def _row(info: GgufInfo) -> ModelResult:
-    """What a file says about itself; nothing measured yet."""
-    return ModelResult(str(info.path), None, None, None, None, info.bits_per_weight, *info.runtime_bits, info.runs_as)
+def _row(subject: _Subject, caches: tuple[str, ...] = (FILE,)) -> ModelResult:
+    """What a file says about itself, and the cache where one was asked for; nothing measured yet."""
+    info, cache = subject.info, subject.cache
+    row = ModelResult(str(info.path), None, None, None, None, info.bits_per_weight, *info.runtime_bits, info.runs_as)
+    if caches == (FILE,):
+        return row
+    if cache == FILE:
+        return replace(row, cache=cache)
+    bits = CACHE_BITS[cache]
+    # W4A4KV4 and the like; a stock file's words say nothing about its cache
+    return replace(row, cache=cache, kv_bits=bits, runs_as=re.sub(r"^(W\d+A[\d+]+)K.*", rf"\1KV{bits}", row.runs_as))

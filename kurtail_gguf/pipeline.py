@@ -20,7 +20,10 @@ import torch
 from safetensors import SafetensorError
 
 from kurtail_gguf.activation_choice import choose, measure_damage
+from kurtail_gguf.arch.names import file_rows
+from kurtail_gguf.cache.plan import CachePlan, plan_cache
 from kurtail_gguf.calibration.generate import generate
+from kurtail_gguf.calibration.prose import prose_tokens
 from kurtail_gguf.calibration.texts import read_texts
 from kurtail_gguf.calibration.tokens import (
     CalibrationTokens,
@@ -30,9 +33,7 @@ from kurtail_gguf.calibration.tokens import (
 )
 from kurtail_gguf.config import (
     STOCK_ACTIVATION_BITS,
-    STOCK_KV_BITS,
     TOOL,
-    UNROUNDED_KV_BITS,
     ConvertConfig,
     ConvertResult,
     Provenance,
@@ -176,6 +177,13 @@ def _convert(
             measured_on = _tokens(few, 0, checkpoint, work_dir, device, progress)
     with clock.measure("rotations"):
         rotations = choose_rotations(config, checkpoint, calibration, rounding, work_dir, device, progress)
+    with clock.measure("cache"):
+        ids = prose_tokens(load_tokenizer(checkpoint.directory)) if calibration is None else calibration.ids
+        plan = plan_cache(
+            checkpoint, ids, config.cache_bits, config.cache_budget, rotations.r2, rounding.cache, work_dir, device, progress
+        )
+        rotations = replace(rotations, key_scales=plan.scales, key_offsets=plan.offsets)
+        rounding = replace(rounding, cache=replace(rounding.cache, layers=plan.layers()))
     calibrated_on = None
     if config.weights == "gptq":
         assert calibration is not None
@@ -205,15 +213,16 @@ def _convert(
             figures = measure_figures(
                 checkpoint, measured_on, rotations, rounding, stored_as, quantized, work_dir, config.seed, device, progress
             )
-    provenance = _provenance(config, checkpoint, rotations, rounding, tokens, steps)
+    provenance = _provenance(config, checkpoint, rotations, rounding, plan, tokens, steps)
     if config.keep_rotations is not None:
         save_rotations(rotations, config.keep_rotations)
     with clock.measure("export"):
-        write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions)
+        offsets = _offsets_in_file(checkpoint, plan)
+        write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions, offsets)
     weights = sum(_multiply_accumulates(checkpoint).values())
     return ConvertResult(
         config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed, clock.peak_bytes, figures,
-        str(device), clock.card_peak,
+        str(device), clock.card_peak, plan.warning,
     )  # fmt: skip
 
 
@@ -263,9 +272,9 @@ def runtime_rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRo
     """What the runtime will round and rotate while it runs the file that ``config`` makes."""
     stock = config.target == "stock"
     block = BLOCK_FORMATS[config.target].block
-    bits, kv = (STOCK_ACTIVATION_BITS, STOCK_KV_BITS) if stock else (config.activation_bits, config.kv)
-    if config.weights == "f32":
-        kv = UNROUNDED_KV_BITS
+    bits = STOCK_ACTIVATION_BITS if stock else config.activation_bits
+    # 4 is what auto begins with
+    kv = 4 if config.cache_bits == "auto" else int(config.cache_bits)
     r3, r4 = 0, 0
     # Stock llama.cpp has no R4, and rotates K by itself where its cache is quantized.
     if config.rotation != "none" and not stock:
@@ -329,7 +338,8 @@ def _settings(
         "rotation": config.rotation,
         "weights": config.weights,
         "tune": config.tuning_steps,
-        "kv": config.kv,
+        "kv": config.cache_bits,
+        "kv_budget": config.cache_budget or None,
         "activations": config.activations,
         "budget": config.activation_budget or None,
         "calibration": list(config.calibration),
@@ -443,15 +453,24 @@ def _tuning_steps(
     return steps
 
 
+def _offsets_in_file(checkpoint: Checkpoint, plan: CachePlan) -> list[float] | None:
+    """``kurtail.kv.k_offset``: layer by layer, in the order of the file's rows of k."""
+    if plan.offsets is None:
+        return None
+    spec = checkpoint.spec
+    return np.concatenate([file_rows(spec, spec.family.key, own.reshape(-1)) for own in plan.offsets]).tolist()
+
+
 def _provenance(
     config: ConvertConfig,
     checkpoint: Checkpoint,
     rotations: Rotations,
     rounding: RuntimeRounding,
+    plan: CachePlan,
     tokens: CalibrationTokens | None,
     tune_steps: int,
 ) -> Provenance:
-    spec = checkpoint.spec
+    spec, cost = checkpoint.spec, plan.cost
     return Provenance(
         target=config.target,
         rotation=config.rotation,
@@ -471,7 +490,14 @@ def _provenance(
         activation_bits=rounding.activation_bits,
         activation_choice="auto" if config.activations == "auto" else "fixed",
         activation_budget=float(np.float32(config.activation_budget)),
-        kv_bits=rounding.cache.bits,
+        kv_bits=min(plan.bits.k + plan.bits.v),
+        kv_choice="auto" if config.cache_bits == "auto" else "fixed",
+        kv_budget=float(np.float32(config.cache_budget)),
+        kv_k_bits=plan.bits.k,
+        kv_v_bits=plan.bits.v,
+        kv_divergence=None if cost is None else float(np.float32(cost.divergence)),
+        kv_perplexity=None if cost is None else float(np.float32(cost.perplexity)),
+        kv_measured_tokens=None if cost is None else cost.tokens,
         calibration_name="" if tokens is None else tokens.name,
         calibration_tokens=0 if tokens is None else int(tokens.ids.size),
         calibration_sha256="" if tokens is None else tokens.sha256,

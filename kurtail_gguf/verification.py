@@ -19,6 +19,7 @@ import torch
 from kurtail_gguf import ggml
 from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_rows, file_tensor
 from kurtail_gguf.basis import find_layer_rotations, find_r1
+from kurtail_gguf.calibration.prose import TOKENS, prose_tokens
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.calibration.tokens import load_tokenizer
 from kurtail_gguf.config import Provenance
@@ -42,17 +43,6 @@ TEXTS = (
     "naïve café, Übergröße, Москва, 東京, 한국어, שלום, مرحبا, 🙂🚀",
     "http://example.org/a?b=c&d=%20 user@example.org CamelCase snake_case ALLCAPS don't we'll",
 )
-#: What both say is compared on.
-PROSE = (
-    "A river begins where the ground can hold no more water. Rain that fell on the hills sinks into the soil, moves "
-    "slowly between the stones and comes to light again in a hundred small springs. They join, and after a few miles "
-    "there is a stream that a child can jump across. Farther down it drives a mill, carries boats, and at last it is so "
-    "wide that the other bank is a line in the haze. Nobody can say which of the springs was the first. People who live "
-    "beside it know how high it stood in other years, and build their houses a little above that mark. Every spring it "
-    "takes some earth away on one side and leaves it on the other, so that fields slowly change their owners. "
-)
-#: Tokens of it, at most.
-TOKENS = 256
 
 #: Relative error ‖W′ − W‖ / ‖W‖ above which a tensor is not what was folded, by its type. Tensors of the wrong basis or
 #: order are at √2, one wrong head of nine at 0.47. GPTQ and tuning move weights farther than rounding does: 0.24 is the
@@ -183,7 +173,7 @@ def _tensors(
                     _compare(file, bias, rows, unrounded=unrounded)
             for norm, stored in ((family.query_norm, "attn_q_norm"), (family.key_norm, "attn_k_norm")):
                 if norm:
-                    _compare(file, f"blk.{layer}.{stored}.weight", weights[f"{norm}.weight"].numpy())
+                    _compare(file, f"blk.{layer}.{stored}.weight", folded[f"{norm}.weight"].numpy())
             for stored in ("attn_norm", "ffn_norm"):
                 _compare(file, f"blk.{layer}.{stored}.weight", np.ones(spec.hidden_size))
             layers.append(rotations)
@@ -272,9 +262,7 @@ def _logits(
     """Original to rotated within single precision, rotated to the file by what its types account for."""
     spec = checkpoint.spec
     tokenizer = load_tokenizer(checkpoint.directory)
-    length = min(TOKENS, spec.window or TOKENS, checkpoint.config.max_position_embeddings)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = [*bos, *tokenizer.encode(PROSE, add_special_tokens=False)][:length]
+    ids = prose_tokens(tokenizer, min(TOKENS, spec.window or TOKENS, checkpoint.config.max_position_embeddings))[0].tolist()
     with progress.stage("compare logits", 2 * spec.layers + 1) as stage:
         original = _said(checkpoint, ids, None, stage)
         turned = _said(checkpoint, ids, rotations, stage)
@@ -314,7 +302,7 @@ def _said(
             weights = checkpoint.layer(layer)
             if rotations is not None:
                 one = rotations[layer]
-                folded = fold_layer(weights, spec, LayerRotations(one.r1, one.r2, 0, one.ffn_scale))
+                folded = fold_layer(weights, spec, LayerRotations(one.r1, one.r2, 0, one.ffn_scale, one.key_scale))
                 weights = {name: value.float() for name, value in folded.items()}
             hidden = runner.run(layer, weights, hidden, rotary)
             stage.advance(1, f"layer {layer}, {'original' if rotations is None else 'rotated'}")

@@ -21,8 +21,8 @@ _LOCK = "kurtail-gguf.lock"
 #: What a conversion leaves in a work directory, later stages first. Each is there whole or not at all, and removing
 #: the first few leaves a directory that a run can go on from.
 STAGES = (
-    "figures", "tuned", "tuning", "damage.json", "measuring", "quantized", "rotations.safetensors", "capture", "tokens.npy",
-    "tuning-steps.json",
+    "figures", "tuned", "tuning", "damage.json", "measuring", "quantized", "cache.json", "cache.safetensors", "measuring-cache",
+    "rotations.safetensors", "capture", "tokens.npy", "tuning-steps.json",
 )  # fmt: skip
 _SCRATCH = ("*.partial", "*.removed", *SCRATCH, "prefix-*.npy", "source.*")
 

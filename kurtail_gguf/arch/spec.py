@@ -108,7 +108,8 @@ class ModelSpec:
     """One checkpoint's sizes, with its family.
 
     ``value_group`` query heads share each key/value head; ``window`` is the sliding attention window
-    in tokens, 0 where attention is full; ``tied`` says that the head is the embedding. With experts
+    in tokens, 0 where attention is full; ``tied`` says that the head is the embedding; RoPE turns the first ``rotary_dim``
+    values of a head, halves of which are pairs. With experts
     ``intermediate_size`` is an expert's inner width, ``experts`` how many a layer has and ``experts_used`` how many of
     them a token goes through; both are 0 without.
     """
@@ -124,6 +125,7 @@ class ModelSpec:
     tied: bool
     window: int
     biased: frozenset[str]
+    rotary_dim: int = 0
     experts: int = 0
     experts_used: int = 0
     embedding_scale: float = 1.0
@@ -164,6 +166,17 @@ class ModelSpec:
     def unquantized_readers(self) -> tuple[str, ...]:
         """What reads the FFN norm's output beside the block linears: the router of a mixture of experts."""
         return () if self.family.experts is None else (self.family.experts.router,)
+
+    @property
+    def query_rows(self) -> tuple[str, slice]:
+        """The linear that computes queries, and which of its rows do."""
+        return self.family.query, slice(0, self.heads * self.head_dim)
+
+    @property
+    def key_rows(self) -> tuple[str, slice]:
+        """The linear that computes keys, and which of its rows do."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return self.family.key, slice(q, q + kv) if self.family.fused_attention else slice(0, kv)
 
     @property
     def value_rows(self) -> tuple[str, slice]:
@@ -269,6 +282,7 @@ def build_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         tied=bool(config.get("tie_word_embeddings")),
         window=_window(config),
         biased=family.biased(config),
+        rotary_dim=_rotary_dim(config, head_dim),
         embedding_scale=_number(config, family.embedding_scale),
         residual_scale=_number(config, family.residual_scale),
         logit_divisor=_number(config, family.logit_divisor),
@@ -287,6 +301,12 @@ def _experts(family: Family, config: Mapping[str, Any], refuse: Any) -> dict[str
     if not 0 < used <= count:
         raise refuse(names.used, used, f"it must be from 1 to {names.count} {count}")
     return {"experts": count, "experts_used": used}
+
+
+def _rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
+    # transformers 5 keeps it with the other parameters of RoPE
+    parameters = config.get("rope_parameters") or {}
+    return int(head_dim * float(parameters.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)))
 
 
 def _number(config: Mapping[str, Any], key: str) -> float:

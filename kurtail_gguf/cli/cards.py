@@ -26,12 +26,12 @@ def check_cards(files: Iterable[Path]) -> None:
 
 
 def write_cards(
-    rows: Iterable[tuple[Path, ModelResult, Sequence[str]]], reference: ModelResult | None, request: Request
+    rows: Iterable[tuple[Path, Sequence[ModelResult], Sequence[str]]], reference: ModelResult | None, request: Request
 ) -> None:
     """Write a card for each file, and say so.
 
     Args:
-        rows: file, what was measured of it, and the conversion's command line where it is known.
+        rows: file, what was measured of it (with each cache type), and the conversion's command line where it is known.
         reference: what was measured of the reference.
         request: what was measured.
     """
@@ -40,5 +40,6 @@ def write_cards(
     command = ("kurtail-gguf", *sys.argv[1:])
     circumstances = Circumstances(request, command, describe_machine(), datetime.now().astimezone())
     for file, measured, made_by in rows:
-        text = render(file, summary(read_gguf(file)), measured, reference, circumstances, made_by)
+        info = read_gguf(file)
+        text = render(file, summary(info), info.runs_as, measured, reference, circumstances, made_by)
         click.echo(f"wrote {write_card(file, text)}")

@@ -15,7 +15,7 @@ from kurtail_gguf.cli.progress import make_progress
 from kurtail_gguf.errors import ConfigError
 
 #: Options of convert that are the same for all methods.
-_PASSED = ("activations", "budget", "kv", "target", "calibration", "calibration_tokens", "tune", "seed", "device", "allow_pickle")
+_PASSED = ("activations", "budget", "kv", "kv_budget", "target", "calibration", "calibration_tokens", "tune", "seed", "device", "allow_pickle")
 
 
 @click.command("compare")
@@ -74,7 +74,7 @@ def compare_command(
     if json_path is not None:
         write_json(json_path, comparison.to_json())
     if card:
-        rows = ((Path(row.measured.path), row.measured, row.command) for row in comparison.methods)
+        rows = ((Path(row.measured.path), (row.measured,), row.command) for row in comparison.methods)
         write_cards(rows, comparison.reference, Request(text=request))
 
 

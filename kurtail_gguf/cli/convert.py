@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from kurtail_gguf.cli.inspect import summary
+from kurtail_gguf.cli.inspect import cache_layers, summary
 from kurtail_gguf.cli.options import allow_pickle
 from kurtail_gguf.cli.plan import show_plan
 from kurtail_gguf.cli.progress import format_seconds, make_progress
@@ -23,14 +23,17 @@ from kurtail_gguf.config import (
     DEFAULT_BUDGET,
     DEFAULT_TUNE,
     DEVICES,
-    KV_BITS,
+    DEFAULT_KV_BUDGET,
+    KV_CHOICES,
     ROTATIONS,
     TARGETS,
     WEIGHTS,
     ConvertConfig,
     ConvertResult,
+    Provenance,
     not_with_stock,
 )
+from kurtail_gguf.loading.recipes import prefer_original
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.resources import peak_memory
 
@@ -80,8 +83,13 @@ Examples:
     help=f"Share of the linears' multiply-accumulates that --activations auto may give 8 bits.  [default: {DEFAULT_BUDGET}]",
 )
 @click.option(
-    "--kv", type=_Bits(KV_BITS), default=_DEFAULTS["kv"], show_default=True,
-    help="Bits of the KV cache.",
+    "--kv", type=_Bits(KV_CHOICES), default=None,
+    help="Bits of the KV cache; auto: 4, and 8 for the keys or values of layers where 4 do most damage, measured on the "
+    "calibration text.  [default: auto; 16 with --weights f32]",
+)
+@click.option(
+    "--kv-budget", type=float, default=None, metavar="BITS",
+    help=f"Bits of a cached value on average that --kv auto may spend, 4.5 being four bits everywhere.  [default: {DEFAULT_KV_BUDGET}]",
 )
 @click.option(
     "--target", type=click.Choice(TARGETS), default=_DEFAULTS["target"], show_default=True,
@@ -135,7 +143,7 @@ def convert_command(
     """Convert MODEL to a 4-bit GGUF file.
 
     MODEL is a Hugging Face directory, a GGUF file that transformers can read, or the name of a known
-    model (smollm2-135m). An interrupted run goes on where it was when the same line is typed again.
+    model (smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b). An interrupted run goes on where it was when the same line is typed again.
     """
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.export import read_gguf
@@ -159,11 +167,25 @@ def convert_command(
     info = read_gguf(result.out)
     size = os.path.getsize(result.out) / 1e6
     click.echo(f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight ({info.runs_as})")
-    for line in _cost(result, peak_memory()):
+    for line in (*_cache(result.provenance), *_cost(result, peak_memory())):
         click.echo(line)
+    if result.warning is not None:
+        click.echo(f"warning: {result.warning}", err=True)
+    if (original := prefer_original(model)) is not None:
+        click.echo(original)
     if config.report is not None:
         click.echo(f"wrote {config.report}: open it in a browser")
     click.echo(f"run it with: llama-cli -m {click.format_filename(result.out)}")
+
+
+def _cache(provenance: Provenance) -> Iterator[str]:
+    """What the cache takes and what it alone costs."""
+    if provenance.kv_divergence is not None and provenance.kv_perplexity is not None:
+        yield (
+            f"cache: {provenance.mean_kv_bits:.2f} bits a value ({cache_layers(provenance)}); alone it diverges by "
+            f"{provenance.kv_divergence:.4f} nats a token and changes perplexity by {100 * (provenance.kv_perplexity - 1):+.1f} % "
+            f"({provenance.kv_measured_tokens} tokens of text that it was not fitted to)"
+        )
 
 
 def _cost(result: ConvertResult, peak_bytes: int) -> Iterator[str]:
@@ -208,6 +230,6 @@ def _card_json(result: ConvertResult) -> dict[str, Any]:
 def _refuse_with_stock(target: str) -> None:
     """Refuse what was typed, even where it is the default: the file would not be what was asked for."""
     context = click.get_current_context()
-    for name in ("activations", "kv"):
+    for name in ("activations", "kv", "kv_budget"):
         if target == "stock" and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            raise not_with_stock(f"--{name}")
+            raise not_with_stock("--" + name.replace("_", "-"))

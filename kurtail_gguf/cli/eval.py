@@ -10,8 +10,16 @@ from rich.console import Console
 
 from kurtail_gguf.cli.cards import check_cards, write_cards
 from kurtail_gguf.cli.output import check_writable, write_json
-from kurtail_gguf.cli.options import allow_pickle
+from kurtail_gguf.cli.options import allow_pickle, comma_list
 from kurtail_gguf.cli.progress import make_progress
+from kurtail_gguf.errors import ConfigError
+from kurtail_gguf.evaluate.cache import CACHE_BITS, CACHE_TYPES, FILE
+
+
+def _cache_type(name: str) -> str:
+    if name not in CACHE_TYPES:
+        raise ValueError
+    return name
 
 
 @click.command("eval")
@@ -41,6 +49,31 @@ from kurtail_gguf.cli.progress import make_progress
 @click.option("--task-shots", type=click.IntRange(min=0), default=None, help="Examples a task; its own choice if not given.")
 @click.option("--task-limit", type=click.IntRange(min=1), default=None, help="Only the first so many documents of a task.")
 @click.option(
+    "--retrieval", is_flag=True,
+    help="Hide access codes in a text and ask for them at its end: codes found, and how likely the right ones were.",
+)
+@click.option(
+    "--retrieval-text", default=None, type=click.Path(path_type=Path),
+    help="UTF-8 text to hide the codes in; the one of --text if not given.",
+)
+@click.option(
+    "--retrieval-lengths", default="1024,2048,4096,8192", show_default=True, metavar="TOKENS,…", callback=comma_list(int),
+    help="Lengths of the contexts, with question and answer.",
+)
+@click.option(
+    "--retrieval-depths", default="0.1,0.5,0.9", show_default=True, metavar="SHARE,…", callback=comma_list(float),
+    help="Where the codes are told: 0 is the beginning of the text, 1 its end.",
+)
+@click.option(
+    "--retrieval-needles", type=click.IntRange(min=1), default=4, show_default=True,
+    help="Codes for each length and depth.",
+)
+@click.option("--retrieval-seed", type=int, default=0, show_default=True, help="Seed of the codes.")
+@click.option(
+    "--cache-type", multiple=True, default=(FILE,), show_default=True, metavar="TYPE,…", callback=comma_list(_cache_type),
+    help=f"Measure with keys and values cached in each of these types: {FILE} (what the file asks for), {', '.join(CACHE_BITS)}.",
+)
+@click.option(
     "--reference", default=None,
     help="Measure this as well, and the divergence from it: a Hugging Face directory, a GGUF file or a known model.",
 )
@@ -48,35 +81,56 @@ from kurtail_gguf.cli.progress import make_progress
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the results here.",
 )
+@click.option(
+    "--plot", type=click.Path(path_type=Path), default=None, metavar="PNG|SVG",
+    help="Draw what --retrieval found, by length and depth.",
+)
 @click.option("--card", is_flag=True, help="Write FILE.gguf.md beside each file: what it is and what was measured.")
 def eval_command(
     files: tuple[Path, ...], text: Path | None, mmlu: Path | None, tasks: str | None, reference: str | None,
-    json_path: Path | None, card: bool, **options: Any,
+    retrieval: bool, json_path: Path | None, plot: Path | None, card: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Measure GGUF files with the shipped runtime.
 
-    Perplexity (--text) is what llama-perplexity gives, with the cache that the file asks for. With a
-    reference, the mean KL divergence from it (KLD, in nats) and how often both agree on the likeliest token
-    (top-1) are measured as well. MMLU (--mmlu) is the share of questions whose right answer is the likeliest.
-    Tasks (--tasks) are EleutherAI's, run by their own harness on the shipped runtime.
+    Perplexity (--text) is what llama-perplexity gives, with the cache that the file asks for or those of
+    --cache-type. With a reference, the mean KL divergence from it (KLD, in nats) and how often both agree on the
+    likeliest token (top-1) are measured as well. MMLU (--mmlu) is the share of questions whose right answer is the likeliest.
+    Tasks (--tasks) are EleutherAI's, run by their own harness on the shipped runtime. Retrieval (--retrieval)
+    asks at the end of a long text for codes that were told in it.
     """
-    if text is None and mmlu is None and tasks is None:
-        raise click.UsageError("nothing to measure: give --text FILE, --mmlu DIR or --tasks NAME")
-    if json_path is not None:
-        check_writable(json_path, "--json")
+    if text is None and mmlu is None and tasks is None and not retrieval:
+        raise click.UsageError("nothing to measure: give --text FILE, --mmlu DIR, --tasks NAME or --retrieval")
+    haystack = options["retrieval_text"] or text
+    if retrieval and haystack is None:
+        raise ConfigError("--retrieval needs a text to hide the codes in: give --retrieval-text or --text")
+    if plot is not None and not retrieval:
+        raise ConfigError("--plot draws what --retrieval found: give --retrieval as well")
+    for path, option in ((json_path, "--json"), (plot, "--plot")):
+        if path is not None:
+            check_writable(path, option)
     if card:
         check_cards(files)
     # click takes seconds to start where torch is imported, so --help does without
-    from kurtail_gguf.cli.tables import print_report
+    from kurtail_gguf.cli.tables import print_report, retrieval_panels
     from kurtail_gguf.evaluate.harness import TasksRequest
+    from kurtail_gguf.evaluate.outliers import check_picture
+    from kurtail_gguf.evaluate.retrieval import RetrievalRequest
+    from kurtail_gguf.evaluate.retrieval_plot import draw_retrieval
     from kurtail_gguf.measurement import MmluRequest, Request, TextRequest, measure
 
+    if plot is not None:
+        check_picture(plot)
     request = Request(
         text=None if text is None else TextRequest(text, options["context"], options["chunks"]),
         mmlu=None if mmlu is None else MmluRequest(mmlu, options["shots"], options["mmlu_limit"]),
         tasks=None if tasks is None else TasksRequest(
             tuple(tasks.split(",")), options["include_path"], options["task_shots"], options["task_limit"]
         ),
+        retrieval=None if not retrieval else RetrievalRequest(
+            haystack, options["retrieval_lengths"], options["retrieval_depths"], options["retrieval_needles"],
+            options["retrieval_seed"],
+        ),
+        caches=options["cache_type"],
     )  # fmt: skip
     console = Console(stderr=True)
 
@@ -87,5 +141,9 @@ def eval_command(
     print_report(report, Console())
     if json_path is not None:
         write_json(json_path, report.to_json())
+    if plot is not None:
+        draw_retrieval(plot, retrieval_panels(report))
     if card:
-        write_cards(((file, row, ()) for file, row in zip(files, report.models, strict=True)), report.reference, request)
+        count = len(request.caches)
+        rows = ((file, report.models[i * count : (i + 1) * count], ()) for i, file in enumerate(files))
+        write_cards(rows, report.reference, request)

@@ -99,6 +99,14 @@ def _print_provenance(provenance: Provenance, runs_as: str, console: Console) ->
     tuned = f", scales tuned for {provenance.tune_steps} steps" if provenance.tune_steps else ""
     _line(console, f"runs as {runs_as}, weights {provenance.weights}{tuned}")
     _line(console, f"rotation {provenance.rotation}, objective {provenance.objective}, seed {provenance.seed}")
+    if provenance.kv_k_bits:
+        _line(console, f"cache: {provenance.mean_kv_bits:.2f} bits a value, {cache_layers(provenance)}")
+    if provenance.kv_divergence is not None and provenance.kv_perplexity is not None:
+        _line(
+            console,
+            f"the cache alone: divergence {provenance.kv_divergence:.4f} nats a token, perplexity "
+            f"{100 * (provenance.kv_perplexity - 1):+.1f} % (measured on {provenance.kv_measured_tokens} tokens at conversion)",
+        )
     rotations = (
         ("R1, residual stream, folded", provenance.r1_kind, provenance.r1_size),
         ("R2, values of a head, folded", provenance.r2_kind, provenance.r2_size),
@@ -114,6 +122,23 @@ def _print_provenance(provenance: Provenance, runs_as: str, console: Console) ->
             f"sha256 {provenance.calibration_sha256}",
         )
     _line(console, f"written by {provenance.tool}, format {provenance.format_version}")
+
+
+def cache_layers(provenance: Provenance) -> str:
+    """Bits of keys and values: ``K 4, 8 in layers 3 and 8; V 4``."""
+    return "; ".join(
+        f"{name} {_bits_by_layer(bits)}" for name, bits in (("K", provenance.kv_k_bits), ("V", provenance.kv_v_bits))
+    )
+
+
+def _bits_by_layer(bits: tuple[int, ...]) -> str:
+    most = max(sorted(set(bits)), key=bits.count)
+    parts = [str(most)]
+    for other in sorted(set(bits) - {most}):
+        layers = [str(layer) for layer, own in enumerate(bits) if own == other]
+        listed = layers[0] if len(layers) == 1 else f"{', '.join(layers[:-1])} and {layers[-1]}"
+        parts.append(f"{other} in layer{'s' if len(layers) > 1 else ''} {listed}")
+    return ", ".join(parts)
 
 
 def _line(console: Console, text: str) -> None:

@@ -11,17 +11,27 @@ from rich.table import Table
 
 from kurtail_gguf.comparison import Comparison
 from kurtail_gguf.evaluate.mmlu import Accuracy
+from kurtail_gguf.evaluate.retrieval import GUESS, Cell, RetrievalResult
 from kurtail_gguf.measurement import ModelResult, Report
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print a row a file, the reference first, and MMLU by subject."""
+    """Print a row a file and cache type, the reference first, and MMLU, tasks and retrieval in detail."""
     rows = _rows(report)
     console.print(_overview(rows))
     if any(row.mmlu for _, row in rows):
         console.print(_subjects(rows))
     if any(row.tasks for _, row in rows):
         console.print(_tasks(rows))
+    if any(row.retrieval for _, row in rows):
+        console.print(_retrieval(rows))
+
+
+def retrieval_panels(report: Report) -> dict[str, RetrievalResult]:
+    """What was found again, under the names that the columns of a table have."""
+    found = [(name, row.retrieval) for name, row in _rows(report) if row.retrieval is not None]
+    heads = _heads(name for name, _ in found)
+    return {heads[name]: result for name, result in found}
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -43,7 +53,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def _rows(report: Report) -> list[tuple[str, ModelResult]]:
     first = [] if report.reference is None else [("reference", report.reference)]
-    return first + [(model.path, model) for model in report.models]
+    return first + [(model.name, model) for model in report.models]
 
 
 def _overview(rows: list[tuple[str, ModelResult]]) -> Table:
@@ -87,6 +97,19 @@ def _tasks(rows: list[tuple[str, ModelResult]]) -> Table:
     return table
 
 
+def _retrieval(rows: list[tuple[str, ModelResult]]) -> Table:
+    """Codes found, a row for each length and depth; every file was asked for the same."""
+    asked = [(name, row.retrieval) for name, row in rows if row.retrieval is not None]
+    cells = asked[0][1].cells
+    columns = {"depth": [*(f"{100 * cell.depth:g} %" for cell in cells), ""]}
+    heads = _heads(name for name, _ in asked)
+    for name, result in asked:
+        columns[heads[name]] = [*(cell_text(cell) for cell in result.cells), retrieved(result)]
+    table = _table("context", [*(str(cell.length) for cell in cells), "all"], columns)
+    table.caption = f"codes right, and mean log-likelihood of the right code in nats; a guess has {GUESS:.1f}"
+    return table
+
+
 def _heads(paths: Iterable[str]) -> dict[str, str]:
     """Heads of the files' columns by path: the file's name, or the path where another file has the same name."""
     names = {path: Path(path).name for path in paths}
@@ -119,6 +142,16 @@ def kld(row: ModelResult) -> str:
 def top1(row: ModelResult) -> str:
     """Agreement on the likeliest token."""
     return "" if row.top1_agreement is None else f"{100 * row.top1_agreement:.2f} %"
+
+
+def retrieved(result: RetrievalResult) -> str:
+    """Share of the codes that were right, and their mean log-likelihood in nats."""
+    return f"{100 * result.accuracy:.1f} % ({result.log_likelihood:.2f})"
+
+
+def cell_text(cell: Cell) -> str:
+    """The same of one length and depth, in numbers of codes."""
+    return f"{cell.right}/{cell.facts} ({cell.log_likelihood:.2f})"
 
 
 def percent(part: Accuracy) -> str:

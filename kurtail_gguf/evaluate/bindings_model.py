@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.cache import FILE
 
 #: Tokens in one call of llama_decode. The runtime keeps the logits of a call: 512 rows of a vocabulary of
 #: 150,000 are 300 MB already.
@@ -47,19 +48,31 @@ class BindingsModel:
         path: GGUF file.
         exact_cache: cache keys and values in single precision and attend in it, whatever the file asks for.
         adapter: GGUF file of a LoRA adapter to apply.
+        cache: one of :data:`kurtail_gguf.evaluate.cache.CACHE_TYPES`, for keys and values alike.
+        vocabulary_only: load no weights; only tokenization works then.
 
     Raises:
         KurtailError: the runtime refuses the file; with what it logged.
     """
 
-    def __init__(self, path: Path, exact_cache: bool = False, adapter: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        exact_cache: bool = False,
+        adapter: Path | None = None,
+        cache: str = FILE,
+        vocabulary_only: bool = False,
+    ) -> None:
         self._exact_cache = exact_cache
+        self._cache = cache
         self._errors: list[str] = []
         # kept alive with the object: the library calls it until the process ends
         self._log = llama_cpp.llama_log_callback(self._note_error)
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = vocabulary_only
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
             raise KurtailError(f"the runtime cannot load {path}: {self._told()}")
         self._path = path
@@ -130,6 +143,8 @@ class BindingsModel:
         params.n_ctx = tokens
         params.n_batch = min(tokens, _BATCH)
         params.n_threads = params.n_threads_batch = available_cpus()
+        if self._cache != FILE:
+            params.type_k = params.type_v = getattr(llama_cpp, f"GGML_TYPE_{self._cache.upper()}")
         if self._exact_cache:
             # upstream's flash attention rounds to halves even what is cached in single precision
             params.type_k = params.type_v = _F32

@@ -15,6 +15,7 @@ from typing import Any
 from kurtail_gguf import vendored
 from kurtail_gguf.bindings import require_bindings
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.cache import FILE, stage_name
 from kurtail_gguf.evaluate.runtime import EvaluationError
 from kurtail_gguf.progress import Progress, Stage
 
@@ -95,13 +96,14 @@ def check_tasks(request: TasksRequest) -> None:
     require_bindings()
 
 
-def run_tasks(model: Path, request: TasksRequest, progress: Progress) -> TasksResult:
+def run_tasks(model: Path, request: TasksRequest, progress: Progress, cache: str = FILE) -> TasksResult:
     """Run tasks on a GGUF file.
 
     Args:
         model: GGUF file.
         request: which tasks.
         progress: a stage for each kind of question the tasks ask, a unit a question.
+        cache: one of :data:`kurtail_gguf.evaluate.cache.CACHE_TYPES`.
 
     Raises:
         EvaluationError: an unknown task, data that is not at hand, a file that the runtime refuses.
@@ -115,7 +117,7 @@ def run_tasks(model: Path, request: TasksRequest, progress: Progress) -> TasksRe
             nonlocal stage
             if "kind" in message:
                 stages.close()
-                name = f"{message['kind']} of {model.name}"
+                name = stage_name(message["kind"], model, cache)
                 stage = stages.enter_context(progress.stage(name, message["requests"]))
             elif stage is not None:
                 stage.advance(message["done"])
@@ -125,6 +127,7 @@ def run_tasks(model: Path, request: TasksRequest, progress: Progress) -> TasksRe
                 _WORKER,
                 {
                     "path": str(model.resolve()),
+                    "cache": cache,
                     "tasks": list(request.names),
                     "include_path": include,
                     "shots": request.shots,

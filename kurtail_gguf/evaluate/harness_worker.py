@@ -1,6 +1,6 @@
 """Worker of :mod:`kurtail_gguf.evaluate.harness`: lm-eval on the runtime.
 
-Request: ``path``, ``tasks``, ``include_path``, ``shots``, ``limit``. Messages as
+Request: ``path``, ``cache``, ``tasks``, ``include_path``, ``shots``, ``limit``. Messages as
 :class:`kurtail_gguf.evaluate.harness_model.RuntimeLM` sends them. Result: ``version``, ``results``.
 """
 
@@ -34,7 +34,7 @@ def run(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dict
         raise KurtailError(
             f"{', '.join(request['tasks'])} cannot be loaded, is the data at hand? {type(error).__name__}: {error}"
         ) from error
-    model = RuntimeLM(BindingsModel(Path(request["path"])), send)
+    model = RuntimeLM(BindingsModel(Path(request["path"]), cache=request["cache"]), send)
     answer = lm_eval.simple_evaluate(
         model=model,
         tasks=request["tasks"],

@@ -18,6 +18,7 @@ from typing import Any
 from kurtail_gguf import vendored
 from kurtail_gguf.bindings import require_bindings
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.cache import FILE, stage_name
 from kurtail_gguf.evaluate.runtime import EvaluationError
 from kurtail_gguf.progress import Progress
 
@@ -133,13 +134,14 @@ def prompt(subject: Subject, question: Question, shots: int) -> str:
     return heading(subject.name) + "".join(block(e, True) for e in subject.examples[:shots]) + block(question, False)
 
 
-def score(model: Path, subjects: tuple[Subject, ...], progress: Progress) -> MmluResult:
+def score(model: Path, subjects: tuple[Subject, ...], progress: Progress, cache: str = FILE) -> MmluResult:
     """Ask a GGUF file all questions, through the shipped runtime.
 
     Args:
         model: GGUF file.
         subjects: as :func:`read_mmlu` gives them.
         progress: one stage, a unit a question.
+        cache: one of :data:`kurtail_gguf.evaluate.cache.CACHE_TYPES`.
 
     Raises:
         EvaluationError: the runtime refuses the file; a question does not fit into its context.
@@ -148,6 +150,7 @@ def score(model: Path, subjects: tuple[Subject, ...], progress: Progress) -> Mml
     require_bindings()
     request = {
         "path": str(model.resolve()),
+        "cache": cache,
         "subjects": [
             {
                 "heading": heading(subject.name),
@@ -162,7 +165,7 @@ def score(model: Path, subjects: tuple[Subject, ...], progress: Progress) -> Mml
     asked = [(subject, question) for subject in subjects for question in subject.questions]
     answers: list[int] = []
     shortened = right = 0
-    with progress.stage(f"MMLU of {model.name}", len(asked)) as stage:
+    with progress.stage(stage_name("MMLU", model, cache), len(asked)) as stage:
 
         def on_message(message: dict[str, Any]) -> None:
             nonlocal shortened, right

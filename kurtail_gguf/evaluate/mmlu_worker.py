@@ -1,6 +1,6 @@
 """Worker of :mod:`kurtail_gguf.evaluate.mmlu`: asks the questions through the bindings.
 
-Request: ``path``; ``subjects``, each with ``heading``, ``examples``, ``questions`` and ``where`` (texts);
+Request: ``path``; ``cache``; ``subjects``, each with ``heading``, ``examples``, ``questions`` and ``where`` (texts);
 ``continuations``. A message a question, in order: ``log_likelihoods`` of the continuations, ``shots``.
 The result is how many tokens went through the model.
 """
@@ -67,4 +67,7 @@ if __name__ == "__main__":
     # loads the runtime, which only this process needs
     from kurtail_gguf.evaluate.bindings_model import BindingsModel
 
-    vendored.serve(lambda request, send: ask(BindingsModel(Path(request["path"])), request, send))
+    def _load(request: dict[str, Any]) -> BindingsModel:
+        return BindingsModel(Path(request["path"]), cache=request["cache"])
+
+    vendored.serve(lambda request, send: ask(_load(request), request, send))

@@ -1,8 +1,8 @@
 """Perplexity, and divergence from a reference, through the shipped runtime.
 
 The text is cut into chunks of ``context`` tokens and the second half of each is scored, as in
-llama.cpp and everything compared with it. No cache type is given: a kurtail file turns its own on,
-so what is measured is what a user of the file runs.
+llama.cpp and everything compared with it. No cache type is given unless one is asked for: a kurtail
+file turns its own on, so what is measured is what a user of the file runs.
 
 Divergence takes two runs: the reference writes its log-probabilities to a file (16 bits for each of
 the vocabulary's tokens, at each scored position), and the model is compared with that.
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kurtail_gguf.evaluate import runtime
+from kurtail_gguf.evaluate.cache import FILE, cache_arguments, stage_name
 from kurtail_gguf.evaluate.runtime import EvaluationError
 from kurtail_gguf.progress import Progress
 
@@ -70,7 +71,9 @@ class Reference:
     context: int
 
 
-def perplexity(model: Path, text: Path, context: int, chunks: int | None, progress: Progress) -> Perplexity:
+def perplexity(
+    model: Path, text: Path, context: int, chunks: int | None, progress: Progress, cache: str = FILE
+) -> Perplexity:
     """Perplexity of a GGUF file on a text.
 
     Args:
@@ -79,11 +82,13 @@ def perplexity(model: Path, text: Path, context: int, chunks: int | None, progre
         context: tokens in a chunk.
         chunks: how many from the start of the text; all if None.
         progress: one stage, a unit a chunk.
+        cache: one of :data:`kurtail_gguf.evaluate.cache.CACHE_TYPES`.
 
     Raises:
         EvaluationError: the runtime refuses the file, the text is too short.
     """
-    output = runtime.run(model, _arguments(text, context, chunks), f"perplexity of {model.name}", progress)
+    arguments = [*_arguments(text, context, chunks), *cache_arguments(cache)]
+    output = runtime.run(model, arguments, stage_name("perplexity", model, cache), progress)
     return Perplexity(*runtime.find(runtime.FINAL_ESTIMATE, output, model))
 
 
@@ -132,19 +137,22 @@ def reference(
         yield Reference(path, estimate, context)
 
 
-def divergence(model: Path, reference: Reference, text: Path, chunks: int | None, progress: Progress) -> Divergence:
+def divergence(
+    model: Path, reference: Reference, text: Path, chunks: int | None, progress: Progress, cache: str = FILE
+) -> Divergence:
     """Perplexity of a GGUF file and its divergence from a reference with the same vocabulary.
 
     Args:
         model: GGUF file.
         reference: an open reference; text and chunks must be the ones it was run with.
-        text, chunks, progress: as in :func:`perplexity`.
+        text, chunks, progress, cache: as in :func:`perplexity`.
     """
     arguments = [
         *_arguments(text, reference.context, chunks),
+        *cache_arguments(cache),
         *("--kl-divergence-base", str(reference.log_probabilities), "--kl-divergence"),
     ]
-    output = runtime.run(model, arguments, f"divergence of {model.name}", progress)
+    output = runtime.run(model, arguments, stage_name("divergence", model, cache), progress)
     value, stderr = runtime.find(runtime.MEAN_PPL, output, model)
     kld_mean, kld_stderr = runtime.find(runtime.MEAN_KLD, output, model)
     same_top, _ = runtime.find(runtime.SAME_TOP, output, model)

@@ -23,8 +23,8 @@ from kurtail_gguf import ggml
 from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.formats import kt4
-from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, write_header
-from kurtail_gguf.simulation.attention import V_ROTATION, CacheSettings, use_simulated_attention
+from kurtail_gguf.gguf_info import K_OFFSET, GgufInfo, TensorInfo, write_header
+from kurtail_gguf.simulation.attention import V_ROTATION, CacheSettings, LayerCache, use_simulated_attention
 from kurtail_gguf.simulation.hooks import round_cache, round_input
 from kurtail_gguf.simulation.rounding import ACTIVATION_BLOCK, CACHE_BLOCK, round_to
 
@@ -83,6 +83,21 @@ def _cache_settings(info: GgufInfo, paired: bool) -> CacheSettings:
         rotation=provenance.r3_size if provenance.r3_kind == "hadamard" else 0,
         rotate_v=provenance.r2_kind == "none" and head_dim % V_ROTATION == 0,
         paired=paired,
+        layers=_layer_caches(info, paired),
+    )
+
+
+def _layer_caches(info: GgufInfo, paired: bool) -> tuple[LayerCache, ...]:
+    provenance, heads = info.provenance, int(info.hyper("attention.head_count_kv"))
+    bits = list(zip(provenance.kv_k_bits, provenance.kv_v_bits, strict=True))
+    if K_OFFSET not in info.metadata:
+        return tuple(LayerCache(*own) for own in bits)
+    offsets = np.asarray(info.metadata[K_OFFSET], np.float32).reshape(len(bits), -1)
+    if paired:
+        offsets = np.stack([_pairs_to_halves(own, heads) for own in offsets])
+    return tuple(
+        LayerCache(*own, torch.from_numpy(offset.reshape(heads, -1)))
+        for own, offset in zip(bits, offsets, strict=True)
     )
 
 

@@ -11,7 +11,7 @@ import gguf
 from kurtail_gguf import vendored
 from kurtail_gguf.errors import KurtailError
 
-#: Longer arrays are vocabularies: only their length and hash are of use.
+#: Longer arrays are vocabularies, but for our own: only their length and hash are of use.
 _LONGEST_ARRAY = 4096
 
 
@@ -19,7 +19,7 @@ def read(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dic
     """Read the file named ``path``; the answer is what GgufInfo and TensorInfo are built from."""
     vendored.assert_vendored(gguf)
     reader = _open(request["path"])
-    metadata = {name: _value(field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    metadata = {name: _value(name, field) for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     tensors = [
         {
             "name": tensor.name,
@@ -47,8 +47,8 @@ def _open(path: str) -> gguf.GGUFReader:
         raise KurtailError(f"is truncated or damaged ({type(error).__name__}: {text})") from None
 
 
-def _value(field: gguf.gguf_reader.ReaderField) -> Any:
-    if field.types and field.types[0] == gguf.GGUFValueType.ARRAY and len(field.data) > _LONGEST_ARRAY:
+def _value(name: str, field: gguf.gguf_reader.ReaderField) -> Any:
+    if not name.startswith("kurtail.") and field.types and field.types[0] == gguf.GGUFValueType.ARRAY and len(field.data) > _LONGEST_ARRAY:
         digest = hashlib.sha256()
         for index in field.data:
             part = field.parts[index].tobytes()

@@ -3,7 +3,8 @@
 Hyper-parameters, vocabulary, special tokens and chat template are upstream's business: the model
 class that ``conversion`` has for the architecture runs unchanged on the source directory. Only the
 tensors come from elsewhere. A subclass replaces the list of tensors by the quantized ones; packed
-rows go to the writer as they are, the rest (norms, biases) takes upstream's way.
+rows go to the writer as they are, the rest (norms, biases) takes upstream's way. Of a directory
+that was unpacked from a GGUF file another subclass copies the vocabulary as that file has it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from safetensors import safe_open
 
 from kurtail_gguf import ggml, vendored
 from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.export.header_worker import copy_key
 from kurtail_gguf.formats.targets import BLOCK_FORMATS
-from kurtail_gguf.gguf_info import PROVENANCE_KEYS
+from kurtail_gguf.gguf_info import K_OFFSET, PROVENANCE_KEYS, UNPACKED_KEYS
 from kurtail_gguf.row_file import RowFile
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -107,6 +109,7 @@ def quantized_model_class(
     files: QuantizedFiles,
     provenance: dict[str, Any],
     eight_bit: list[str],
+    k_offset: list[float] | None,
     library: ggml.GgmlBase,
     send: Send,
 ) -> type:
@@ -117,6 +120,7 @@ def quantized_model_class(
         files: the quantized tensors.
         provenance: fields of config.Provenance.
         eight_bit: packed linears that are listed for 8-bit activations; all of them where that is the general rule.
+        k_offset: the key of that name (docs/format.md), or None.
         library: quantizes the embedding and the output.
         send: reports each tensor as it is written or handed over.
     """
@@ -191,13 +195,24 @@ def quantized_model_class(
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
             for field, key, kind in PROVENANCE_KEYS:
-                # not add_string and so on: those leave out empty strings
-                self.gguf_writer.add_key_value(key, provenance[field], gguf.GGUFValueType[kind.upper()])
+                self._add_key(key, provenance[field], kind)
+            if k_offset is not None:
+                self._add_key(K_OFFSET, k_offset, "float32[]")
             listed = files.expert_groups() if provenance["activation_bits"] == 8 else eight_bit
             if provenance["target"] == "kurtail" and listed:
                 # upstream's own keys for what a backend may not round to 4 bits
                 names = sorted(self.map_tensor_name(name) for name in listed)
                 self.gguf_writer.add_tensor_extra_prec_a4(names, [False] * len(names))
+
+        def _add_key(self, key: str, value: Any, kind: str) -> None:
+            element = gguf.GGUFValueType[kind.removesuffix("[]").upper()]
+            if value is None:
+                return  # not known
+            if kind.endswith("[]"):
+                self.gguf_writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, element)
+            else:
+                # not add_string and so on: those leave out empty strings
+                self.gguf_writer.add_key_value(key, value, element)
 
     return Quantized
 
@@ -208,7 +223,7 @@ def write_quantized(request: dict[str, Any], send: Send) -> None:
     files = QuantizedFiles(Path(request["quantized"]))
     base = _model_class(source)
     provenance = request["provenance"]
-    model_class = quantized_model_class(base, files, provenance, request["eight_bit"], ggml.GgmlBase(), send)
+    model_class = quantized_model_class(base, files, provenance, request["eight_bit"], request["k_offset"], ggml.GgmlBase(), send)
     # upstream numbers a file's type as its tensors' for both of ours, and for float32
     file_type = 0 if provenance["weights"] == "f32" else BLOCK_FORMATS[provenance["target"]].type_id
     _write(model_class(source, gguf.LlamaFileType(file_type), out), out)
@@ -257,7 +272,32 @@ def _widest_matrix_type(model: Any) -> gguf.LlamaFileType:
 def _model_class(source: Path) -> type:
     hparams = conversion.ModelBase.load_hparams(source, False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
-    return conversion.get_model_class(architecture)
+    base = conversion.get_model_class(architecture)
+    keys = source / UNPACKED_KEYS
+    return _with_vocabulary(base, keys) if keys.is_file() else base
+
+
+def _with_vocabulary(base: type, keys: Path) -> type:
+    """A subclass of upstream's model class whose vocabulary is that of a GGUF file, key for key.
+
+    The tokenizer that transformers makes of a GGUF has lost the scores of SentencePiece, the types of tokens and flags,
+    which upstream would then write as it guesses them.
+    """
+
+    class Unpacked(base):  # type: ignore[misc, valid-type]
+        model_arch = base.model_arch
+
+        def set_vocab(self) -> None:
+            reader = gguf.GGUFReader(keys)
+            tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+            for name in (f"tokenizer.ggml.{end}_token_id" for end in ("bos", "eos")):
+                if name in reader.fields and not 0 <= (number := reader.fields[name].contents()) < tokens:
+                    raise KurtailError(f"{keys}: {name} {number} is not in the vocabulary of {tokens} tokens")
+            for name in reader.fields:
+                if name.startswith("tokenizer."):
+                    copy_key(reader, name, self.gguf_writer)
+
+    return Unpacked
 
 
 def _write(model: Any, out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def write_gguf(
     provenance: Provenance,
     progress: Progress,
     eight_bit: Collection[str] = (),
+    k_offset: Sequence[float] | None = None,
 ) -> None:
     """Write the quantized model as a GGUF file.
 
@@ -48,6 +49,7 @@ def write_gguf(
         provenance: the ``kurtail.*`` keys.
         progress: one stage, a unit a tensor.
         eight_bit: HF names of packed linears whose activations have 8 bits where the others' have 4.
+        k_offset: what keys are stored without (docs/format.md), in the file's order; None for nothing.
 
     Raises:
         ExportError: a full disk, no permission, a tokenizer that upstream's converter does not know.
@@ -58,6 +60,7 @@ def write_gguf(
         "quantized": str(quantized.resolve()),
         "provenance": asdict(provenance),
         "eight_bit": sorted(eight_bit),
+        "k_offset": None if k_offset is None else list(k_offset),
     }
     with progress.stage("export", _count_tensors(quantized)) as stage, _whole_or_not_at_all(out) as beside:
 

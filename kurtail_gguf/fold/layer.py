@@ -9,6 +9,8 @@ Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = 
   undoes it at o_proj's input: W_o' = W_o R2 on that head's columns;
 * the runtime multiplies down_proj's input by the block-diagonal H (R4): W_down' = W_down H;
 * before that, up_proj's outputs may be multiplied by any s, which down_proj's columns are divided by;
+* keys may be divided by any s that is the same for both values of a RoPE pair, which their queries are multiplied by:
+  k' = k / s, q' = q s. Where q and k are normed head by head, s goes into the gains of those norms instead;
 * a router reads what its experts read, and its scores stay the same; each expert's down_proj has R4 and R1 as any other.
 
 Where q, k and v, or gate and up, are one linear, the rows of v and up are what the above is about. R3 acts on queries and
@@ -39,12 +41,15 @@ class LayerRotations:
         r2: float64 ``[kv_heads, head_dim, head_dim]`` or None.
         r4: size of R4's Hadamard blocks, a power of two dividing intermediate_size; 0 for none.
         ffn_scale: float64 ``[intermediate]``, positive, or None.
+        key_scale: float64 ``[kv_heads, head_dim]``, positive, or None; both values of a RoPE pair, and where keys are normed
+            all heads, have the same.
     """
 
     r1: torch.Tensor | None
     r2: torch.Tensor | None
     r4: int
     ffn_scale: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
 
 
 def fold_layer(
@@ -75,6 +80,8 @@ def fold_layer(
         _fold_r2(folded, spec, rotations.r2)
     if rotations.ffn_scale is not None:
         _fold_ffn_scale(folded, spec, rotations.ffn_scale)
+    if rotations.key_scale is not None:
+        _fold_key_scale(folded, spec, rotations.key_scale)
     if rotations.r4 > 1:
         for down in (f"{name}.weight" for name in spec.ffn_writers):
             folded[down] = walsh_hadamard_(folded[down].clone(), rotations.r4)
@@ -84,6 +91,28 @@ def fold_layer(
             if f"{name}.bias" in folded:
                 folded[f"{name}.bias"] = folded[f"{name}.bias"] @ rotations.r1
     return folded
+
+
+def fold_attention(
+    weights: dict[str, torch.Tensor], spec: ModelSpec, r2: torch.Tensor | None, key_scale: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """R2 and the keys' scales alone, for running a layer whose residual stream stays as it is.
+
+    Args:
+        weights: as :func:`fold_layer`'s, float32.
+        spec: sizes and roles.
+        r2, key_scale: as in :class:`LayerRotations`.
+
+    Returns:
+        The layer's tensors, those of attention folded, float32; gains of norms stay where they are.
+    """
+    above = spec.family.attention_writer.rpartition(".")[0]
+    own = {name: tensor.double() for name, tensor in weights.items() if name.startswith(f"{above}.")}
+    if r2 is not None:
+        _fold_r2(own, spec, r2)
+    if key_scale is not None:
+        _fold_key_scale(own, spec, key_scale)
+    return weights | {name: tensor.float() for name, tensor in own.items()}
 
 
 def fold_reader(weight: torch.Tensor, gain: torch.Tensor, r1: torch.Tensor | None) -> torch.Tensor:
@@ -98,6 +127,23 @@ def _fold_ffn_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, scale: tor
     if f"{up}.bias" in folded:
         _change(folded, f"{up}.bias", rows, lambda bias: bias * scale)
     folded[f"{spec.family.ffn_writer}.weight"] = folded[f"{spec.family.ffn_writer}.weight"] / scale
+
+
+def _fold_key_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, scale: torch.Tensor) -> None:
+    family = spec.family
+    if family.key_norm:
+        folded[f"{family.key_norm}.weight"] = folded[f"{family.key_norm}.weight"] / scale[0]
+        folded[f"{family.query_norm}.weight"] = folded[f"{family.query_norm}.weight"] * scale[0]
+        return
+    for (name, rows), factor in ((spec.key_rows, 1 / scale.flatten()), (spec.query_rows, query_scale(scale, spec))):
+        _change(folded, f"{name}.weight", rows, lambda weight, factor=factor: weight * factor[:, None])
+        if f"{name}.bias" in folded:
+            _change(folded, f"{name}.bias", rows, lambda bias, factor=factor: bias * factor)
+
+
+def query_scale(scale: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """What query rows are multiplied by, ``[heads head_dim]``, where keys are divided by ``scale`` ``[kv_heads, head_dim]``."""
+    return scale.repeat_interleave(spec.value_group, dim=0).flatten()
 
 
 def balance_channels(channels: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from kurtail_gguf.arch.spec import ModelSpec
-from kurtail_gguf.fold.layer import LayerRotations, fold_reader, rotate_heads, rotate_values
+from kurtail_gguf.fold.layer import LayerRotations, fold_reader, query_scale, rotate_heads, rotate_values
 from kurtail_gguf.formats.hadamard import walsh_hadamard_
 
 
@@ -41,6 +41,11 @@ def fold_pair(
     value, rows = spec.value_rows
     if linear == value and rotations.r2 is not None:
         b[rows] = rotate_values(b[rows], spec, rotations.r2)
+    if rotations.key_scale is not None and not family.key_norm:
+        factors = ((spec.key_rows, 1 / rotations.key_scale.flatten()), (spec.query_rows, query_scale(rotations.key_scale, spec)))
+        for (name, rows), factor in factors:
+            if linear == name:
+                b[rows] = b[rows] * factor[:, None]
     if linear == family.up and rotations.ffn_scale is not None:
         _, rows = spec.up_rows
         b[rows] = b[rows] * rotations.ffn_scale[:, None]

@@ -15,8 +15,8 @@ import yaml
 
 from kurtail_gguf.arch.registry import find_family
 from kurtail_gguf.errors import KurtailError, SourceError
-from kurtail_gguf.gguf_info import GgufInfo, read_gguf
-from kurtail_gguf.loading.recipes import fetch_recipe, find_recipe, recipe_names
+from kurtail_gguf.gguf_info import UNPACKED_KEYS, GgufInfo, read_gguf, write_header
+from kurtail_gguf.loading.recipes import Recipe, fetch_recipe, find_recipe, recipe_names
 from kurtail_gguf.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
         progress: told about downloads and conversions.
 
     Raises:
-        SourceError: nothing of that name, a download that failed, a GGUF that cannot be read, is one of several
-            parts, lacks a tensor or has one that transformers drops; the message names it.
+        SourceError: nothing of that name, a download that failed, a disk too small, a GGUF that cannot be read, is one
+            of several parts, lacks a tensor or has one that transformers drops; the message names it.
     """
     path = Path(model)
     if path.is_dir():
@@ -53,29 +53,35 @@ def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
     recipe = find_recipe(model)
     if recipe is not None:
         gguf = fetch_recipe(recipe, progress)
-        return _from_gguf(gguf, gguf.parent / "hf", progress, recipe.title)
+        return _from_gguf(gguf, gguf.parent / "hf", progress, recipe)
     raise SourceError(
         f"{model} is neither a directory, a file nor a known model ({', '.join(recipe_names())})"
     )
 
 
-def _from_gguf(gguf: Path, target: Path, progress: Progress, title: str | None = None) -> Path:
-    """Convert through transformers into ``target``, which appears only when complete. A title replaces the file's name."""
+def _from_gguf(gguf: Path, target: Path, progress: Progress, recipe: Recipe | None = None) -> Path:
+    """Convert through transformers into ``target``, which appears only when complete.
+
+    A recipe's title replaces the name that the file gives itself.
+    """
+    title = None if recipe is None else recipe.title
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{gguf} is not a GGUF file (its first bytes are not 'GGUF')")
     stamp = f"{gguf.name} {gguf.stat().st_size} {gguf.stat().st_mtime_ns} {title}"
     marker = target / "converted-from"
-    if marker.exists() and marker.read_text(encoding="utf-8") == stamp:
+    # earlier versions kept no keys
+    if (target / UNPACKED_KEYS).exists() and marker.exists() and marker.read_text(encoding="utf-8") == stamp:
         return target
     info = _read_header(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(info, target.parent)
     with progress.stage(f"read {gguf.name}", 3) as stage:
         scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             for note in _convert(info, scratch):
                 stage.advance(1, note)
-            (scratch / "README.md").write_text(_model_card(info, title), encoding="utf-8")
+            (scratch / "README.md").write_text(_model_card(info, recipe), encoding="utf-8")
             (scratch / marker.name).write_text(stamp, encoding="utf-8")
             if target.exists():
                 shutil.rmtree(target)
@@ -106,6 +112,16 @@ def _read_header(gguf: Path) -> GgufInfo:
     return info
 
 
+def _check_room(info: GgufInfo, directory: Path) -> None:
+    """The weights are unpacked to float32, whatever their types in the file."""
+    needed, free = 4 * sum(tensor.values for tensor in info.tensors), shutil.disk_usage(directory).free
+    if needed > free:
+        raise SourceError(
+            f"{info.path} takes {needed / 1e9:.1f} GB in {directory} once its weights are unpacked to float32, and "
+            f"{free / 1e9:.1f} GB are free: make room there"
+        )
+
+
 def _convert(info: GgufInfo, target: Path) -> Iterator[str]:
     import torch
     from safetensors.torch import save_file
@@ -116,6 +132,7 @@ def _convert(info: GgufInfo, target: Path) -> Iterator[str]:
     with _quiet(), _one_line(gguf):
         tokenizer = AutoTokenizer.from_pretrained(**where)
         tokenizer.save_pretrained(target)
+    write_header(gguf, target / UNPACKED_KEYS)
     yield "vocabulary"
     with _quiet(), _one_line(gguf):
         model, loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
@@ -177,15 +194,15 @@ def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _model_card(info: GgufInfo, title: str | None) -> str:
+def _model_card(info: GgufInfo, recipe: Recipe | None) -> str:
     """What the file says of its name, makers and licence, where upstream's exporter looks for it.
 
     Without a card it would name the model after the directory.
     """
     metadata = info.metadata
     told = {key: metadata[f"general.{key}"] for key in _CARD_KEYS if f"general.{key}" in metadata}
-    if title is not None:
-        told["name"] = title
+    if recipe is not None:
+        told = {"license": recipe.licence.lower()} | told | {"name": recipe.title}
     return f"---\n{yaml.safe_dump(told, sort_keys=False)}---\n"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kurtail_gguf.errors import SourceError
+from kurtail_gguf.gguf_info import UNPACKED_KEYS
 from kurtail_gguf.loading.pickled import PickledFile
 from kurtail_gguf.loading.untrusted import check_inside, read_json
 
@@ -28,7 +29,7 @@ def check_directory(directory: Path) -> None:
         SourceError: with the link and its target.
     """
     for path in sorted(directory.glob("*")):
-        if path.suffix in _READ:
+        if path.suffix in _READ or path.name == UNPACKED_KEYS:
             check_inside(path, directory)
 
 

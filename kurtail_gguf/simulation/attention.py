@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,21 +19,58 @@ _NAME = "kurtail_simulation"
 V_ROTATION = 64
 
 
+#: ``rounded(x, name, bits, block)``: keys or values of a layer ("k3", "v0"), rounded, with the gradient of the identity.
+Rounded = Callable[[Tensor, str, int, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's cache.
+
+    Args:
+        k_bits, v_bits: 4, 8 or 16.
+        offset: what its keys are stored without, after RoPE and in transformers' order, float32 ``[kv_heads, head_dim]``;
+            None for nothing. Softmax does not see it: every query adds the same number to all its scores.
+    """
+
+    k_bits: int
+    v_bits: int
+    offset: Tensor | None = field(default=None, compare=False)
+
+
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
     """What attention does to queries, keys and values.
 
     Args:
-        bits: of the cache, 4, 8 or 16.
-        rotation: size of R3 on q and k, 0 for none.
+        bits: of the cache, 4, 8 or 16, in layers that ``layers`` does not describe.
+        rotation: size of R3 on q and k of every layer, 0 for none.
         rotate_v: whether the runtime rotates V and the result back.
         paired: whether the runtime's q and k are in RoPE pairs rather than halves.
+        layers: each layer's own; empty where all are alike.
+        rounded: what rounds keys and values; it must be ``round_to`` with a gradient of its own.
     """
 
     bits: int
     rotation: int
     rotate_v: bool
     paired: bool
+    layers: tuple[LayerCache, ...] = ()
+    rounded: Rounded = field(default=lambda x, _name, bits, block: round_through(x, bits, block), compare=False)
+
+    def layer(self, number: int) -> LayerCache:
+        """The cache of a layer."""
+        return self.layers[number] if self.layers else LayerCache(self.bits, self.bits)
+
+    @property
+    def rotates_k(self) -> bool:
+        """Whether R3 is applied: the runtime does it in all layers once the K of one is quantized."""
+        return min((layer.k_bits for layer in self.layers), default=self.bits) < 16
+
+    @property
+    def rotates_v(self) -> bool:
+        """The same for V, where R2 is not folded in."""
+        return self.rotate_v and min((layer.v_bits for layer in self.layers), default=self.bits) < 16
 
 
 def use_simulated_attention() -> str:
@@ -50,7 +88,7 @@ def simulated_attention(
     """Causal attention over a rounded cache, as llama.cpp's CPU flash attention computes it.
 
     Args:
-        module: the attention layer; carries its CacheSettings as ``kurtail_cache``.
+        module: the attention layer; carries the CacheSettings as ``kurtail_cache`` and its number as ``layer_idx``.
         query: ``[batch, heads, tokens, head_dim]``, after RoPE; key and value with the KV heads.
         attention_mask: unused: chunks are whole and start empty, so causality is all there is.
         scaling: of the scores.
@@ -59,19 +97,25 @@ def simulated_attention(
         ``[batch, tokens, heads, head_dim]``, and no attention weights.
     """
     cache: CacheSettings = module.kurtail_cache
-    if cache.bits < 16:
+    number = module.layer_idx
+    own = cache.layer(number)
+    if own.offset is not None:
+        key = key - own.offset.to(key)[None, :, None]
+    if cache.rotates_k:
         if cache.paired:
             query, key = _halves_to_pairs(query), _halves_to_pairs(key)
         query, key = rotated(query, cache.rotation), rotated(key, cache.rotation)
-        if cache.rotate_v:
-            value = rotated(value, V_ROTATION)
+    if cache.rotates_v:
+        value = rotated(value, V_ROTATION)
+    if own.k_bits < 16:
         # the kernel multiplies a quantized K by a query rounded to q8_0, whatever K's own bits are
         query = round_through(query, 8, CACHE_BLOCK)
-    key, value = round_through(key, cache.bits, CACHE_BLOCK), round_through(value, cache.bits, CACHE_BLOCK)
+    key = cache.rounded(key, f"k{number}", own.k_bits, CACHE_BLOCK)
+    value = cache.rounded(value, f"v{number}", own.v_bits, CACHE_BLOCK)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     result = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    if cache.bits < 16 and cache.rotate_v:
+    if cache.rotates_v:
         result = rotated(result, V_ROTATION)
     return result.transpose(1, 2).contiguous(), None
 

@@ -21,7 +21,7 @@ def build_dir() -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", ["kt4", "kt4-cuda", "quantize-fns", "gguf", "backend-ops"])
+@pytest.mark.parametrize("name", ["kt4", "kt4-cuda", "kurtail-cache", "quantize-fns", "gguf", "backend-ops"])
 def test_ctest(build_dir: Path, name: str) -> None:
     done = subprocess.run(
         ["ctest", "--test-dir", str(build_dir), "-R", f"^{name}$", "--no-tests=error", "--output-on-failure"],

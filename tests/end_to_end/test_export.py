@@ -46,6 +46,20 @@ def test_a_gguf_keeps_its_name(cli, tiny_spm, tmp_path):
     assert names[0] == names[1] and "Source" not in names
 
 
+@pytest.mark.parametrize("kind", ["tiny_bpe_reference", "tiny_reference"])
+def test_a_gguf_keeps_its_vocabulary(cli, request, kind, tmp_path):
+    """Key for key: scores and types of tokens as well, which transformers drops."""
+    source, out = request.getfixturevalue(kind), tmp_path / "out.gguf"
+    assert cli("convert", source, out, "--rotation", "none", "--weights", "f32").status == 0
+    before, after = (
+        {key: value for key, value in read_gguf(path).metadata.items() if key.startswith("tokenizer.")}
+        for path in (source, out)
+    )
+    assert before == after
+    if kind == "tiny_reference":
+        assert len(set(after["tokenizer.ggml.scores"])) > 100
+
+
 def test_a_known_model_has_its_title(smollm2, tmp_path):
     metadata = read_metadata(smollm2, tmp_path / "keys.gguf")
     assert metadata["general.name"] == "SmolLM2-135M-Instruct"

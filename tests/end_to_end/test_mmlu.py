@@ -46,6 +46,7 @@ def _told(path: Path, directory: Path) -> tuple[list[dict], int, list[tuple[mmlu
     subjects = mmlu.read_mmlu(directory)
     request = {
         "path": str(path),
+        "cache": "file",
         "subjects": [
             {
                 "heading": mmlu.heading(subject.name),

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -27,27 +22,6 @@ HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")
 @pytest.fixture(scope="module")
 def model(converted, smollm2) -> Path:
     return converted(smollm2, *HADAMARD)
-
-
-@contextlib.contextmanager
-def serving(name: str, *arguments: object) -> Iterator[int]:
-    """A server of the runtime on a free loopback port, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(native.executable(name)), *map(str, arguments), "--host", "127.0.0.1", "--port", str(port)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(600):
-                assert process.poll() is None, f"{name} ended with {process.returncode}"
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.1)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(30)
 
 
 def completion(program, model: Path, *options: object) -> str:
@@ -84,25 +58,15 @@ def test_bindings_load_our_library(runtime) -> None:
     assert Path(done.stdout.strip()).parent == runtime / "lib"
 
 
-def test_server_chats(model) -> None:
+def test_server_chats(serving, post, model) -> None:
     with serving("llama-server", "-m", model, "-c", "512") as port:
         body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "temperature": 0}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        for _ in range(300):  # it listens before the model is loaded
-            try:
-                with urllib.request.urlopen(request, timeout=120) as response:
-                    answer = json.load(response)
-                break
-            except urllib.error.HTTPError as error:
-                assert error.code == 503
-                time.sleep(0.2)
+        _, answer = post(port, "/v1/chat/completions", body)
     assert answer["choices"][0]["message"]["content"].strip()
     assert answer["usage"]["completion_tokens"] <= 8
 
 
-def test_rpc_serves_the_type(program, model) -> None:
+def test_rpc_serves_the_type(program, serving, model) -> None:
     with serving("rpc-server") as port:
         remote = completion(program, model, "--rpc", f"127.0.0.1:{port}", "-ngl", "99")
     assert remote == completion(program, model)

@@ -48,7 +48,7 @@ harness & state() {
 }
 
 void on_abort(const char * message) {
-    if (strstr(message, "cpp_patches/src") || strstr(message, "kt4-") || strstr(message, "kurtail.cpp")) {
+    if (strstr(message, "cpp_patches/src") || strstr(message, "kt4-") || strstr(message, "kurtail.cpp") || strstr(message, "kurtail-cache.cpp")) {
         fprintf(stderr, "assertion in our sources: %s\n", message);
         abort();
     }

@@ -23,9 +23,11 @@ KT4 = gguf.GGMLQuantizationType(164)
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 ROTATED = {
-    "format_version": 1, "target": "kurtail", "activation_bits": 4, "kv_bits": 4, "r1.kind": "learned", "r2.kind": "learned",
+    "format_version": 2, "target": "kurtail", "activation_bits": 4, "kv_bits": 4, "r1.kind": "learned", "r2.kind": "learned",
     "r3.kind": "hadamard", "r3.size": WIDTH, "r4.kind": "hadamard", "r4.size": 64, "rotations.sha256": SHA256,
 }  # fmt: skip
+#: layers of one key head of WIDTH
+LAYERS = {"kv.k_bits": [8], "kv.v_bits": [4], "kv.k_offset": [0.5] * WIDTH}
 PLAIN = ROTATED | {"r1.kind": "none", "r2.kind": "none", "r3.kind": "none", "r4.kind": "none"}
 
 LAYER = {
@@ -41,10 +43,14 @@ class Seed:
         self.writer = gguf.GGUFWriter(path, arch)
         self.random = np.random.default_rng(0)
 
-    def keys(self, kurtail: dict[str, int | str]) -> None:
+    def keys(self, kurtail: dict[str, int | str | list]) -> None:
+        kinds = gguf.GGUFValueType
         for name, value in kurtail.items():
-            add = self.writer.add_uint32 if isinstance(value, int) else self.writer.add_string
-            add(f"kurtail.{name}", value)
+            if isinstance(value, list):
+                kind = kinds.UINT32 if isinstance(value[0], int) else kinds.FLOAT32
+                self.writer.add_key_value(f"kurtail.{name}", value, kinds.ARRAY, kind)
+            else:
+                self.writer.add_key_value(f"kurtail.{name}", value, kinds.UINT32 if isinstance(value, int) else kinds.STRING)
 
     def f32(self, name: str, *shape: int) -> None:
         self.writer.add_tensor(name, self.random.standard_normal(shape, dtype=np.float32))
@@ -136,6 +142,7 @@ def write(directory: Path) -> None:
     """Write every seed, ``NAME.gguf``."""
     directory.mkdir(parents=True, exist_ok=True)
     model(directory / "base.gguf", kurtail=ROTATED)
+    model(directory / "layers.gguf", kurtail=ROTATED | LAYERS)
     model(directory / "unrotated.gguf", kurtail=PLAIN | {"kv_bits": 16})
     model(directory / "mixed.gguf", kurtail=ROTATED | {"kv_bits": 8}, eight_bit=("blk.0.ffn_down.weight", "blk.0.attn_v.weight"))
     model(directory / "a8-biases.gguf", arch="qwen2", kurtail=ROTATED | {"activation_bits": 8})

@@ -109,8 +109,13 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
     # of a mixture of experts channels are not scaled
     scale = None if spec.experts else torch.from_numpy(np.exp(rng.standard_normal(spec.intermediate_size)))
 
+    # both values of a RoPE pair alike; all heads as well where keys are normed
+    pairs = rng.standard_normal((1 if spec.family.key_norm else spec.kv_heads, spec.head_dim // 2))
+    keys = torch.from_numpy(np.exp(np.tile(pairs, 2))).expand(spec.kv_heads, -1)
+    assert spec.rotary_dim == spec.head_dim
+
     def rotations(layer: int) -> LayerRotations:
-        return LayerRotations(r1, r2[layer], r4, scale)
+        return LayerRotations(r1, r2[layer], r4, scale, keys)
 
     folded = _folded_model(kind, tiny_model, spec, rotations, r4)
     with torch.no_grad():

@@ -24,7 +24,8 @@ def test_the_pair_is_folded_as_the_weight_is(kind, rotated, tiny_checkpoint):
         r2 = np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.kv_heads)])
         scale = torch.from_numpy(np.exp(rng.standard_normal(spec.intermediate_size)))
         r1 = torch.from_numpy(random_orthogonal(spec.hidden_size, rng))
-        rotations = LayerRotations(r1, torch.from_numpy(r2), 64, scale)
+        keys = torch.from_numpy(np.exp(rng.standard_normal((spec.kv_heads, spec.head_dim))))
+        rotations = LayerRotations(r1, torch.from_numpy(r2), 64, scale, keys)
     gains = {norm: weights[f"{norm}.weight"] for norm in (family.attention_norm, family.ffn_norm)}
     plain = fold_layer(weights, spec, rotations)
     generator = torch.Generator().manual_seed(0)

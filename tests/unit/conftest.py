@@ -36,7 +36,7 @@ def exported(monkeypatch) -> list[Exported]:
     """A recorder in the exporter's place: the pipeline's calls of it."""
     calls = []
 
-    def write_gguf(source, quantized, out, provenance, progress, bits):
+    def write_gguf(source, quantized, out, provenance, progress, bits, k_offset):
         files = {path.name: path.read_bytes() for path in sorted(quantized.iterdir())}
         calls.append(Exported(files, provenance, dict(bits)))
         out.write_bytes(b"GGUF")

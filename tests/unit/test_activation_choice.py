@@ -92,7 +92,8 @@ def test_the_choice_reaches_file_and_provenance_and_is_taken_over(tiny_checkpoin
     config = _config(model, tmp_path, text)
     result = pipeline.convert(config, recorder)
     assert [name for name, *_ in recorder.stages] == [
-        "fold embedding and head", "fold and quantize", "run the unquantized model", "measure damage"
+        "prepare keys", "measure the cache's damage", "measure the cache", "fold embedding and head", "fold and quantize",
+        "run the unquantized model", "measure damage",
     ]  # fmt: skip
     assert all(done == total for _, total, done in recorder.stages)
     provenance, chosen = exported[0].provenance, tuple(exported[0].bits)

@@ -15,6 +15,7 @@ from kurtail_gguf import card
 from kurtail_gguf.config import TOOL, Provenance
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.evaluate.mmlu import Accuracy, MmluResult
+from kurtail_gguf.evaluate.retrieval import Cell, RetrievalRequest, RetrievalResult
 from kurtail_gguf.measurement import MmluRequest, ModelResult, Request, TextRequest
 
 PROVENANCE = Provenance(
@@ -55,7 +56,7 @@ def test_a_card_with_everything(places):
     model = ModelResult("x.gguf", 78.31, 4.2, 0.6, 0.554, 4.9, 4, 8, "W4A4KV8", MMLU)
     reference = ModelResult("smollm2", 28.5, 1.1, None, None, 32.0, None, 16, "stock", MMLU)
     made_by = ("kurtail-gguf", "convert", "smollm2", "x.gguf", "--seed", "7")
-    text = card.render(places / "x.gguf", SUMMARY, model, reference, circumstances, made_by)
+    text = card.render(places / "x.gguf", SUMMARY, "W4A4KV8", [model], reference, circumstances, made_by)
     rows = _rows(text)
     assert text.startswith("# x.gguf\n")
     assert rows["model"] == [r"Tiny \| Model, llama, 1.5 M values"]
@@ -87,11 +88,33 @@ def test_a_card_of_a_stock_file_without_a_reference(places):
     request = Request(TextRequest(places / "wiki.txt", 128, None))
     stock = SUMMARY | {"kurtail": None, "name": None, "block_bits_per_weight": None, "tensor_activation_bits": {}}
     model = ModelResult("x.gguf", 36.0, 1.0, None, None, 4.9, None, 16, "stock")
-    text = card.render(places / "x.gguf", stock, model, None, card.Circumstances(request, ("a",), "m", WHEN))
+    text = card.render(places / "x.gguf", stock, "stock", [model], None, card.Circumstances(request, ("a",), "m", WHEN))
     rows = _rows(text)
     assert rows["model"][0].startswith("unnamed, llama") and rows["kurtail"] == ["no keys: a stock file"]
     assert rows["measure"] == ["this file"] and rows["perplexity"] == ["36.0000 ± 1.0000"]
     assert "all chunks" in text and "MMLU" not in text and "made by" not in rows
+
+
+def test_a_column_for_each_cache_type_and_a_row_for_each_length_and_depth(places):
+    facts = RetrievalRequest(places / "wiki.txt", (1024,), (0.1, 0.25), 4, 3)
+    request = Request(retrieval=facts, caches=("file", "f16"))
+
+    def row(cache: str, bits: int, right: int) -> ModelResult:
+        cells = (Cell(1024, 0.1, right, 4, -0.5), Cell(1024, 0.25, 4, 4, -0.25))
+        found = RetrievalResult(0.5, -0.375, cells)
+        return ModelResult("x.gguf", None, None, None, None, 4.9, 4, bits, f"W4A4KV{bits}", retrieval=found, cache=cache)
+
+    circumstances = card.Circumstances(request, ("a",), "m", WHEN)
+    models = [row("f16", 16, 3), row("file", 8, 2)]
+    text = card.render(places / "x.gguf", SUMMARY, "W4A4KV8", models, None, circumstances)
+    rows = _rows(text)
+    assert rows["runs as"][0].startswith("W4A4KV8,")
+    assert rows["measure"] == ["this file (cache f16)", "this file (cache file)"]
+    assert rows["retrieval, 1024 tokens, depth 10 %"] == ["3 of 4, log-likelihood -0.50", "2 of 4, log-likelihood -0.50"]
+    assert rows["retrieval, 1024 tokens, depth 25 %"] == ["4 of 4, log-likelihood -0.25"] * 2
+    digest = hashlib.sha256(b"some words").hexdigest()
+    assert f"Retrieval: wiki.txt (sha256 `{digest}`) with codes of five digits hidden in it, 4 for each length" in text
+    assert "seed 3" in text and "a guess has -11.5" in text
 
 
 def test_the_digest_of_questions_is_sha256sums(places):

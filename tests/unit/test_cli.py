@@ -238,13 +238,21 @@ def test_convert_says_what_it_took(run, monkeypatch, tmp_path, resumed):
     def fake(config, progress):
         config.out.write_bytes(b"x" * 3_000_000)
         seconds = {"source": 0.2, "rotations": 40.0, "quantize": 80.0, "tune": 61.0}
-        return ConvertResult(config.out, SimpleNamespace(weights="gptq"), seconds, 30, 60_000_000, resumed)
+        provenance = SimpleNamespace(
+            weights="gptq", kv_divergence=0.0213, kv_perplexity=1.004, kv_measured_tokens=2048, mean_kv_bits=4.55,
+            kv_k_bits=(8, 4, 4), kv_v_bits=(4, 4, 4),
+        )  # fmt: skip
+        return ConvertResult(config.out, provenance, seconds, 30, 60_000_000, resumed)
 
     monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
     monkeypatch.setattr("kurtail_gguf.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.25, runs_as="W4A4KV4"))
     monkeypatch.setattr("kurtail_gguf.cli.convert.peak_memory", lambda: 1_500_000_000)
     lines = run("convert", "M", out).stdout.splitlines()
     assert lines[0] == f"wrote {out}: 3 MB, 4.25 bits a weight (W4A4KV4)"
+    assert lines.pop(1) == (
+        "cache: 4.55 bits a value (K 4, 8 in layer 0; V 4); alone it diverges by 0.0213 nats a token and changes perplexity "
+        "by +0.4 % (2048 tokens of text that it was not fitted to)"
+    )
     assert lines[1] == "took 3:01 (rotations 40 s, quantize 1:20, tune 1:01); peak memory 1.5 GB"
     # what an earlier run has done is in no clock of this one
     each = [] if resumed else ["rotations and gptq together: 4.00 s a layer, 2.00 s a million weights"]

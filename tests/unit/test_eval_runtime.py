@@ -129,6 +129,16 @@ def test_no_cache_type_is_given(program, recorder):
     perplexity(MODEL, TEXT, 512, 3, recorder)
 
 
+def test_a_cache_type_that_is_asked_for_is_given(program, recorder):
+    program("assert sys.argv[-4:] == ['-ctk', 'q8_0', '-ctv', 'q8_0'], sys.argv\n" + _prints(PLAIN))
+    perplexity(MODEL, TEXT, 512, 3, recorder, "q8_0")
+    program("assert '-ctk q4_0 -ctv q4_0' in ' '.join(sys.argv), sys.argv\n" + _prints(DIVERGENCE))
+    divergence(MODEL, Reference(Path("base"), Perplexity(21.0, 3.0), 512), TEXT, 2, recorder, "q4_0")
+    assert [name for name, *_ in recorder.stages] == [
+        "perplexity of model.gguf (cache q8_0)", "divergence of model.gguf (cache q4_0)",
+    ]  # fmt: skip
+
+
 WRITES_BASE = """
     path = sys.argv[sys.argv.index('--kl-divergence-base') + 1]
     open(path, 'wb').write(bytes({size}))

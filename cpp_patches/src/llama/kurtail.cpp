@@ -1,4 +1,7 @@
 #include "kurtail.h"
+#include "kurtail-cache.h"
+
+#include "kurtail-keys.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -14,68 +17,13 @@
 #include <stdexcept>
 #include <unordered_set>
 
-static constexpr uint32_t FORMAT_VERSION  = 1;
+static constexpr uint32_t FORMAT_VERSION  = 2;
 static constexpr uint32_t UNROUNDED_BITS  = 32;   // activation_bits of a file without kt4 tensors
 static constexpr uint32_t MAX_R4_SIZE     = 8192; // what our CUDA kernel handles (src/cuda/kt4-activations.h)
 static constexpr uint32_t TENSOR_SPLIT    = 128;  // what llama-model.cpp rounds a card's share of an FFN to at least
 static constexpr int      UPSTREAM_R3_MIN = 64;   // smallest head_dim llama-kv-cache.cpp rotates
 
 namespace {
-
-// typed access to the kurtail keys; a key of another type is an error, never undefined behaviour
-class keys {
-  public:
-    explicit keys(const gguf_context * ctx) : ctx(ctx) {}
-
-    bool has(const char * key) const { return gguf_find_key(ctx, key) >= 0; }
-
-    uint32_t u32(const char * key) const {
-        return gguf_get_val_u32(ctx, find(key, GGUF_TYPE_UINT32));
-    }
-
-    std::string str(const char * key) const {
-        return gguf_get_val_str(ctx, find(key, GGUF_TYPE_STRING));
-    }
-
-    uint32_t u32_of(const char * key, std::initializer_list<uint32_t> allowed) const {
-        const uint32_t v = u32(key);
-        std::string list;
-        for (const uint32_t a : allowed) {
-            if (v == a) {
-                return v;
-            }
-            list += (list.empty() ? "" : ", ") + std::to_string(a);
-        }
-        throw std::runtime_error(format("kurtail: %s is %u, this runtime knows %s", key, v, list.c_str()));
-    }
-
-    std::string str_of(const char * key, std::initializer_list<const char *> allowed) const {
-        const std::string v = str(key);
-        std::string list;
-        for (const char * a : allowed) {
-            if (v == a) {
-                return v;
-            }
-            list += (list.empty() ? "" : ", ") + std::string(a);
-        }
-        throw std::runtime_error(format("kurtail: %s is '%s', this runtime knows %s", key, v.c_str(), list.c_str()));
-    }
-
-  private:
-    const gguf_context * ctx;
-
-    int64_t find(const char * key, gguf_type type) const {
-        const int64_t id = gguf_find_key(ctx, key);
-        if (id < 0) {
-            throw std::runtime_error(format("kurtail: key %s is missing", key));
-        }
-        if (gguf_get_kv_type(ctx, id) != type) {
-            throw std::runtime_error(format("kurtail: key %s has type %s, expected %s", key,
-                gguf_type_name(gguf_get_kv_type(ctx, id)), gguf_type_name(type)));
-        }
-        return id;
-    }
-};
 
 // families whose graph was checked: every ffn_down goes through build_lora_mm or build_lora_mm_id, where R4 is, and
 // attention through build_attn, which rotates Q and K for a quantized cache
@@ -122,7 +70,7 @@ bool is_block_linear(const std::string & name, const ggml_tensor * t) {
 } // namespace
 
 void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
-    const keys k(ml.metadata);
+    const kurtail_keys k(ml.metadata);
     if (!k.has("kurtail.format_version")) {
         return;
     }
@@ -133,6 +81,7 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     if (k.has("kurtail.rotations.sha256")) {
         rotations = k.str("kurtail.rotations.sha256");
     }
+    cache_weights = kurtail_cache_weights(ml);
     // written for stock llama.cpp: it runs as it does there, with an explicit -ctk or -ctv too
     if (k.has("kurtail.target") && k.str_of("kurtail.target", { "kurtail", "stock" }) == "stock") {
         LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as there\n", __func__);
@@ -142,7 +91,7 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
         throw std::runtime_error(format("kurtail: architecture %s has kurtail keys, but this runtime does not know whether its graph goes through the online rotations", llm_arch_name(model.arch)));
     }
     const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8, UNROUNDED_BITS });
-    kv_bits = k.u32_of("kurtail.kv_bits", { 4, 8, 16 });
+    cache.load(k, model, constants);
     k.str_of("kurtail.r1.kind", { "none", "hadamard", "random", "learned" });
     k.str_of("kurtail.r2.kind", { "none", "hadamard", "random", "learned" });
     r3 = k.str_of("kurtail.r3.kind", { "none", "hadamard" }) != "none";
@@ -155,13 +104,10 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
             throw std::runtime_error(format("kurtail: kurtail.r3.size is %u, head_dim is %u: needs head_dim, a power of two of at least %d", size, head_dim, UPSTREAM_R3_MIN));
         }
     }
-    if (kv_bits < 16 && (head_dim % 32 != 0 || hp.n_embd_head_v() % 32 != 0)) {
-        throw std::runtime_error(format("kurtail: kurtail.kv_bits is %u, which needs a head_dim that is a multiple of 32; it is %u", kv_bits, head_dim));
-    }
 
     std::string summary;
     load_activation_bits(ml, model, activation_bits, summary);
-    summary += format("KV%u", kv_bits);
+    summary += cache.summary();
     summary += r3 ? format(", R3 %u", head_dim) : ", no R3";
 
     if (k.str_of("kurtail.r4.kind", { "none", "hadamard" }) != "none") {
@@ -208,42 +154,22 @@ void kurtail_model::load_activation_bits(const llama_model_loader & ml, llama_mo
     summary += bits == UNROUNDED_BITS ? "unquantized, " : n8 == 0 ? "W4A4" : n4 == 0 ? "W4A8" : format("W4A4 (A8 in %d of %d tensors) ", n8, n4 + n8);
 }
 
-ggml_tensor * kurtail_model::make_matrix(ggml_backend_buffer_type_t buft, uint32_t size, bool no_alloc, std::vector<float> & values) {
-    ggml_init_params params = { ggml_tensor_overhead(), nullptr, true };
-    contexts.emplace_back(ggml_init(params));
-    ggml_tensor * matrix = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, size, size);
-    ggml_set_name(matrix, "kurtail_r4");
-    if (no_alloc) {
-        buffers.emplace_back(ggml_backend_buft_alloc_buffer(buft, 0));
-        matrix->buffer = buffers.back().get();
-        return matrix;
-    }
-    buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts.back().get(), buft));
-    if (!buffers.back()) {
-        throw std::runtime_error(format("kurtail: cannot allocate the %u x %u matrix of R4", size, size));
-    }
-    // In the CPU's memory it is no weight to the scheduler: a card takes upon itself large products with weights from there,
-    // and this one belongs beside the CPU's product that follows.
-    if (!ggml_backend_buft_is_host(buft)) {
-        ggml_backend_buffer_set_usage(buffers.back().get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-    }
-    if (values.empty()) {
-        values.resize((size_t) size*size);
-        const float scale = 1.0f/sqrtf((float) size);
-        for (size_t row = 0; row < size; ++row) {
-            for (size_t col = 0; col < size; ++col) {
-                values[row*size + col] = __builtin_parityll(row & col) ? -scale : scale;
-            }
+// the normalised Sylvester matrix [size, size]
+static std::vector<float> sylvester(uint32_t size) {
+    std::vector<float> values((size_t) size*size);
+    const float scale = 1.0f/sqrtf((float) size);
+    for (size_t row = 0; row < size; ++row) {
+        for (size_t col = 0; col < size; ++col) {
+            values[row*size + col] = __builtin_parityll(row & col) ? -scale : scale;
         }
     }
-    ggml_backend_tensor_set(matrix, values.data(), 0, ggml_nbytes(matrix));
-    return matrix;
+    return values;
 }
 
 void kurtail_model::make_r4(const llama_model_loader & ml, uint32_t size, bool no_alloc, std::string & summary) {
     // one matrix a device: the CPU and CUDA take the fast transform and never read it, other backends multiply by it
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> matrices;
-    std::vector<float> hadamard;
+    const std::vector<float> hadamard = no_alloc ? std::vector<float>() : sylvester(size);
     int64_t width = 0;
 
     for (const auto & [key, ctx] : ml.ctx_map) {
@@ -258,7 +184,7 @@ void kurtail_model::make_r4(const llama_model_loader & ml, uint32_t size, bool n
             width = t->ne[0];
             ggml_tensor * & matrix = matrices[buft];
             if (!matrix) {
-                matrix = make_matrix(buft, size, no_alloc, hadamard);
+                matrix = constants.make(buft, size, size, hadamard, "kurtail_r4", no_alloc);
             }
             r4[t] = matrix;
         }
@@ -275,7 +201,7 @@ ggml_tensor * kurtail_model::online_rotation(ggml_context * ctx, const ggml_tens
 }
 
 void kurtail_model::check_adapter(const gguf_context * adapter) const {
-    const keys k(adapter);
+    const kurtail_keys k(adapter);
     const bool ours = k.has("kurtail.adapter.rotations");
     // files for stock llama.cpp are not active, but rotated all the same
     if (!active && rotations.empty()) {
@@ -308,17 +234,29 @@ void kurtail_model::override_attention_rotation(bool & rotate_k, bool & rotate_v
     }
 }
 
+ggml_tensor * kurtail_model::without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const {
+    ggml_tensor * offset = cache.offset(il);
+    return offset ? ggml_sub(ctx, k_cur, offset) : k_cur;
+}
+
 void kurtail_model::default_cache_types(llama_context_params & params) const {
-    const ggml_type type = !active ? GGML_TYPE_F16 : kv_bits == 4 ? GGML_TYPE_Q4_0 : kv_bits == 8 ? GGML_TYPE_Q8_0 : GGML_TYPE_F16;
-    if (params.type_k == GGML_TYPE_COUNT) {
-        params.type_k = type;
-    }
+    params.type_k = cache.type_k(params.type_k);
     if (params.type_v == GGML_TYPE_COUNT) {
-        params.type_v = type;
-        if (ggml_is_quantized(type) && params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
-            LLAMA_LOG_WARN("%s: flash attention was switched off, so V is cached as f16 instead of %s\n", __func__, ggml_type_name(type));
+        params.type_v = cache.type_v(params.type_v);
+        if (ggml_is_quantized(params.type_v) && params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
+            LLAMA_LOG_WARN("%s: flash attention was switched off, so V is cached as f16 instead of %s\n", __func__, ggml_type_name(params.type_v));
             params.type_v = GGML_TYPE_F16;
         }
+    }
+}
+
+void kurtail_model::leave_cache_types(llama_context_params & params, ggml_type given_k, ggml_type given_v) const {
+    if (active && given_k == GGML_TYPE_COUNT) {
+        params.type_k = given_k;
+    }
+    // f16 where flash attention was switched off: not what the file asks for
+    if (active && given_v == GGML_TYPE_COUNT && params.type_v == cache.type_v(given_v)) {
+        params.type_v = given_v;
     }
 }
 

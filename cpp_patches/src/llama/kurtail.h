@@ -2,7 +2,8 @@
 // transforms they imply. A file without those keys leaves everything as upstream has it.
 #pragma once
 
-#include "ggml-cpp.h"
+#include "kurtail-constants.h"
+#include "kurtail-layout.h"
 
 #include <cstdint>
 #include <string>
@@ -36,20 +37,30 @@ struct kurtail_model {
     // rotated in the weights (R2) or not at all
     void override_attention_rotation(bool & rotate_k, bool & rotate_v) const;
 
-    // cache types left at GGML_TYPE_COUNT ("not given") become what the file asks for, f16 for any other file
+    // k_cur (after RoPE, before R3) as layer il's cache holds it
+    ggml_tensor * without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const;
+
+    // What the values of a cache are expressed in, for its states (kurtail-cache.h): what was folded, what upstream
+    // rotates K and V by on the way into the cache, and the weights that made them. Empty for a model that is not ours.
+    std::string state_tag(bool k_rotated, bool v_rotated, int32_t head_k) const;
+
+    // What upstream checks before it makes a context: cache types left at GGML_TYPE_COUNT ("not given") become the
+    // smallest that the file asks for, f16 for any other file. leave_cache_types gives "not given" back to the cache's
+    // constructor, which asks for each layer's.
     void default_cache_types(llama_context_params & params) const;
+    void leave_cache_types(llama_context_params & params, ggml_type given_k, ggml_type given_v) const;
+
+    kurtail_layout cache;
 
 private:
-    uint32_t kv_bits = 16;
-    bool     r3      = false;
+    bool r3 = false;
     std::string rotations; // sha256 of what was folded; empty in a file without the key
+    std::string cache_weights; // kurtail_cache_weights
 
     std::unordered_map<const ggml_tensor *, ggml_tensor *> r4; // ffn_down -> Hadamard matrix
-    std::vector<ggml_context_ptr>        contexts;
-    std::vector<ggml_backend_buffer_ptr> buffers;
+    kurtail_constants constants;
 
     void load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const;
-    ggml_tensor * make_matrix(ggml_backend_buffer_type_t buft, uint32_t size, bool no_alloc, std::vector<float> & values);
     void make_r4(const llama_model_loader & ml, uint32_t size, bool no_alloc, std::string & summary);
 };
 
