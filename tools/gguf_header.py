@@ -15,13 +15,23 @@ SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 @dataclass(frozen=True)
-class Header:
-    """``values``: of each key GGUF's number of the type and where in the file its value begins. ``tensors``: of each name
-    its dimensions (inputs first), ggml's number of its type and where its bytes begin."""
+class Value:
+    """A key's value: GGUF's number of its type (of its elements, where it is an array), where it begins and ends in the file,
+    and for an array how many elements it has; they begin 12 bytes after it."""
 
-    values: dict[str, tuple[int, int]]
+    kind: int
+    begin: int
+    end: int
+    count: int | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """``values`` by key; ``tensors``: of each name its dimensions (inputs first), ggml's number of its type and where its bytes
+    begin."""
+
+    values: dict[str, Value]
     tensors: dict[str, tuple[tuple[int, ...], int, int]]
-    infos: int  # where the tensors' own headers begin
     alignment: int
 
 
@@ -65,20 +75,23 @@ def read_header(path: Path) -> Header:
         reader = _Reader(data)
         reader.at = 8
         n_tensors, n_values = reader.number("Q"), reader.number("Q")
-        values, found, alignment = {}, {}, 32
+        values: dict[str, Value] = {}
+        found, alignment = {}, 32
         for _ in range(n_values):
             key, kind = reader.text(), reader.number("I")
-            values[key] = (kind, reader.at)
+            begin, count = reader.at, None
             if key == "general.alignment":
-                alignment = struct.unpack_from("<I", data, reader.at)[0]
+                alignment = struct.unpack_from("<I", data, begin)[0]
             reader.skip(kind)
-        infos = reader.at
+            if kind == ARRAY:
+                kind, count = struct.unpack_from("<IQ", data, begin)
+            values[key] = Value(kind, begin, reader.at, count)
         for _ in range(n_tensors):
             name = reader.text()
             shape = tuple(reader.number("Q") for _ in range(reader.number("I")))
             found[name] = (shape, reader.number("I"), reader.number("Q"))
         begin = -(-reader.at // alignment) * alignment
-    return Header(values, {name: (shape, kind, begin + offset) for name, (shape, kind, offset) in found.items()}, infos, alignment)
+    return Header(values, {name: (shape, kind, begin + offset) for name, (shape, kind, offset) in found.items()}, alignment)
 
 
 def set_uint32(path: Path, changes: dict[str, int]) -> None:
@@ -89,11 +102,11 @@ def set_uint32(path: Path, changes: dict[str, int]) -> None:
     """
     values = read_header(path).values
     for key in changes:
-        if values.get(key, (None, 0))[0] != UINT32:
+        if key not in values or (values[key].kind, values[key].count) != (UINT32, None):
             raise ToolError(f"{path}: {key} is {'of another type' if key in values else 'missing'}, a uint32 is to be overwritten")
     with path.open("r+b") as f:
         for key, value in changes.items():
-            f.seek(values[key][1])
+            f.seek(values[key].begin)
             f.write(struct.pack("<I", value))
 
 
@@ -119,19 +132,30 @@ def multiplied_bytes(path: Path, kind: int, values: int, size: int) -> int:
 def first_layers(path: Path, out: Path, layers: int) -> None:
     """Write a file without the layers from `layers` on: the same weights, too few of them for roundings to add up.
 
+    Arrays of numbers whose length is a multiple of the layers', other than the vocabulary's, are cut alike.
+
     Raises:
         ToolError: when the file's header does not count its layers.
     """
     header = read_header(path)
-    count = next((at for key, (kind, at) in header.values.items() if key.endswith(".block_count") and kind == UINT32), None)
-    if count is None:
+    counts = [key for key, value in header.values.items() if key.endswith(".block_count") and (value.kind, value.count) == (UINT32, None)]
+    if not counts:
         raise ToolError(f"{path} does not tell how many layers it has")
     ends = sorted([begin for _, _, begin in header.tensors.values()] + [path.stat().st_size])
     kept = {name: tensor for name, tensor in header.tensors.items() if not (name.startswith("blk.") and int(name.split(".")[1]) >= layers)}
-    with path.open("rb") as f:
-        head = bytearray(f.read(header.infos))
-        struct.pack_into("<Q", head, 8, len(kept))
-        struct.pack_into("<I", head, count, layers)
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        whole = struct.unpack_from("<I", data, header.values[counts[0]].begin)[0]
+        head = bytearray(data[:8]) + struct.pack("<QQ", len(kept), len(header.values))
+        for key, value in header.values.items():
+            head += struct.pack("<Q", len(key.encode())) + key.encode()
+            content = data[value.begin : value.end]
+            if value.count is None:
+                head += struct.pack("<I", value.kind) + (struct.pack("<I", layers) if key in counts else content)
+                continue
+            if value.kind in SIZES and value.count and value.count % whole == 0 and not key.startswith("tokenizer."):
+                count = value.count // whole * layers
+                content = struct.pack("<IQ", value.kind, count) + content[12 : 12 + count * SIZES[value.kind]]
+            head += struct.pack("<I", ARRAY) + content
         offset, places = 0, []
         for name, (shape, kind, begin) in kept.items():
             head += struct.pack("<Q", len(name.encode())) + name.encode() + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
@@ -142,6 +166,5 @@ def first_layers(path: Path, out: Path, layers: int) -> None:
         with out.open("wb") as to:
             to.write(head)
             for begin, size, offset in places:
-                f.seek(begin)
                 to.seek(start + offset)
-                to.write(f.read(size))
+                to.write(data[begin : begin + size])

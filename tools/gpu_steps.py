@@ -20,9 +20,10 @@ from random_models import TYPES
 
 @dataclass(frozen=True)
 class Bits:
-    """A file whose predictions are compared: its header's values changed, its first layers or all of them."""
+    """How a file's predictions are compared: bits of activations, type of the cache, its first layers or all of them."""
 
-    changes: dict[str, int]
+    activations: int
+    cache: str
     layers: int | None
     limit: report.Limit
 
@@ -31,13 +32,12 @@ class Bits:
 # orders of one file are as far apart (0.45 nats) as files that have nothing in common. So W4A4 is compared after one
 # layer, and whole files with 8-bit activations. docs/cuda.md has what two orders of the CPU's, and 16 rows of a product
 # that are missing, were measured to make of each; the limits lie between them.
-_A8, _KV16 = {"kurtail.activation_bits": 8}, {"kurtail.kv_bits": 16}
 LOGITS = {
-    "W4A4KV4, first layer": Bits({}, 1, report.Limit(0.05)),
-    "W4A4KV16, first layer": Bits(_KV16, 1, report.Limit(0.01)),
-    "W4A8KV4, first layer": Bits(_A8, 1, report.Limit(0.003)),
-    "W4A8KV16": Bits(_A8 | _KV16, None, report.Limit(0.02, 0.02)),
-    "W4A4KV4": Bits({}, None, report.Limit()),
+    "W4A4KV4, first layer": Bits(4, "q4_0", 1, report.Limit(0.05)),
+    "W4A4KV16, first layer": Bits(4, "f16", 1, report.Limit(0.01)),
+    "W4A8KV4, first layer": Bits(8, "q4_0", 1, report.Limit(0.003)),
+    "W4A8KV16": Bits(8, "f16", None, report.Limit(0.02, 0.02)),
+    "W4A4KV4": Bits(4, "q4_0", None, report.Limit()),
 }
 
 # rows x inputs: more bytes than a GPU's cache holds in every type (60 MB on an H200), so that generation reads memory
@@ -147,9 +147,11 @@ def operations(options: list[str], demanded: dict[str, str], place: Place) -> Fo
     done = place.attempt(place.bin / "test-backend-ops", "test", "-b", place.device, "-j", jobs, *options, partial=True)
     if done.timed_out:
         cases = report.backend_cases(done.stdout, place.device)
-        return {"cases": report.counts(cases)}, ["time was up", *report.case_complaints(cases, {}, place.device)]
-    cases = report.backend_cases(done.stdout, place.device, done.status, done.stderr)
-    return {"cases": report.counts(cases)}, report.case_complaints(cases, demanded, place.device)
+        wrong = ["time was up", *report.case_complaints(cases, {}, place.device)]
+    else:
+        cases = report.backend_cases(done.stdout, place.device, done.status, done.stderr)
+        wrong = report.case_complaints(cases, demanded, place.device)
+    return {"passed": sum(case.state == "ok" for case in cases), "cases": report.counts(cases)}, wrong
 
 
 # --- speed
@@ -236,7 +238,7 @@ def start_conversions(place: Place) -> Found:
     model = place.work / "model.gguf"
     # beside the GPU's conversion, which wants cores as well
     some = ["env", f"OMP_NUM_THREADS={max(1, 3 * (os.cpu_count() or 1) // 8)}"]
-    place.start("logits-file", *some, *_convert(place, model, "logits.gguf", "cpu", "--rotation", "hadamard", "--weights", "rtn"))
+    place.start("logits-file", *some, *_convert(place, model, "logits.gguf", "cpu", "--rotation", "hadamard", "--weights", "rtn", "--kv", "4"))
     place.start("learned-cpu", *some, *_convert(place, model, "learned-cpu.gguf", "cpu", *_calibration(place)))
     return {"started": ["logits-file", "learned-cpu"]}, []
 
@@ -247,10 +249,11 @@ def convert(place: Place) -> Found:
     return _told(done.stdout), []
 
 
-def compare(place: Place, reference: Path, file: Path) -> tuple[dict[str, float], report.Placement]:
+def compare(place: Place, reference: Path, file: Path, cache: str) -> tuple[dict[str, float], report.Placement]:
     """Predictions of a file on the device against a reference's on the CPU, and where the file was put."""
     base = place.work / f"{file.stem}.logits"
-    common = ["-f", place.work / "text.txt", "-c", "512", "--chunks", "1" if place.tiny else "4", "-fa", "on", "--kl-divergence-base", base]
+    common = ["-f", place.work / "text.txt", "-c", "512", "--chunks", "1" if place.tiny else "4", "-fa", "on", "-ctk", cache, "-ctv", cache,
+              "--kl-divergence-base", base]  # fmt: skip
     place.run(place.bin / "llama-perplexity", "-m", reference, *common, "-ngl", "0", "-dev", "none")
     done = place.run(place.bin / "llama-perplexity", "-m", file, *common, "--kl-divergence", "-lv", "4", *place.layers)
     base.unlink()
@@ -258,12 +261,12 @@ def compare(place: Place, reference: Path, file: Path) -> tuple[dict[str, float]
 
 
 def prepare(bits: Bits, file: Path, out: Path) -> None:
-    """A file with other bits, and of its layers only the first."""
+    """A file with activations of other bits, and of its layers only the first."""
     if bits.layers is None:
         shutil.copyfile(file, out)
     else:
         first_layers(file, out, bits.layers)
-    set_uint32(out, bits.changes)
+    set_uint32(out, {"kurtail.activation_bits": bits.activations})
 
 
 def logits(name: str, place: Place) -> Found:
@@ -272,7 +275,7 @@ def logits(name: str, place: Place) -> Found:
     place.finished("logits-file")
     path = place.work / "compared.gguf"
     prepare(bits, place.work / "logits.gguf", path)
-    found, where = compare(place, path, path)
+    found, where = compare(place, path, path, bits.cache)
     wrong = report.divergence_complaints(found, bits.limit)
     wrong += report.placement_complaints(where, place.device, multiplied_bytes(path, *TYPES["kt4"]))
     limit = {} if math.isinf(bits.limit.kld) else {"limit": bits.limit.kld}

@@ -246,8 +246,8 @@ def test_values_of_a_file_are_changed_in_place(tool, gguf: Path) -> None:
     after = gguf.read_bytes()
     changed = {i: (a, b) for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b}
     values = header.read_header(gguf).values
-    assert changed == {values["kurtail.activation_bits"][1]: (4, 8), values["kurtail.kv_bits"][1]: (4, 16)}
-    for key, told in (("name", "of another type"), ("kurtail.r9", "missing")):
+    assert changed == {values["kurtail.activation_bits"].begin: (4, 8), values["kurtail.kv_bits"].begin: (4, 16)}
+    for key, told in (("name", "of another type"), ("tokens", "of another type"), ("kurtail.r9", "missing")):
         with pytest.raises(tool("environment").ToolError, match=f"{key} is {told}"):
             header.set_uint32(gguf, {"kurtail.kv_bits": 4, key: 1})
     assert gguf.read_bytes() == after
@@ -267,19 +267,24 @@ def test_a_file_is_cut_after_its_first_layers(tool, tmp_path: Path) -> None:
     header = tool("gguf_header")
     names = ("token_embd.weight", "blk.0.a.weight", "blk.10.a.weight", "blk.1.a.weight", "output.weight")
     contents = {name: bytes([number + 1]) * (32 * (number + 1)) for number, name in enumerate(names)}
-    values = _string("llama.block_count") + struct.pack("<II", 4, 11) + _string("last") + struct.pack("<II", 4, 7)
+    bits, scores = struct.pack("<22I", *range(22)), struct.pack("<22f", *range(22))
+    values = _string("llama.block_count") + struct.pack("<II", 4, 11) + _string("bits") + struct.pack("<IIQ", 9, 4, 22) + bits
+    values += _string("tokenizer.scores") + struct.pack("<IIQ", 9, 6, 22) + scores + _string("last") + struct.pack("<II", 4, 7)
     tensors, offset = b"", 0
     for name, content in contents.items():
         tensors += _string(name) + struct.pack("<IQIQ", 1, len(content), 24, offset)
         offset += len(content)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(names), 2) + values + tensors
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(names), 4) + values + tensors
     path, out = tmp_path / "file.gguf", tmp_path / "first.gguf"
     path.write_bytes(head + b"\0" * (-len(head) % 32) + b"".join(contents.values()))
     header.first_layers(path, out, 1)
     found = header.read_header(out)
     assert list(found.tensors) == ["token_embd.weight", "blk.0.a.weight", "output.weight"]
     data = out.read_bytes()
-    assert [struct.unpack_from("<I", data, found.values[key][1])[0] for key in ("llama.block_count", "last")] == [1, 7]
+    assert [struct.unpack_from("<I", data, found.values[key].begin)[0] for key in ("llama.block_count", "last")] == [1, 7]
+    # two numbers a layer are cut with the layers, as many of the vocabulary are not
+    assert data[found.values["bits"].begin : found.values["bits"].end] == struct.pack("<IQ", 4, 2) + bits[:8]
+    assert data[found.values["tokenizer.scores"].begin : found.values["tokenizer.scores"].end] == struct.pack("<IQ", 6, 22) + scores
     for name, ((size,), _, begin) in found.tensors.items():
         assert begin % 32 == 0 and data[begin : begin + size] == contents[name]
     header.first_layers(path, out, 11)
