@@ -191,7 +191,7 @@ def placement_complaints(found: Placement, device: str, kt4_bytes: int) -> list[
     wrong = []
     held = found.weights.get(f"{device}_KT4", 0.0)
     expected = kt4_bytes / 2**20
-    if held < 0.99 * expected:
+    if held + 0.01 < 0.99 * expected:  # the log rounds to hundredths
         wrong.append(f"{held:.2f} MiB of weights are in {device}_KT4, {expected:.2f} MiB are expected: products are computed elsewhere")
     # the embedding's rows are read on the CPU: a split of its own, where the rest is elsewhere
     most = 1 if device == "CPU" else 2
