@@ -179,7 +179,9 @@ class ConvertConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether anything is learned, quantized or measured on text, and so whether any is read at all."""
-        measured = self.tuning_steps > 0 or self.activations == "auto"
+        # the cache is measured on whatever text there is, and on a page of prose where there is none
+        given = self.calibration != ("self",) and self.cache_bits != UNROUNDED_KV_BITS
+        measured = self.tuning_steps > 0 or self.activations == "auto" or given
         return self.rotation in LEARNED_ROTATIONS or self.weights == "gptq" or measured
 
     @property
