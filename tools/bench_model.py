@@ -5,6 +5,7 @@ what llama-quantize picks for the type; ours never ties the head (docs/format.md
 """
 
 import json
+import math
 import sys
 
 import gguf
@@ -26,15 +27,41 @@ SPREAD = {"kt4": 4.6, "q4_0": 4.6, "q4_1": 4.6, "q8_0": 74.0, "q6_K": 18.5 * 74.
 FILE_TYPES = {"kt4": 164, "q4_0": 2, "q4_1": 3, "q8_0": 7, "f16": 1}
 
 
-def random_tensor(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:
+class RandomBytes:
+    """Random bytes that repeat after 64 MiB, from another place on each time: the time of a file of 13 GB is then that of
+    copying."""
+
+    PERIOD = 1 << 26
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        pool = np.frombuffer(self._rng.bytes(self.PERIOD), np.uint8)
+        self._pool = np.concatenate([pool, pool])
+
+    def take(self, size: int) -> np.ndarray:
+        """[size] of uint8."""
+        out = np.empty(size, np.uint8)
+        for begin in range(0, size, self.PERIOD):
+            part = out[begin : begin + self.PERIOD]
+            first = int(self._rng.integers(self.PERIOD))
+            part[:] = self._pool[first : first + part.size]
+        return out
+
+
+def random_tensor(source: RandomBytes, kind: str, rows: int, columns: int) -> np.ndarray:
     """[rows, bytes of a row] of uint8: values of about the spread that keeps activations where they are."""
     _, size, fields = BLOCKS[kind]
     dtype = np.dtype([(name, code, (count,)) for name, code, count in fields])
     n = rows * columns // size
     scale = columns**-0.5 / SPREAD[kind]
+    blocks = source.take(n * dtype.itemsize).view(dtype)
     if kind == "f16":
-        return (rng.standard_normal((rows, columns), dtype=np.float32) * scale).astype("<f2").view(np.uint8)
-    blocks = np.frombuffer(rng.bytes(n * dtype.itemsize), dtype).copy()
+        # signs and mantissas are random; one exponent, so that values are 1 to 2 times a power of two, 1.53 in the mean square
+        exponent = np.uint16(15 + round(math.log2(scale / 1.53)) << 10)
+        bits = blocks.view("<u2")
+        bits &= np.uint16(0x83FF)
+        bits |= exponent
+        return bits.view(np.uint8).reshape(rows, -1)
     blocks["d"] = scale
     if kind == "q4_1":
         blocks["m"] = -7.5 * scale
@@ -43,7 +70,7 @@ def random_tensor(rng: np.random.Generator, kind: str, rows: int, columns: int) 
 
 def write(path: str, kind: str, shape: dict, seed: int = 0) -> None:
     """Write one file. shape: hidden, ffn, layers, heads, kv_heads, head_dim, vocab."""
-    rng = np.random.default_rng(seed)
+    source = RandomBytes(seed)
     hidden, ffn, head_dim = shape["hidden"], shape["ffn"], shape["head_dim"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(f"random {kind}")
@@ -65,7 +92,7 @@ def write(path: str, kind: str, shape: dict, seed: int = 0) -> None:
         add_kurtail_keys(writer, hidden, head_dim)
 
     def matrix(name: str, type_name: str, rows: int, columns: int) -> None:
-        writer.add_tensor(name, random_tensor(rng, type_name, rows, columns), raw_dtype=BLOCKS[type_name][0])
+        writer.add_tensor(name, random_tensor(source, type_name, rows, columns), raw_dtype=BLOCKS[type_name][0])
 
     def norm(name: str) -> None:
         writer.add_tensor(name, np.ones(hidden, np.float32))

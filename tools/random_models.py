@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from environment import ROOT, ToolError, say
+
+#: ggml's number of a type that is measured, values and bytes of its block
+TYPES = {"kt4": (164, 64, 34), "q4_0": (2, 32, 18), "q8_0": (8, 32, 34), "f16": (1, 1, 2)}
 
 SHAPES = {
     "tiny": {"hidden": 256, "ffn": 512, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 1024},
@@ -41,3 +47,21 @@ def write_model(python: Path, directory: Path, shape: str, kind: str, gguf_py: P
         raise ToolError(f"{path.name}: {done.stderr.strip().splitlines()[-1]}")
     part.rename(path)
     return path
+
+
+def main() -> int:
+    """Write several at once, a process each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gguf-py", type=Path, required=True, help="the pinned source's")
+    parser.add_argument("--out", type=Path, required=True, help="directory")
+    parser.add_argument("models", nargs="+", metavar="SHAPE:TYPE")
+    args = parser.parse_args()
+    wanted = [model.split(":") for model in args.models]
+    with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
+        for path in pool.map(lambda model: write_model(Path(sys.executable), args.out, *model, args.gguf_py), wanted):
+            print(path, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

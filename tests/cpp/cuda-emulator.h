@@ -8,6 +8,7 @@
 #pragma once
 
 #include "kt4-machine.h"
+#include "machines.h"
 
 #include <ucontext.h>
 
@@ -24,12 +25,8 @@ namespace emulator {
 constexpr int    WARP  = 32;
 constexpr size_t STACK = 64*1024;
 
-struct grid {
-    int x = 1, y = 1, z = 1;
-};
-
-// which matrix unit mma_s4 and mma_s8 go to
-enum class generation { TURING, AMPERE };
+using machines::generation;
+using machines::grid;
 
 enum operation { NONE, SHUFFLE, MATRICES, MMA_S4, MMA_S8, MMA_S4_SMALL, MMA_S8_SMALL };
 

@@ -1,253 +1,20 @@
-// The CUDA kernels without a card: the kernels' own source, threads, barriers, shared memory and matrix fragments emulated
-// (cuda-emulator.h), against references written here. Equal to the last bit: integer sums are exact, and the order of the
-// additions in single precision is part of what is promised (kt4-gemm.h, kt4-gemv.h).
+// The CUDA kernels' own source against references (kt4-references.h). Equal to the last bit: integer sums are exact, and the
+// order of the additions in single precision is part of what is promised (kt4-gemm.h, kt4-gemv.h).
+//
+// Compiled for the CPU, threads, barriers, shared memory and matrix fragments are emulated (cuda-emulator.h): no GPU is needed.
+// test-kt4-gpu.cu is the same for nvcc, and launches the kernels that are in production. --quick leaves out larger shapes.
 
-#include "check.h"
-#include "cuda-emulator.h"
+#include "kt4-launch.h"
+#include "kt4-references.h"
 
-#include "kt4-activations.h"
-#include "kt4-gemm.h"
-#include "kt4-gemv.h"
-#include "kt4-repack.h"
-
-#define GGML_COMMON_DECL_CPP
-#include "ggml-common.h"
-
-#include <algorithm>
-#include <cmath>
-#include <random>
 #include <string>
 
-using namespace ggml::cuda::kt4;
-using emulator::generation;
+using machines::generation;
+using machines::grid;
 
 static bool same_bits(const std::vector<float> & a, const std::vector<float> & b) {
     return a.size() == b.size() && memcmp(a.data(), b.data(), a.size()*sizeof(float)) == 0;
 }
-
-template <class F> static void launch(emulator::grid size, int threads, size_t shared, generation unit, bool backwards, const F & body) {
-    emulator::block block(threads, shared, unit);
-    for (int z = 0; z < size.z; ++z) {
-        for (int y = 0; y < size.y; ++y) {
-            for (int x = 0; x < size.x; ++x) {
-                block.run(size, { x, y, z }, body, backwards);
-            }
-        }
-    }
-}
-
-// --- references
-
-// codes and scales of columns of activations
-struct activations {
-    int64_t              columns;
-    int                  blocks;
-    std::vector<int8_t>  codes;  // [columns][blocks][64]
-    std::vector<float>   scales; // [columns][blocks]
-};
-
-static int nibble(const block_kt4 & b, int i) {
-    return (int8_t) (uint8_t) (i < 32 ? b.qs[i] << 4 : b.qs[i - 32] & 0xF0) >> 4;
-}
-
-static std::vector<block_kt4> quantized(const std::vector<float> & x, int64_t k) {
-    std::vector<block_kt4> q(x.size()/BLOCK);
-    ggml_quantize_chunk(GGML_TYPE_KT4, x.data(), q.data(), 0, x.size()/k, k, nullptr);
-    return q;
-}
-
-// docs/format.md
-static activations quantized_activations(const std::vector<float> & x, int64_t k, int bits) {
-    activations a = { (int64_t) x.size()/k, (int) (k/BLOCK), std::vector<int8_t>(x.size()), std::vector<float>(x.size()/BLOCK) };
-    const auto four = bits == 4 ? quantized(x, k) : std::vector<block_kt4>();
-    for (size_t b = 0; b < a.scales.size(); ++b) {
-        if (bits == 4) {
-            a.scales[b] = ggml_fp16_to_fp32(four[b].d);
-            for (int i = 0; i < BLOCK; ++i) {
-                a.codes[b*BLOCK + i] = (int8_t) nibble(four[b], i);
-            }
-            continue;
-        }
-        float amax = 0.0f;
-        for (int i = 0; i < BLOCK; ++i) {
-            amax = std::max(amax, std::fabs(x[b*BLOCK + i]));
-        }
-        const float d  = amax/127.0f;
-        const float id = std::isfinite(1.0f/d) ? 1.0f/d : 0.0f;
-        a.scales[b] = ggml_fp16_to_fp32(ggml_fp32_to_fp16(std::min(d, 65504.0f)));
-        for (int i = 0; i < BLOCK; ++i) {
-            a.codes[b*BLOCK + i] = (int8_t) std::nearbyint(x[b*BLOCK + i]*id);
-        }
-    }
-    return a;
-}
-
-// H_n, its steps from short to long, of values scaled first
-static void transform_reference(float * x, int n) {
-    const float scale = 1.0f/sqrtf((float) n);
-    for (int i = 0; i < n; ++i) {
-        x[i] *= scale;
-    }
-    for (int len = 1; len < n; len *= 2) {
-        for (int i = 0; i < n; i += 2*len) {
-            for (int j = i; j < i + len; ++j) {
-                const float u = x[j], v = x[j + len];
-                x[j]       = u + v;
-                x[j + len] = u - v;
-            }
-        }
-    }
-}
-
-// the integers first .. first + n - 1 of two blocks
-static int integer_sum(const block_kt4 & w, const int8_t * x, int first, int n) {
-    int sum = 0;
-    for (int i = first; i < first + n; ++i) {
-        sum += nibble(w, i)*x[i];
-    }
-    return sum;
-}
-
-// a block's integer products times both scales, added: the first product is rounded once, then one multiply-add
-static float add_block(float out, int sum, const block_kt4 & w, float scale) {
-    return fmaf((float) sum*scale, ggml_fp16_to_fp32(w.d), out);
-}
-
-static float gemm_reference(const block_kt4 * w, const activations & x, int64_t column) {
-    float out = 0.0f;
-    for (int b = 0; b < x.blocks; ++b) {
-        const int64_t at = column*x.blocks + b;
-        out = add_block(out, integer_sum(w[b], &x.codes[at*BLOCK], 0, BLOCK), w[b], x.scales[at]);
-    }
-    return out;
-}
-
-// of a block, what a lane has: bytes [first, first + n) of its nibbles
-static int bytes_sum(const block_kt4 & w, const int8_t * x, int first, int n) {
-    return integer_sum(w, x, first, n) + integer_sum(w, x, 32 + first, n);
-}
-
-// Weights in groups: warp w takes every eighth block from w on, lane l of four bytes 4*l.. and 16 + 4*l.. of its nibbles.
-// Neighbouring lanes are added first, then warps in their order.
-static float gemv_groups_reference(const block_kt4 * w, const activations & x, int64_t column) {
-    float total = 0.0f;
-    for (int warp = 0; warp < 8; ++warp) {
-        float lanes[4] = {};
-        for (int b = warp; b < x.blocks; b += 8) {
-            const int64_t at = column*x.blocks + b;
-            for (int l = 0; l < 4; ++l) {
-                const int sum = bytes_sum(w[b], &x.codes[at*BLOCK], 4*l, 4) + bytes_sum(w[b], &x.codes[at*BLOCK], 16 + 4*l, 4);
-                lanes[l] = add_block(lanes[l], sum, w[b], x.scales[at]);
-            }
-        }
-        const float sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-        total = warp == 0 ? sum : total + sum;
-    }
-    return total;
-}
-
-// Weights as in the file: lane l takes every eighth block from l / 4 on, bytes 8*(l % 4).. of its nibbles; lanes are added as
-// a tree, far ones first.
-static float gemv_reference(const block_kt4 * w, const activations & x, int64_t column) {
-    float lanes[32] = {};
-    for (int b = 0; b < x.blocks; ++b) {
-        const int64_t at = column*x.blocks + b;
-        for (int part = 0; part < 4; ++part) {
-            float & lane = lanes[b % 8*4 + part];
-            lane = add_block(lane, bytes_sum(w[b], &x.codes[at*BLOCK], 8*part, 8), w[b], x.scales[at]);
-        }
-    }
-    for (int n = 16; n > 0; n /= 2) {
-        for (int i = 0; i < n; ++i) {
-            lanes[i] += lanes[i + n];
-        }
-    }
-    return lanes[0];
-}
-
-// the temporary buffer of kt4-layout.h
-struct activation_buffer {
-    std::vector<four_words> codes; // aligned
-    std::vector<two_floats> scales;
-
-    activation_buffer(int64_t columns, int blocks, bool packed)
-        : codes(columns*padded_blocks(blocks)*(packed ? PACKED_BYTES : WIDE_BYTES)/16), scales(columns*padded_blocks(blocks)) {
-        memset((void *) codes.data(), 0xA5, codes.size()*16);
-        std::fill(scales.begin(), scales.end(), two_floats { { NAN, NAN } });
-    }
-    char * bytes() { return (char *) codes.data(); }
-};
-
-// the scale's form: what takes an accumulator's start away is a product with it, 0 for the padding
-static two_floats laid_out_scale(float d, bool packed) {
-    const float scale = packed ? d : d/16;
-    return { { scale, scale*-12582912.0f } };
-}
-
-static activation_buffer laid_out(const activations & a, bool packed) {
-    activation_buffer buffer(a.columns, a.blocks, packed);
-    memset((void *) buffer.codes.data(), 0, buffer.codes.size()*16);
-    std::fill(buffer.scales.begin(), buffer.scales.end(), two_floats {});
-    for (int64_t c = 0; c < a.columns; ++c) {
-        for (int b = 0; b < a.blocks; ++b) {
-            const int64_t from = c*a.blocks + b;
-            const int64_t to   = c*padded_blocks(a.blocks) + b;
-            buffer.scales[to] = laid_out_scale(a.scales[from], packed);
-            for (int i = 0; i < BLOCK; ++i) {
-                const int q = a.codes[from*BLOCK + i];
-                if (packed) {
-                    buffer.bytes()[to*PACKED_BYTES + i % 32] |= (q & 15) << (i < 32 ? 0 : 4);
-                } else { // word l of each 16 bytes: of elements 4*l.. of the lower nibbles' halves, then of the upper nibbles'
-                    const int word = i/16, lane = i % 16/4;
-                    buffer.bytes()[to*WIDE_BYTES + 16*lane + 4*word + i % 4] = (char) q;
-                }
-            }
-        }
-    }
-    return buffer;
-}
-
-// rows (with their gap to the next plane) in groups of 16, NaN scales around
-struct group_buffer {
-    std::vector<four_words> memory;
-    char  * data;
-    int64_t plane_bytes;
-
-    group_buffer(const std::vector<block_kt4> & w, int rows, int blocks) {
-        const int planes = (int) (w.size()/rows/blocks);
-        const int groups = (rows + 15)/16;
-        plane_bytes = (int64_t) groups*16*blocks*BLOCK_BYTES;
-        memory.resize(plane_bytes*planes/16 + 4);
-        memset((void *) memory.data(), 0xFF, memory.size()*16);
-        data = (char *) memory.data() + 32;
-        memset(data, 0, plane_bytes*planes);
-        for (int p = 0; p < planes; ++p) {
-            for (int r = 0; r < rows; ++r) {
-                char * group = data + p*plane_bytes + r/16*(plane_bytes/groups);
-                for (int b = 0; b < blocks; ++b) {
-                    const block_kt4 & block = w[((size_t) p*rows + r)*blocks + b];
-                    for (int i = 0; i < BLOCK/2; ++i) { // a lane of (row % 8, bytes 4*l..) has words of rows r, r + 8, and 16 bytes on again
-                        const int lane = r % 8*4 + i % 16/4;
-                        group[b*512 + lane*16 + (i/16*2 + r % 16/8)*4 + i % 4] = (char) block.qs[i];
-                    }
-                    memcpy(group + blocks*512 + b*32 + (r % 8*2 + r % 16/8)*2, &block.d, 2);
-                }
-            }
-        }
-    }
-};
-
-// Weights where `shift` bytes follow a 16-byte boundary. What lies around them may be read, in whole chunks of 16.
-struct weight_buffer {
-    std::vector<four_words> memory;
-    char * data;
-
-    weight_buffer(const std::vector<block_kt4> & w, int shift) : memory(w.size()*BLOCK_BYTES/16 + 4) {
-        memset((void *) memory.data(), 0xFF, memory.size()*16); // NaN scales
-        data = (char *) memory.data() + 16 + shift;
-        memcpy(data, w.data(), w.size()*BLOCK_BYTES);
-    }
-};
 
 // --- one block of values
 
@@ -300,8 +67,9 @@ template <int BITS, bool PACKED> static void test_quantize(int k, int hadamard_s
             transform_reference(&turned[(size_t) r*k + i], hadamard_size);
         }
     }
+    machines::memory memory;
     const activation_rows a = {
-        (const char *) aligned.data(), pitch*4, pitch*4*ne1, pitch*4*ne1*ne2, ne1, ne2, k, vectors,
+        memory.in(aligned, (const char *) aligned.data()), pitch*4, pitch*4*ne1, pitch*4*ne1*ne2, ne1, ne2, k, vectors,
         hadamard_size, hadamard_size ? 1.0f/sqrtf((float) hadamard_size) : 0.0f,
     };
     const int blocks  = k/BLOCK;
@@ -311,8 +79,8 @@ template <int BITS, bool PACKED> static void test_quantize(int k, int hadamard_s
         (PACKED ? " packed" : " bytes") + (backwards ? " backwards" : "");
 
     activation_buffer got(rows, blocks, PACKED);
-    launch({ rows, pieces, 1 }, threads, quantize_shared(hadamard_size), generation::AMPERE, backwards,
-           [&](emulator::machine & m) { quantize<BITS, PACKED>(m, a, { got.bytes(), got.scales.data() }); });
+    const quantized_rows out = { memory.out(got.codes, got.bytes()), memory.out(got.scales, got.scales.data()) };
+    machines::launch<machines::quantize_kernel<BITS, PACKED>>(memory, { rows, pieces, 1 }, threads, quantize_shared(hadamard_size), generation::AMPERE, backwards, a, out);
 
     std::vector<float> no_nan = turned; // in the 8-bit reference, which has no rule for it; NaN has code -127 there
     for (float & v : no_nan) {
@@ -332,8 +100,8 @@ template <int BITS, bool PACKED> static void test_quantize(int k, int hadamard_s
     if (hadamard_size > 0 && BITS == 4 && PACKED) {
         std::vector<float> y((size_t) rows*k, NAN);
         const int whole = (k + threads*THREAD_VALUES - 1)/(threads*THREAD_VALUES);
-        launch({ rows, whole, 1 }, threads, quantize_shared(hadamard_size), generation::AMPERE, backwards,
-               [&](emulator::machine & m) { hadamard(m, a, y.data()); });
+        machines::launch<machines::hadamard_kernel>(memory, { rows, whole, 1 }, threads, quantize_shared(hadamard_size), generation::AMPERE, backwards,
+            a, memory.out(y, y.data()));
         check(same_bits(y, turned), name + ": the transform alone");
     }
 }
@@ -373,22 +141,23 @@ template <class C> static void test_gemm(const product & p, generation unit, boo
     group_buffer w(o.w, p.rows, o.x.blocks);
     activation_buffer x = laid_out(o.x, C::PACKED);
     std::vector<float> got(want.size(), NAN);
+    machines::memory memory;
     gemm_args a = {};
-    a.weights     = w.data;
+    a.weights     = memory.in(w.memory, w.data);
     a.plane_bytes = w.plane_bytes;
     a.rows    = p.rows;
     a.blocks  = o.x.blocks;
-    a.codes   = x.bytes();
-    a.scales  = x.scales.data();
+    a.codes   = memory.in(x.codes, x.bytes());
+    a.scales  = memory.in(x.scales, x.scales.data());
     a.columns = p.columns;
-    a.out     = got.data();
+    a.out     = memory.out(got, got.data());
     a.out_column = p.rows;
     a.out_plane  = (int64_t) p.rows*p.columns;
     a.ne2 = p.planes;
     a.ratio2 = p.ratio;
     a.ratio3 = 1;
-    launch({ (p.columns + C::BN - 1)/C::BN, (p.rows + C::BM - 1)/C::BM, p.planes }, C::THREADS, C::SHARED, unit, backwards,
-           [&](emulator::machine & m) { gemm<C>(m, a); });
+    const grid size = { (p.columns + C::BN - 1)/C::BN, (p.rows + C::BM - 1)/C::BM, p.planes };
+    machines::launch<machines::gemm_kernel<C>>(memory, size, C::THREADS, C::SHARED, unit, backwards, a);
     char what[96];
     snprintf(what, sizeof(what), "gemm %dx%d %s%s%s", C::BM, C::BN, C::PACKED ? "s4" : "s8", unit == generation::TURING ? " Turing" : "", backwards ? " backwards" : "");
     check(same_bits(got, want), name_of(p, what));
@@ -410,9 +179,9 @@ static void test_gemms(const product & p) {
             }
         }
     }
-    for (generation unit : { generation::AMPERE, generation::TURING }) {
+    for (generation unit : machines::units()) {
         const bool backwards = unit == generation::TURING;
-        if (p.bits == 4) {
+        if (p.bits == 4 && machines::has_s4()) {
             test_gemm_sizes<true>(p, unit, backwards, o, want);
         }
         test_gemm_sizes<false>(p, unit, !backwards, o, want);
@@ -448,21 +217,21 @@ template <class C> static void test_gemm_id(int bits, int experts, int tokens, i
     group_buffer weights(w, rows, blocks);
     activation_buffer buffer = laid_out(x, C::PACKED);
     std::vector<float> got(want.size(), NAN);
+    machines::memory memory;
     gemm_args a = {};
-    a.weights     = weights.data;
+    a.weights     = memory.in(weights.memory, weights.data);
     a.plane_bytes = weights.plane_bytes;
     a.rows   = rows;
     a.blocks = blocks;
-    a.codes  = buffer.bytes();
-    a.scales = buffer.scales.data();
-    a.out    = got.data();
+    a.codes  = memory.in(buffer.codes, buffer.bytes());
+    a.scales = memory.in(buffer.scales, buffer.scales.data());
+    a.out    = memory.out(got, got.data());
     a.out_column = rows;
-    a.bounds = bounds.data();
-    a.from   = from.data();
-    a.to     = to.data();
-    launch({ 1, (rows + C::BM - 1)/C::BM, experts }, C::THREADS, C::SHARED, generation::AMPERE, false,
-           [&](emulator::machine & m) { gemm<C>(m, a); });
-    check(same_bits(got, want), "gemm of experts, tile " + std::to_string(C::BN) + " A" + std::to_string(bits));
+    a.bounds = memory.in(bounds, bounds.data());
+    a.from   = memory.in(from, from.data());
+    a.to     = memory.in(to, to.data());
+    machines::launch<machines::gemm_kernel<C>>(memory, { 1, (rows + C::BM - 1)/C::BM, experts }, C::THREADS, C::SHARED, generation::AMPERE, false, a);
+    check(same_bits(got, want), "gemm of experts, tile " + std::to_string(C::BN) + (C::PACKED ? " s4" : " s8") + " A" + std::to_string(bits));
 }
 
 // weights in groups, or as in the file
@@ -489,23 +258,28 @@ template <int COLUMNS> static void test_gemv(const product & p, bool grouped, bo
             }
         }
     }
+    machines::memory memory;
     gemv_args a = {};
-    a.weights     = grouped ? groups.data : plain.data;
+    a.weights     = grouped ? memory.in(groups.memory, groups.data) : memory.in(plain.memory, plain.data);
     a.row_bytes   = o.x.blocks*BLOCK_BYTES;
     a.plane_bytes = grouped ? groups.plane_bytes : a.row_bytes*p.rows;
     a.rows   = p.rows;
     a.blocks = o.x.blocks;
-    a.codes  = x.bytes();
-    a.scales = x.scales.data();
-    a.out    = got.data();
+    a.codes  = memory.in(x.codes, x.bytes());
+    a.scales = memory.in(x.scales, x.scales.data());
+    a.out    = memory.out(got, got.data());
     a.out_column = p.rows;
     a.out_plane  = (int64_t) p.rows*COLUMNS;
     a.ne2 = p.planes;
     a.ratio2 = p.ratio;
     a.ratio3 = 1;
     const int rows = grouped ? GROUP_ROWS : GEMV_WARPS*gemv_rows(COLUMNS);
-    launch({ (p.rows + rows - 1)/rows, 1, p.planes }, (grouped ? GROUP_WARPS : GEMV_WARPS)*32, grouped ? gemv_shared(COLUMNS) : 0, generation::AMPERE, backwards,
-           [&](emulator::machine & m) { grouped ? gemv_groups<COLUMNS>(m, a) : gemv<COLUMNS>(m, a); });
+    const grid size = { (p.rows + rows - 1)/rows, 1, p.planes };
+    if (grouped) {
+        machines::launch<machines::gemv_groups_kernel<COLUMNS>>(memory, size, GROUP_WARPS*32, gemv_shared(COLUMNS), generation::AMPERE, backwards, a);
+    } else {
+        machines::launch<machines::gemv_kernel<COLUMNS>>(memory, size, GEMV_WARPS*32, 0, generation::AMPERE, backwards, a);
+    }
     const char * what = grouped ? "gemv, groups" : "gemv, as in the file";
     check(same_bits(got, want), name_of(p, what));
     check(worst < 2e-6, name_of(p, what) + ": near the exact sum"); // parts of a block may cancel
@@ -529,25 +303,30 @@ static void test_gemv_id(int bits, bool grouped) {
         weight_buffer plain(w, 4);
         group_buffer groups(w, rows, blocks);
         activation_buffer buffer = laid_out(x, false);
+        machines::memory memory;
         gemv_args a = {};
-        a.weights     = grouped ? groups.data : plain.data;
+        a.weights     = grouped ? memory.in(groups.memory, groups.data) : memory.in(plain.memory, plain.data);
         a.row_bytes   = blocks*BLOCK_BYTES;
         a.plane_bytes = a.row_bytes*rows;
         a.rows   = rows;
         a.blocks = blocks;
-        a.codes  = buffer.bytes();
-        a.scales = buffer.scales.data();
-        a.out    = got.data();
+        a.codes  = memory.in(buffer.codes, buffer.bytes());
+        a.scales = memory.in(buffer.scales, buffer.scales.data());
+        a.out    = memory.out(got, got.data());
         a.out_column = rows;
         a.out_plane  = rows;
-        a.ids = ids.data();
+        a.ids = memory.in(ids, ids.data());
         a.ids_token = 3;
         a.ids_slot  = 1;
         a.slots = used;
         a.token_columns = token_columns;
         const int block_rows = grouped ? GROUP_ROWS : GEMV_WARPS;
-        launch({ (rows + block_rows - 1)/block_rows, 1, tokens*used }, (grouped ? GROUP_WARPS : GEMV_WARPS)*32, gemv_shared(1), generation::AMPERE, false,
-               [&](emulator::machine & m) { grouped ? gemv_groups<1>(m, a) : gemv<1>(m, a); });
+        const grid size = { (rows + block_rows - 1)/block_rows, 1, tokens*used };
+        if (grouped) {
+            machines::launch<machines::gemv_groups_kernel<1>>(memory, size, GROUP_WARPS*32, gemv_shared(1), generation::AMPERE, false, a);
+        } else {
+            machines::launch<machines::gemv_kernel<1>>(memory, size, GEMV_WARPS*32, 0, generation::AMPERE, false, a);
+        }
         check(same_bits(got, want), "gemv of experts, columns a token " + std::to_string(token_columns) + " A" + std::to_string(bits) + (grouped ? " groups" : ""));
     }
 }
@@ -563,44 +342,62 @@ static void test_repack(int k, int rows, int shift, int gap) {
     a.rows   = rows;
     a.planes = ne2;
     a.blocks = blocks;
-    std::vector<four_words> memory((a.plane3_bytes*ne3 + shift)/16 + 1);
-    a.plain = (char *) memory.data() + shift;
-    memset((void *) memory.data(), 0xA5, memory.size()*16);
-    const auto row_of = [&](int z, int r) { return a.plain + z % ne2*a.plane_bytes + z/ne2*a.plane3_bytes + r*a.row_bytes; };
+    std::vector<four_words> plain((a.plane3_bytes*ne3 + shift)/16 + 1);
+    char * first = (char *) plain.data() + shift;
+    memset((void *) plain.data(), 0xA5, plain.size()*16);
+    const auto row_of = [&](int z, int r) { return first + z % ne2*a.plane_bytes + z/ne2*a.plane3_bytes + r*a.row_bytes; };
     for (int z = 0; z < ne2*ne3; ++z) {
         for (int r = 0; r < rows; ++r) {
             memcpy(row_of(z, r), &w[((size_t) z*rows + r)*blocks], (size_t) blocks*BLOCK_BYTES);
         }
     }
-    const auto before = memory;
+    const auto before = plain;
     const group_buffer want(w, rows, blocks);
     std::vector<four_words> groups(want.plane_bytes*ne2*ne3/16);
     memset((void *) groups.data(), 0xA5, groups.size()*16);
-    a.groups = (char *) groups.data();
-    const emulator::grid size = { (int) repack_grid(a), 1, ne2*ne3 };
+    const grid size = { (int) repack_grid(a), 1, ne2*ne3 };
     const std::string name = "repack k=" + std::to_string(k) + " rows=" + std::to_string(rows) + " shift=" + std::to_string(shift) + " gap=" + std::to_string(gap);
-    launch(size, REPACK_THREADS, 0, generation::AMPERE, false, [&](emulator::machine & m) { repack<true>(m, a); });
+    {
+        machines::memory memory;
+        a.plain  = memory.in(plain, first);
+        a.groups = memory.out(groups, (char *) groups.data());
+        machines::launch<machines::repack_kernel<true>>(memory, size, REPACK_THREADS, 0, generation::AMPERE, false, a);
+    }
     check(memcmp((void *) groups.data(), want.data, groups.size()*16) == 0, name + ": into groups");
     for (int z = 0; z < ne2*ne3; ++z) {
         for (int r = 0; r < rows; ++r) {
             memset(row_of(z, r), 0x5A, (size_t) blocks*BLOCK_BYTES);
         }
     }
-    launch(size, REPACK_THREADS, 0, generation::AMPERE, false, [&](emulator::machine & m) { repack<false>(m, a); });
-    check(memcmp((void *) memory.data(), (void *) before.data(), memory.size()*16) == 0, name + ": and back");
+    machines::memory memory;
+    a.plain  = memory.out(plain, first);
+    a.groups = memory.in(groups, (char *) groups.data());
+    machines::launch<machines::repack_kernel<false>>(memory, size, REPACK_THREADS, 0, generation::AMPERE, false, a);
+    check(memcmp((void *) plain.data(), (void *) before.data(), plain.size()*16) == 0, name + ": and back");
 }
 
-int main() {
+int main(int argc, char ** argv) {
+    const bool quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
+    if (argc > 1 && !quick) {
+        printf("usage: %s [--quick]\n", argv[0]);
+        return 2;
+    }
+    machines::describe();
     test_block();
 
-    for (bool backwards : { false, true }) {
+    for (bool backwards : machines::orders()) {
         for (int k : { 64, 192, 1024, 1088, 2560 }) {
             test_quantize<4, true >(k, 0, k != 192, backwards);
             test_quantize<4, false>(k, 0, k != 192, backwards);
             test_quantize<8, false>(k, 0, k != 192, backwards);
         }
         for (int n : { 2, 8, 64, 256, 512, 2048, 8192 }) {
-            test_quantize<4, true>(n < 64 ? 192 : n*(n == 8192 ? 1 : 3), n, true, backwards);
+            if (quick && n > 512) {
+                continue;
+            }
+            const int k = n < 64 ? 192 : n*(n == 8192 ? 1 : 3);
+            test_quantize<4, true >(k, n, true, backwards);
+            test_quantize<4, false>(k, n, true, backwards);
         }
         test_quantize<8, false>(1536, 512, true, backwards);
     }
@@ -612,19 +409,25 @@ int main() {
     // tails of rows and columns; one block, an odd number, an even one
     for (int bits : { 4, 8 }) {
         test_gemms({ 64,  1,   1,   bits });
-        test_gemms({ 320, 130, 129, bits });
-        test_gemms({ 256, 65,  33,  bits });
-        test_gemms({ 384, 77,  40,  bits });
+        if (!quick) {
+            test_gemms({ 320, 130, 129, bits });
+            test_gemms({ 256, 65,  33,  bits });
+            test_gemms({ 384, 77,  40,  bits });
+        }
         test_gemms({ 192, 48,  17,  bits });
         test_gemms({ 128, 10,  5,   bits, 0, 6, 3 });
     }
-    test_gemm_id<gemm_configs<true >::small>(4, 5, 61, 2); // more columns than one tile an expert
-    test_gemm_id<gemm_configs<true >::large>(4, 5, 61, 2);
-    test_gemm_id<gemm_configs<false>::small>(8, 5, 61, 2);
+    if (machines::has_s4()) {
+        test_gemm_id<gemm_configs<true >::small>(4, 5, 61, 2); // more columns than one tile an expert
+        test_gemm_id<gemm_configs<true >::large>(4, 5, 61, 2);
+    }
+    test_gemm_id<gemm_configs<false>::small >(8, 5, 61, 2);
+    test_gemm_id<gemm_configs<false>::medium>(4, 5, 61, 2);
+    test_gemm_id<gemm_configs<false>::large >(4, 5, 61, 2);
 
     for (int bits : { 4, 8 }) {
         for (bool grouped : { false, true }) {
-            for (bool backwards : { false, true }) { // weights as in the file lie at any even address
+            for (bool backwards : machines::orders()) { // weights as in the file lie at any even address
                 test_gemv<1>({ 64,  1,  1, bits }, grouped, backwards);
                 test_gemv<1>({ 576, 9,  1, bits, 2 }, grouped, backwards);
                 test_gemv<2>({ 640, 11, 2, bits, 0, 6, 3 }, grouped, backwards);

@@ -1,4 +1,5 @@
-"""The CUDA kernels and the files of ggml-cuda that we hook into compile; ptxas spills nothing. No card is needed.
+"""The CUDA kernels, their test for a GPU and the files of ggml-cuda that we hook into compile; ptxas spills nothing. No GPU
+is needed.
 
 What the kernels compute is tested by test-kt4-cuda, which needs no CUDA either.
 """
@@ -104,7 +105,7 @@ def _cublas() -> Path | None:
 
 @needs_nvcc
 def test_hooked_files_compile(tmp_path: Path) -> None:
-    """For one architecture; tools/cuda_build compiles and links the whole library."""
+    """For one architecture; tools/gpu_bundle compiles and links the whole library."""
     cublas = _cublas()
     if cublas is None:
         pytest.skip("cublas_v2.h is not there: pip install 'nvidia-cublas>=13,<14'")
@@ -118,3 +119,21 @@ def test_hooked_files_compile(tmp_path: Path) -> None:
         command = [NVCC, "-std=c++17", "-use_fast_math", "-extended-lambda", "-arch=sm_86", *includes, "-cubin", "-o", tmp_path / "x", source]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{source.name}: {done.stderr[-3000:]}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("code", ["arch=compute_90,code=sm_90", "arch=compute_80,code=[compute_80,sm_90]"], ids=["sm_90", "int4 kernels for sm_90"])
+def test_the_kernels_test_is_built_for_a_gpu(tmp_path: Path, code: str) -> None:
+    """It links and starts: without a GPU it says so in one line and passes nothing."""
+    build = Path(os.environ["KURTAIL_BUILD_DIR"])
+    ggml = build / "upstream" / "vendor" / "llama.cpp" / "ggml"
+    source, program = ROOT / "tests" / "cpp" / "test-kt4-gpu.cu", tmp_path / "test-kt4-gpu"
+    includes = [f"-I{path}" for path in (ggml / "src", ggml / "include", ROOT / "cpp_patches" / "src", ROOT / "cpp_patches" / "src" / "cuda")]
+    library = next(build.rglob("libggml-base.so"))
+    # as in tests/cpp/CMakeLists.txt, without optimization: what is tested is that it is all there
+    command = [NVCC, "-std=c++17", "-O0", "-Xptxas", "-O1", "-use_fast_math", "-gencode", code, *includes, "-o", program, source, library, "-cudart", "static"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "LD_LIBRARY_PATH": str(library.parent)}
+    ran = subprocess.run([program], capture_output=True, text=True, check=False, env=hidden)
+    assert ran.returncode == 1 and ran.stdout.startswith("FAILED: CUDA error: device: "), ran.stdout + ran.stderr
