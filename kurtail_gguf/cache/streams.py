@@ -175,15 +175,19 @@ class Streams:
         return fold_attention(weights, self._checkpoint.spec, r2, conditioned.scale.to(self._device))
 
     def _compare(self, with_gradient: bool) -> tuple[CacheCost, Tensor]:
-        """How far the last hidden states are apart, and the gradient of the mean divergence by the rounded ones."""
+        """How far the last hidden states are apart in the second half of each sequence, and the gradient of that mean
+        divergence by the rounded ones."""
         plain, rounded = self._last
         ids = torch.from_numpy(self._ids.astype(np.int64))
         total, unlikely, predictions = 0.0, 0.0, 0
         gradient = torch.zeros_like(rounded) if with_gradient else rounded
-        count = ids.numel()
+        length = ids.shape[1]
+        # as perplexity is measured everywhere: what has little to look back on tells little of a cache
+        first = length // 2
+        count = len(ids) * (length - first)
         for sequence in range(len(ids)):
-            for start in range(0, ids.shape[1], LOGIT_TOKENS):
-                part = slice(start, start + LOGIT_TOKENS)
+            for start in range(first, length, LOGIT_TOKENS):
+                part = slice(start, min(start + LOGIT_TOKENS, length))
                 teacher = self._log_probabilities(self._normed(plain[sequence, part]))
                 # a leaf of its own: what was computed in inference mode has no gradient
                 hidden = rounded[sequence, part].clone().requires_grad_(with_gradient)

@@ -200,7 +200,7 @@ def test_the_plan_takes_the_outlier_away_and_is_taken_over(tiny_checkpoint, tmp_
     assert not (tmp_path / "measuring-cache").exists()
     assert (again.bits, again.damages, again.cost) == (plan.bits, plan.damages, plan.cost)
     assert np.array_equal(again.offsets, plan.offsets) and np.array_equal(again.scales, plan.scales)
-    assert math.isclose(plan.cost.tokens, IDS.size / 2)
+    assert math.isclose(plan.cost.tokens, IDS.size / 4)  # the second halves of half of the sequences
 
 
 @pytest.mark.parametrize(("window", "shape"), [(7, (4, 48)), (0, (1, 14))])

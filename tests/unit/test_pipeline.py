@@ -66,7 +66,7 @@ def test_artifacts_and_provenance(tiny_checkpoint, tmp_path, exported, text, few
         r1_kind="learned", r1_size=128, r2_kind="learned", r2_size=32,
         r3_kind="none", r3_size=0, r4_kind="hadamard", r4_size=64,
         activation_bits=4, kv_bits=4, kv_choice="auto", kv_budget=provenance.kv_budget,
-        kv_k_bits=provenance.kv_k_bits, kv_v_bits=provenance.kv_v_bits, kv_measured_tokens=512,
+        kv_k_bits=provenance.kv_k_bits, kv_v_bits=provenance.kv_v_bits, kv_measured_tokens=256,
         kv_divergence=provenance.kv_divergence, kv_perplexity=provenance.kv_perplexity,
         calibration_name="text.txt", calibration_tokens=1024,
         calibration_sha256=provenance.calibration_sha256, rotations_sha256=provenance.rotations_sha256,
