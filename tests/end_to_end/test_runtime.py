@@ -48,7 +48,7 @@ def with_value(path: Path, target: Path, key: str, value: int | str) -> Path:
 @pytest.mark.parametrize(
     ("options", "summary"),
     [
-        ((), "W4A4KV4, R3 64, R4 128×3"),
+        (("--kv", "4"), "W4A4KV4, R3 64, R4 128×3"),
         (("--activations", "8", "--kv", "8"), "W4A8KV8, R3 64, R4 128×3"),
         (("--kv", "16"), "W4A4KV16, no R3, R4 128×3"),
     ],
@@ -61,7 +61,7 @@ def test_says_what_it_will_run(converted, tiny_spm, program, options, summary) -
 
 
 def test_no_rotation_asked_for_is_none_online(converted, tiny_spm, program) -> None:
-    log = load_log(program, converted(tiny_spm, "--rotation", "none", "--weights", "rtn"))
+    log = load_log(program, converted(tiny_spm, "--rotation", "none", "--weights", "rtn", "--kv", "4"))
     assert "W4A4KV4, no R3, no R4" in log
     assert "attn_rot_k = 0" in log and "attn_rot_v = 0" in log
 
