@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 
 from kurtail_gguf.activation_choice import choose, measure_damage
-from kurtail_gguf.arch.names import file_rows
 from kurtail_gguf.cache.plan import CachePlan, plan_cache
 from kurtail_gguf.calibration.generate import generate
 from kurtail_gguf.calibration.prose import prose_tokens
@@ -219,7 +218,7 @@ def _convert(
     if config.keep_rotations is not None:
         save_rotations(rotations, config.keep_rotations)
     with clock.measure("export"):
-        offsets = _offsets_in_file(checkpoint, plan)
+        offsets = plan.offsets_in_file(checkpoint.spec)
         write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions, offsets)
     weights = sum(_multiply_accumulates(checkpoint).values())
     return ConvertResult(
@@ -469,14 +468,6 @@ def _tuning_steps(
     if steps != decided:
         write_atomically(path, json.dumps(steps))
     return steps
-
-
-def _offsets_in_file(checkpoint: Checkpoint, plan: CachePlan) -> list[float] | None:
-    """``kurtail.kv.k_offset``: layer by layer, in the order of the file's rows of k."""
-    if plan.offsets is None:
-        return None
-    spec = checkpoint.spec
-    return np.concatenate([file_rows(spec, spec.family.key, own.reshape(-1)) for own in plan.offsets]).tolist()
 
 
 def _provenance(

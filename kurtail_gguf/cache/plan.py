@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
+from kurtail_gguf.arch.names import file_rows
+from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.cache.choice import LIMIT, CacheBits, choose_bits, uniform
-from kurtail_gguf.cache.condition import Conditioned
 from kurtail_gguf.cache.streams import CacheCost, Streams
 from kurtail_gguf.errors import SourceError
 from kurtail_gguf.files import replacing, write_atomically
@@ -51,6 +52,12 @@ class CachePlan:
             torch.from_numpy(offset) if offset.any() else None for offset in self.offsets
         ]  # fmt: skip
         return tuple(LayerCache(*each) for each in zip(self.bits.k, self.bits.v, offsets, strict=True))
+
+    def offsets_in_file(self, spec: ModelSpec) -> list[float] | None:
+        """``kurtail.kv.k_offset``: layer by layer, in the order of the file's rows of k; None without offsets."""
+        if self.offsets is None:
+            return None
+        return np.concatenate([file_rows(spec, spec.family.key, own.reshape(-1)) for own in self.offsets]).tolist()
 
     @property
     def warning(self) -> str | None:
@@ -148,5 +155,3 @@ def _load(path: Path) -> CachePlan:
     bits = CacheBits(*(tuple(told["bits"][name]) for name in ("k", "v", "forced")))
     return CachePlan(bits, arrays["scales"], arrays.get("offsets"), told["damages"], CacheCost(**told["cost"]))
 
-
-__all__ = ["CachePlan", "Conditioned", "plan_cache"]
