@@ -196,7 +196,8 @@ class Streams:
                 total += float((teacher.exp() * (teacher - student)).sum(dtype=torch.float64))
                 following = ids[sequence, start + 1 : start + 1 + len(hidden)].to(self._device)[:, None]
                 known = slice(0, len(following))
-                unlikely += float((teacher[known].gather(1, following) - student[known].gather(1, following)).sum(dtype=torch.float64))
+                lost = teacher[known].gather(1, following) - student[known].gather(1, following)
+                unlikely += float(lost.sum(dtype=torch.float64))
                 predictions += len(following)
                 if with_gradient:
                     normed.backward(self._through_head((student.exp() - teacher.exp()) / count))

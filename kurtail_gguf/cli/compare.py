@@ -15,7 +15,10 @@ from kurtail_gguf.cli.progress import make_progress
 from kurtail_gguf.errors import ConfigError
 
 #: Options of convert that are the same for all methods.
-_PASSED = ("activations", "budget", "kv", "kv_budget", "target", "calibration", "calibration_tokens", "tune", "seed", "device", "allow_pickle")
+_PASSED = (
+    "activations", "budget", "kv", "kv_budget", "target", "calibration", "calibration_tokens", "tune", "seed", "device",
+    "allow_pickle",
+)  # fmt: skip
 
 
 @click.command("compare")

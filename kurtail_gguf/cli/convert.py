@@ -89,7 +89,8 @@ Examples:
 )
 @click.option(
     "--kv-budget", type=float, default=None, metavar="BITS",
-    help=f"Bits of a cached value on average that --kv auto may spend, 4.5 being four bits everywhere.  [default: {DEFAULT_KV_BUDGET}]",
+    help="Bits of a cached value on average that --kv auto may spend, 4.5 being four bits everywhere.  "
+    f"[default: {DEFAULT_KV_BUDGET}]",
 )
 @click.option(
     "--target", type=click.Choice(TARGETS), default=_DEFAULTS["target"], show_default=True,
