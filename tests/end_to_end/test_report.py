@@ -36,5 +36,5 @@ def test_the_page_tells_what_inspect_does(converted, cli):
     assert rows["file"].startswith(f"{(converted / 'told.gguf').stat().st_size:,} bytes")
     assert told["kurtail"]["calibration_sha256"] in rows["calibration"] and "--report" in rows["made by"]
     stages = [row[0].text for row in tree.findall(".//table[@id='stages']//tr")[1:]]
-    assert stages == ["source", "calibration", "rotations", "quantize", "measure for the report", "export"]
+    assert stages == ["source", "calibration", "rotations", "cache", "quantize", "measure for the report", "export"]
     assert page.count("<svg") == 3
