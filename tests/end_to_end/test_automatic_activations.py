@@ -25,7 +25,7 @@ RTN = ("--rotation", "hadamard", "--weights", "rtn")
 @pytest.fixture(scope="session")
 def auto(converted, tiny_spm, text) -> Path:
     options = ("--calibration", str(text), "--calibration-tokens", "1024", "--budget", str(BUDGET))
-    return converted(tiny_spm, *RTN, "--activations", "auto", *options)
+    return converted(tiny_spm, *RTN, "--activations", "auto", "--kv", "4", *options)
 
 
 def test_the_file_lists_what_was_chosen(auto):

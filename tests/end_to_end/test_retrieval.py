@@ -78,7 +78,7 @@ def test_the_command(cli, converted, tiny_spm, tiny_reference, text, tmp_path):
     file, half = content["models"]
     assert (file["cache"], half["cache"]) == ("file", "f16") and "cache" not in content["reference"]
     assert (file["kv_bits"], half["kv_bits"]) == (4, 16)
-    assert (file["runs_as"], half["runs_as"]) == ("W4A4KV4", "W4A4KV16")
+    assert file["runs_as"].startswith("W4A4KV4") and half["runs_as"] == "W4A4KV16"
     # 4-bit activations leave nothing to tell which cache is better
     assert half["kld_mean"] != file["kld_mean"] and half["perplexity"] != file["perplexity"]
     for model in (file, half, content["reference"]):
