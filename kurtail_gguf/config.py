@@ -55,6 +55,11 @@ FORMAT_VERSION = 2
 TOOL = f"kurtail-gguf {__version__}"
 
 
+def cached_value_bits(bits: int) -> float:
+    """What a cached value takes: 32 values of 4 or 8 bits share a half-precision scale (q4_0, q8_0); 16 is f16."""
+    return float(bits) if bits == 16 else bits + 0.5
+
+
 def _one_of(option: str, value: object, offered: tuple[object, ...]) -> None:
     if value not in offered:
         names = ", ".join(str(item) for item in offered)
@@ -283,7 +288,7 @@ class Provenance:
     def mean_kv_bits(self) -> float:
         """Bits of a cached value on average, with the half-precision scale that 32 values of 4 or 8 bits share."""
         bits = (*self.kv_k_bits, *self.kv_v_bits) or (self.kv_bits,)
-        return sum(one if one == 16 else one + 0.5 for one in bits) / len(bits)
+        return sum(map(cached_value_bits, bits)) / len(bits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kurtail_gguf.config import cached_value_bits
+
 #: Divergence in nats a token that one layer's keys, or values, may cause at 4 bits. What causes more gets 8 whatever the
 #: budget says, and 16 where that is still too much.
 LIMIT = 0.02
@@ -30,7 +32,7 @@ class CacheBits:
     @property
     def mean(self) -> float:
         """Bits of a value on average, the scales of blocks of 32 included."""
-        costs = [_cost(bits) for bits in (*self.k, *self.v)]
+        costs = [cached_value_bits(bits) for bits in (*self.k, *self.v)]
         return sum(costs) / len(costs)
 
 
@@ -56,9 +58,9 @@ def choose_bits(damages: Mapping[str, float], layers: int, budget: float) -> Cac
     for name in forced:
         bits[name] = 8 if damages[name] * EIGHT_BITS_LEAVE <= LIMIT else 16
     left = sum(max(0.0, damages[name]) for name, chosen in bits.items() if chosen == 4)
-    spent = sum(_cost(chosen) for chosen in bits.values())
+    spent = sum(cached_value_bits(chosen) for chosen in bits.values())
     for name in sorted((name for name in bits if bits[name] == 4), key=lambda name: -damages[name]):
-        step = _cost(8) - _cost(4)
+        step = cached_value_bits(8) - cached_value_bits(4)
         if left <= GOOD_ENOUGH or damages[name] <= 0 or spent + step > budget * len(bits) + 1e-9:
             break
         bits[name] = 8
@@ -67,8 +69,3 @@ def choose_bits(damages: Mapping[str, float], layers: int, budget: float) -> Cac
     return CacheBits(
         tuple(bits[f"k{layer}"] for layer in range(layers)), tuple(bits[f"v{layer}"] for layer in range(layers)), tuple(forced)
     )
-
-
-def _cost(bits: int) -> float:
-    # q4_0 and q8_0 have a half a block of 32
-    return float(bits) if bits == 16 else bits + 0.5

@@ -80,7 +80,7 @@ class Streams:
 
     def forward(
         self, layers: Sequence[LayerCache], conditioned: Sequence[Conditioned] | None, name: str, progress: Progress
-    ) -> tuple[CacheCost, list[Conditioned]]:
+    ) -> list[Conditioned]:
         """Run both models.
 
         Args:
@@ -90,10 +90,7 @@ class Streams:
             progress: a unit a layer.
 
         Returns:
-            What the cache costs, and ``conditioned`` or what was found.
-
-        Raises:
-            KurtailError: a divergence that is not finite.
+            ``conditioned`` or what was found.
         """
         spec = self._checkpoint.spec
         embedded = self._plain.embed(torch.from_numpy(self._ids.astype(np.int64)))
@@ -121,8 +118,15 @@ class Streams:
                 stage.advance(1, f"layer {layer}")
         inputs.close()
         self._last = plain, rounded
-        cost, _ = self._compare(with_gradient=False)
-        return cost, found
+        return found
+
+    def cost(self) -> CacheCost:
+        """What the cache of the last :meth:`forward` costs.
+
+        Raises:
+            KurtailError: a divergence that is not finite.
+        """
+        return self._compare(with_gradient=False)[0]
 
     def damages(self, layers: Sequence[LayerCache], conditioned: Sequence[Conditioned], progress: Progress) -> dict[str, float]:
         """What rounding each layer's keys ("k3") and values ("v3") contributes to the divergence of :meth:`forward`.

@@ -139,16 +139,16 @@ def test_damages_add_up_to_the_divergence_and_say_whose_they_are(tiny_checkpoint
     layers = checkpoint.spec.layers
     streams = Streams(checkpoint, IDS, None, ROUNDED, tmp_path, CPU)
     # without the offset, which would take it away
-    plain = [dataclasses.replace(one, scale=torch.ones_like(one.scale), offset=torch.zeros_like(one.offset)) for one in _found(streams, layers)]
+    plain = _unprepared(streams, layers)
     everything = [LayerCache(4, 4)] * layers
-    cost, _ = streams.forward(everything, plain, "all", NullProgress())
+    cost = _cost(streams, everything, plain, "all", NullProgress())
     damages = streams.damages(everything, plain, NullProgress())
     assert sum(damages.values()) == pytest.approx(cost.divergence, rel=0.5)
     alone = {}
     for layer in range(layers):
         for side in "kv":
             bits = [LayerCache(4 if (side, n) == ("k", layer) else 16, 4 if (side, n) == ("v", layer) else 16) for n in range(layers)]
-            alone[f"{side}{layer}"] = streams.forward(bits, plain, "one", NullProgress())[0].divergence
+            alone[f"{side}{layer}"] = _cost(streams, bits, plain, "one", NullProgress()).divergence
     assert sorted(damages, key=damages.get)[-2:] == sorted(alone, key=alone.get)[-2:]
     for name in sorted(alone, key=alone.get)[-2:]:
         assert damages[name] == pytest.approx(alone[name], rel=0.5)
@@ -156,7 +156,20 @@ def test_damages_add_up_to_the_divergence_and_say_whose_they_are(tiny_checkpoint
 
 
 def _found(streams: Streams, layers: int):
-    return streams.forward([LayerCache(4, 4)] * layers, None, "prepare", NullProgress())[1]
+    return streams.forward([LayerCache(4, 4)] * layers, None, "prepare", NullProgress())
+
+
+def _unprepared(streams: Streams, layers: int):
+    """Keys as they are."""
+    return [
+        dataclasses.replace(one, scale=torch.ones_like(one.scale), offset=torch.zeros_like(one.offset))
+        for one in _found(streams, layers)
+    ]
+
+
+def _cost(streams: Streams, *arguments):
+    streams.forward(*arguments)
+    return streams.cost()
 
 
 def test_scales_and_offsets_change_nothing_where_nothing_is_rounded(tiny_checkpoint, tmp_path):
@@ -172,7 +185,7 @@ def test_scales_and_offsets_change_nothing_where_nothing_is_rounded(tiny_checkpo
         return x
 
     streams = Streams(checkpoint, IDS, None, dataclasses.replace(ROUNDED, rounded=exact), tmp_path, CPU)
-    cost, _ = streams.forward([LayerCache(16, 16)] * layers, found, "exact", NullProgress())
+    cost = _cost(streams, [LayerCache(16, 16)] * layers, found, "exact", NullProgress())
     assert abs(cost.divergence) < 1e-6 and cost.perplexity == pytest.approx(1, abs=1e-5)
 
 
@@ -183,10 +196,10 @@ def test_the_plan_takes_the_outlier_away_and_is_taken_over(tiny_checkpoint, tmp_
     checkpoint = open_checkpoint(model)
     layers = checkpoint.spec.layers
     streams = Streams(checkpoint, IDS, None, ROUNDED, tmp_path, CPU)
-    plain = [dataclasses.replace(one, scale=torch.ones_like(one.scale), offset=torch.zeros_like(one.offset)) for one in _found(streams, layers)]
+    plain = _unprepared(streams, layers)
     keys = [LayerCache(4, 16)] * layers
-    before, _ = streams.forward(keys, plain, "before", NullProgress())
-    after, _ = streams.forward(keys, _found(streams, layers), "after", NullProgress())
+    before = _cost(streams, keys, plain, "before", NullProgress())
+    after = _cost(streams, keys, _found(streams, layers), "after", NullProgress())
     assert after.divergence < before.divergence / 4
     arguments = (checkpoint, IDS, "auto", 4.6, None, ROUNDED, tmp_path, CPU)
     plan = plan_cache(*arguments, recorder)
@@ -217,7 +230,7 @@ def test_too_few_tokens_are_refused_in_one_line(save_tiny, tmp_path, window, sha
 def test_a_damage_that_is_no_number_is_not_taken_for_a_small_one(tiny_checkpoint, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(tiny_checkpoint("llama"))
     streams, bits = Streams(checkpoint, IDS, None, ROUNDED, tmp_path, CPU), [LayerCache(4, 4)] * checkpoint.spec.layers
-    _, found = streams.forward(bits, None, "prepare", NullProgress())
+    found = streams.forward(bits, None, "prepare", NullProgress())
     monkeypatch.setattr(streams, "_compare", lambda with_gradient: (None, torch.full((*IDS.shape, 128), torch.nan)))
     with pytest.raises(KurtailError, match="damage of k0 is not finite; give --kv 16"):
         streams.damages(bits, found, NullProgress())
