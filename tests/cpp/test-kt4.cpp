@@ -1,124 +1,13 @@
 // The tensor type through ggml's public interface: both sides of a product are quantized, to the file's bits, and
 // the result is that of exact arithmetic on the quantized values, to rounding.
 
-#include "check.h"
+#include "kt4-products.h"
 
-#include "ggml-backend.h"
-#include "ggml-cpp.h"
-#include "ggml.h"
-
-#define GGML_COMMON_DECL_CPP
-#include "ggml-common.h"
-
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <random>
-#include <string>
-#include <vector>
-
-static std::vector<uint8_t> quantized(const std::vector<float> & x, int64_t k) {
-    std::vector<uint8_t> q(ggml_row_size(GGML_TYPE_KT4, k)*(x.size()/k));
-    ggml_quantize_chunk(GGML_TYPE_KT4, x.data(), q.data(), 0, x.size()/k, k, nullptr);
-    return q;
-}
-
-static std::vector<float> dequantized(const std::vector<uint8_t> & q, size_t n) {
-    std::vector<float> x(n);
-    ggml_get_type_traits(GGML_TYPE_KT4)->to_float(q.data(), x.data(), n);
-    return x;
-}
-
-// 8-bit blocks of 64, written here from docs/format.md alone
-static std::vector<float> through_8_bits(const std::vector<float> & x) {
-    std::vector<float> y(x.size());
-    for (size_t b = 0; b < x.size(); b += QK_KT4) {
-        float amax = 0.0f;
-        for (int j = 0; j < QK_KT4; ++j) {
-            amax = std::max(amax, std::fabs(x[b + j]));
-        }
-        const float d = amax/127.0f;
-        const float r = ggml_fp16_to_fp32(ggml_fp32_to_fp16(d));
-        for (int j = 0; j < QK_KT4; ++j) {
-            y[b + j] = d == 0.0f ? 0.0f : r*std::nearbyint(x[b + j]*(1.0f/d));
-        }
-    }
-    return y;
-}
-
-
-// how a product's weights lie: as in the file, or in the buffer type that repacks them
-enum layout { AS_IN_FILE, REPACKED };
-
-// the CPU's buffer type of that name, null if it has none
-static ggml_backend_buffer_type_t extra_buffer_type(ggml_backend_t backend, const std::string & name) {
-    ggml_backend_dev_t dev = ggml_backend_get_device(backend);
-    auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
-    for (auto * buft = get(dev); *buft; ++buft) {
-        if (name == ggml_backend_buft_name(*buft)) {
-            return *buft;
-        }
-    }
-    return nullptr;
-}
-
-using inputs_t = std::vector<std::pair<ggml_tensor *, const void *>>;
-
-// weights go where `where` says; those whose rows do not fill groups cannot be repacked
-static std::vector<float> compute(const std::function<ggml_tensor * (ggml_context *, inputs_t &)> & build, int threads, bool ref, layout where = AS_IN_FILE) {
-    // by the registry: where backends are loaded at run time, nothing of the CPU's can be linked
-    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    ggml_backend_ptr backend(ggml_backend_dev_init(dev, nullptr));
-    auto * reg = ggml_backend_dev_backend_reg(dev);
-    auto set_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
-    auto set_ref = (void (*)(ggml_backend_t, bool)) ggml_backend_reg_get_proc_address(reg, "ggml_backend_cpu_set_use_ref");
-    set_threads(backend.get(), threads);
-    set_ref(backend.get(), ref);
-
-    ggml_context_ptr ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
-    inputs_t inputs;
-    ggml_tensor * out   = build(ctx.get(), inputs);
-    ggml_cgraph * graph = ggml_new_graph(ctx.get());
-    ggml_build_forward_expand(graph, out);
-    std::vector<ggml_backend_buffer_ptr> weights;
-    for (auto & [w, data] : inputs) {
-        if (where == AS_IN_FILE || w->type != GGML_TYPE_KT4 || w->ne[1] % 16 != 0) {
-            continue;
-        }
-        ggml_backend_buffer_type_t buft = extra_buffer_type(backend.get(), "CPU_KT4");
-        check(buft != nullptr, "the CPU repacks the type");
-        weights.emplace_back(ggml_backend_buft_alloc_buffer(buft, ggml_backend_buft_get_alloc_size(buft, w)));
-        check(ggml_backend_buft_get_alloc_size(buft, w) == ggml_nbytes(w), "repacked weights take no more memory");
-        ggml_backend_tensor_alloc(weights.back().get(), w, ggml_backend_buffer_get_base(weights.back().get()));
-    }
-    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
-    for (auto & [t, data] : inputs) {
-        ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
-    }
-    check(ggml_backend_supports_op(backend.get(), out), "the CPU supports the operation");
-    ggml_backend_graph_compute(backend.get(), graph);
-    std::vector<float> result(ggml_nelements(out));
-    ggml_backend_tensor_get(out, result.data(), 0, ggml_nbytes(out));
-    return result;
-}
-
-// w: rows of k values as in the file; x: cols of k -> the product, its inputs rounded to so many bits
-static std::vector<float> multiply(const void * w, const void * x, int64_t k, int64_t rows, int64_t cols, int bits, int threads, bool ref, layout where = AS_IN_FILE) {
-    return compute([&](ggml_context * ctx, inputs_t & inputs) {
-        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
-        ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
-        inputs = { { a, w }, { b, x } };
-        ggml_tensor * out = ggml_mul_mat(ctx, a, b);
-        if (bits == 8) {
-            ggml_prec_set_src(out, GGML_PREC_Q8, 1);
-        }
-        return out;
-    }, threads, ref, where);
-}
 
 // relative to the size of the sum's terms: only the order of a few hundred float additions differs
 static void check_close(const std::vector<float> & got, const std::vector<double> & want, const std::vector<double> & magnitude, const std::string & what) {
@@ -224,102 +113,6 @@ static void test_threads() {
                 const auto got = product(n, threads, where);
                 check(std::memcmp(got.data(), want.data(), got.size()*sizeof(float)) == 0,
                       std::to_string(threads) + " threads, " + std::to_string(n) + " columns: other bits");
-            }
-        }
-    }
-}
-
-// several products of one input in a graph, with other work between: as each by itself
-static void test_shared_input(int64_t cols, int64_t second, layout where) {
-    const int64_t k = 192;
-    const std::vector<int64_t> rows = { 208, second, 304 }; // threads' chunks end within a product and beyond it
-    const auto x = random_values(k*cols, 82);
-    std::vector<std::vector<uint8_t>> w;
-    for (size_t i = 0; i < rows.size(); ++i) {
-        w.push_back(quantized(random_values(k*rows[i], 83 + i), k));
-    }
-    const auto product = [&](ggml_context * ctx, inputs_t & inputs, ggml_tensor * b, size_t i, int bits) {
-        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows[i]);
-        inputs.push_back({ a, w[i].data() });
-        ggml_tensor * y = ggml_mul_mat(ctx, a, b);
-        if (bits == 8) {
-            ggml_prec_set_src(y, GGML_PREC_Q8, 1);
-        }
-        return y;
-    };
-    // the last product has 8 bits: it shares the values, not the codes
-    for (int last_bits : { 4, 8 }) {
-        std::vector<float> want;
-        for (size_t i = 0; i < rows.size(); ++i) {
-            const auto y = compute([&](ggml_context * ctx, inputs_t & inputs) {
-                ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
-                ggml_tensor * out = product(ctx, inputs, b, i, i + 1 < rows.size() ? 4 : last_bits);
-                inputs.push_back({ b, x.data() });
-                return ggml_scale(ctx, out, 2.0f);
-            }, 1, false, where);
-            want.insert(want.end(), y.begin(), y.end());
-        }
-        for (int threads : { 1, 2, 3 }) {
-            const auto got = compute([&](ggml_context * ctx, inputs_t & inputs) {
-                ggml_tensor * b = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, cols);
-                ggml_tensor * out = nullptr;
-                for (size_t i = 0; i < rows.size(); ++i) {
-                    ggml_tensor * y = ggml_scale(ctx, product(ctx, inputs, b, i, i + 1 < rows.size() ? 4 : last_bits), 2.0f);
-                    y   = ggml_reshape_1d(ctx, y, ggml_nelements(y));
-                    out = out ? ggml_concat(ctx, out, y, 0) : y;
-                }
-                inputs.push_back({ b, x.data() });
-                return out;
-            }, threads, false, where);
-            check(got == want, "products that share their input, " + std::to_string(threads) + " threads");
-        }
-    }
-}
-
-// a Hadamard transform that only a product reads: as transform and product computed by themselves, joined or, where the graph
-// ends with the product, not
-static void test_rotated_input() {
-    for (int64_t n : { 16, 64, 512, 2048 }) {
-        for (int64_t cols : { 1, 3 }) {
-            const int64_t k = n < 64 ? 192 : 3*n;
-            const int64_t rows = 48;
-            const auto w = quantized(random_values(k*rows, 91), k);
-            const auto x = random_values(k*cols, 92);
-            std::vector<float> h(n*n);
-            for (int64_t i = 0; i < n*n; ++i) {
-                h[i] = (__builtin_parityll((i/n) & (i % n)) ? -1.0f : 1.0f)/std::sqrt((float) n);
-            }
-            const auto rotate = [&](ggml_context * ctx, inputs_t & inputs) {
-                ggml_tensor * b   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, k*cols/n);
-                ggml_tensor * rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n);
-                inputs.push_back({ b, x.data() });
-                inputs.push_back({ rot, h.data() });
-                ggml_tensor * y = ggml_mul_mat(ctx, rot, b);
-                ggml_mul_mat_set_hint(y, GGML_HINT_SRC0_IS_HADAMARD);
-                return ggml_reshape_2d(ctx, y, k, cols);
-            };
-            const auto y = compute(rotate, 1, false);
-            double worst = 0.0;
-            for (int64_t i = 0; i < k*cols; ++i) {
-                double sum = 0.0;
-                for (int64_t j = 0; j < n; ++j) {
-                    sum += (double) h[i % n * n + j]*x[i/n*n + j];
-                }
-                worst = std::max(worst, std::fabs(sum - y[i]));
-            }
-            check(worst < 1e-5, "Hadamard " + std::to_string(n) + ": off by " + std::to_string(worst));
-
-            const auto want = multiply(w.data(), y.data(), k, rows, cols, 4, 1, false);
-            for (int threads : { 1, 3 }) {
-                for (bool last : { false, true }) {
-                    const auto got = compute([&](ggml_context * ctx, inputs_t & inputs) {
-                        ggml_tensor * a = ggml_new_tensor_2d(ctx, GGML_TYPE_KT4, k, rows);
-                        inputs.push_back({ a, w.data() });
-                        ggml_tensor * product = ggml_mul_mat(ctx, a, rotate(ctx, inputs));
-                        return last ? product : ggml_scale(ctx, product, 1.0f);
-                    }, threads, false);
-                    check(got == want, "rotated input " + std::to_string(n) + ", " + std::to_string(threads) + " threads");
-                }
             }
         }
     }
@@ -478,13 +271,7 @@ int main() {
         test_mul_mat(576, 48, cols, 8, 1, false, REPACKED, seed += 2);
     }
     test_threads();
-    for (layout where : { AS_IN_FILE, REPACKED }) {
-        for (int64_t cols : { 1, 5, 21 }) {
-            test_shared_input(cols, 16, where);
-            test_shared_input(cols, 24, where);
-        }
-    }
-    test_rotated_input();
+    test_graphs();
     printf("%d checks, %d failures\n", checks, failures);
     return failures == 0 ? 0 : 1;
 }

@@ -107,10 +107,11 @@ static void quantize_input(const ggml_compute_params * params, const input & in,
         const int64_t i3  = row / (src1->ne[1]*src1->ne[2]);
         const float * x = (const float *) (in.data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3]) + b0*QK_KT4;
         if (in.hadamard > 0) {
+            float * to = in.transformed ? in.transformed + row*k + b0*QK_KT4 : y;
             for (int64_t j = 0; j < piece; j += in.hadamard) {
-                hadamard(x + j, y + j, in.hadamard);
+                hadamard(x + j, to + j, in.hadamard);
             }
-            x = y;
+            x = to;
         }
         quantize_blocks(x, piece/QK_KT4, bits, q, d, bias, params->use_ref);
 
@@ -212,7 +213,7 @@ struct schedule {
     }
 };
 
-void mul_mat(const ggml_compute_params * params, const input & in, ggml_tensor * const * dst, int n) {
+static void mul_mat(const ggml_compute_params * params, const input & in, ggml_tensor * const * dst, int n) {
     const int64_t planes = in.shape->ne[2]*in.shape->ne[3];
     schedule all = { 0, params->nth, 0, in.shape->ne[1] <= PANEL_COLUMNS };
     for (int i = 0; i < n; ++i) {
@@ -265,23 +266,50 @@ static void sort_pairs(const ggml_tensor * ids, int64_t n_experts, int64_t * off
     }
 }
 
-void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tensor * dst) {
+// `share` groups of one expert's rows, of one product: chunk is counted through the experts
+static void multiply_expert_chunk(const ggml_compute_params * params, ggml_tensor * dst, int64_t chunk, int64_t share,
+                                  const int64_t * offsets, const expert_pair * pairs, const char * panels) {
     const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    const ggml_tensor * ids  = dst->src[2];
     const geometry g(dst);
-    GGML_ASSERT(params->wsize >= work_size(params->nth, dst));
+    const int64_t n_chunks = (g.groups + share - 1)/share;
+    const int64_t e = chunk / n_chunks;
+    const int64_t n = offsets[e + 1] - offsets[e];
+    if (n == 0) {
+        return;
+    }
+    const int64_t row0 = chunk % n_chunks * share*GROUP_ROWS;
+    const int64_t row1 = std::min(row0 + share*GROUP_ROWS, g.rows);
+    block_kt4x16 * scratch = (block_kt4x16 *) ((char *) params->wdata + g.columns_size + g.pairs_size + g.panels_size + params->ith*g.chunk_size);
+    const block_kt4x16 * w = weight_groups(src0, (const char *) src0->data + e*src0->nb[2], row0, row1, scratch);
+
+    for (int64_t c0 = 0; c0 < n; c0 += PANEL_COLUMNS) {
+        const panel_position p(c0, n, g.nb);
+        float * dsts[PANEL_COLUMNS];
+        for (int c = 0; c < p.width; ++c) {
+            const expert_pair & pair = pairs[offsets[e] + c0 + c];
+            dsts[c] = (float *) ((char *) dst->data + pair.slot*dst->nb[1] + pair.token*dst->nb[2]);
+        }
+        multiply_panel(g.nb, w, row0, row1, panels + offsets[e]*column_size(g.nb) + p.offset, p.width, dsts, params->use_ref);
+    }
+}
+
+static void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tensor * const * dst, int n) {
+    const ggml_tensor * src1 = in.shape;
+    const ggml_tensor * ids  = dst[0]->src[2];
+    const geometry g(dst[0]); // but for its rows, that of all
+    for (int i = 0; i < n; ++i) {
+        GGML_ASSERT(params->wsize >= work_size(params->nth, dst[i]));
+    }
 
     const size_t column = column_size(g.nb);
     char         * singles = (char *) params->wdata; // each row of src1 quantized once, however many experts want it
     int64_t      * offsets = (int64_t *) (singles + g.columns_size);
     expert_pair  * pairs   = (expert_pair *) (offsets + g.n_experts + 1);
     char         * panels  = singles + g.columns_size + g.pairs_size;
-    block_kt4x16 * scratch = (block_kt4x16 *) (panels + g.panels_size + params->ith*g.chunk_size);
     // src1 has one row a token, or one a token and slot
     const auto single_of = [&](const expert_pair & p) { return singles + (p.token*src1->ne[1] + p.slot % src1->ne[1])*column; };
 
-    quantize_input(params, in, activation_bits(dst), true);
+    quantize_input(params, in, activation_bits(dst[0]), true);
     if (params->ith == 0) {
         sort_pairs(ids, g.n_experts, offsets, pairs);
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
@@ -291,12 +319,12 @@ void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tenso
     // panels of what an expert multiplies
     int64_t n_panels = 0;
     for (int64_t e = 0; e < g.n_experts; ++e) {
-        const int64_t n = offsets[e + 1] - offsets[e];
-        for (int64_t c0 = 0; c0 < n; c0 += PANEL_COLUMNS) {
+        const int64_t n_pairs = offsets[e + 1] - offsets[e];
+        for (int64_t c0 = 0; c0 < n_pairs; c0 += PANEL_COLUMNS) {
             if (n_panels++ % params->nth != params->ith) {
                 continue;
             }
-            const panel_position p(c0, n, g.nb);
+            const panel_position p(c0, n_pairs, g.nb);
             for (int c = 0; c < p.width; ++c) {
                 const char * single = single_of(pairs[offsets[e] + c0 + c]);
                 for (int64_t b = 0; b < g.nb; ++b) {
@@ -308,30 +336,36 @@ void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tenso
     ggml_barrier(params->threadpool);
 
     // enough chunks for threads to finish together; long ones where an expert's weights pass once
-    const int64_t used     = std::min(g.n_experts, ggml_nelements(ids));
-    const int64_t most     = ids->ne[1] <= PANEL_COLUMNS && is_repacked(src0) ? g.groups : g.chunk_groups;
-    const int64_t share    = params->nth > 1 ? std::clamp<int64_t>(g.groups*used/(4*params->nth), 1, most) : most;
-    const int64_t size     = share*GROUP_ROWS;
-    const int64_t n_chunks = (g.groups + share - 1)/share;
-    for (int64_t chunk = params->ith; chunk < g.n_experts*n_chunks; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t e = chunk / n_chunks;
-        const int64_t n = offsets[e + 1] - offsets[e];
-        if (n == 0) {
-            continue;
+    const auto share_of = [&](const ggml_tensor * t) {
+        const geometry own(t);
+        const int64_t used = std::min(g.n_experts, ggml_nelements(ids));
+        const int64_t most = ids->ne[1] <= PANEL_COLUMNS && is_repacked(t->src[0]) ? own.groups : own.chunk_groups;
+        return params->nth > 1 ? std::clamp<int64_t>(own.groups*used/(4*params->nth), 1, most) : most;
+    };
+    const auto chunks_of = [&](const ggml_tensor * t) { // of all experts
+        const int64_t share = share_of(t);
+        return g.n_experts*((geometry(t).groups + share - 1)/share);
+    };
+    int64_t total = 0;
+    for (int i = 0; i < n; ++i) {
+        total += chunks_of(dst[i]);
+    }
+    for (int64_t chunk = params->ith; chunk < total; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        int64_t own = chunk; // chunks are counted through all products
+        int     i   = 0;
+        for (int64_t count = chunks_of(dst[i]); own >= count; count = chunks_of(dst[i])) {
+            own -= count;
+            ++i;
         }
-        const int64_t row0 = chunk % n_chunks * size;
-        const int64_t row1 = std::min(row0 + size, g.rows);
-        const block_kt4x16 * w = weight_groups(src0, (const char *) src0->data + e*src0->nb[2], row0, row1, scratch);
+        multiply_expert_chunk(params, dst[i], own, share_of(dst[i]), offsets, pairs, panels);
+    }
+}
 
-        for (int64_t c0 = 0; c0 < n; c0 += PANEL_COLUMNS) {
-            const panel_position p(c0, n, g.nb);
-            float * dsts[PANEL_COLUMNS];
-            for (int c = 0; c < p.width; ++c) {
-                const expert_pair & pair = pairs[offsets[e] + c0 + c];
-                dsts[c] = (float *) ((char *) dst->data + pair.slot*dst->nb[1] + pair.token*dst->nb[2]);
-            }
-            multiply_panel(g.nb, w, row0, row1, panels + offsets[e]*column + p.offset, p.width, dsts, params->use_ref);
-        }
+void multiply(const ggml_compute_params * params, const input & in, ggml_tensor * const * dst, int n) {
+    if (dst[0]->op == GGML_OP_MUL_MAT) {
+        mul_mat(params, in, dst, n);
+    } else {
+        mul_mat_id(params, in, dst, n);
     }
 }
 
@@ -360,11 +394,6 @@ bool ggml_kt4_compute_forward(const ggml_compute_params * params, ggml_tensor * 
     if (!is_product(dst)) {
         return compute_hadamard(params, dst);
     }
-    const input in = { dst->src[1], (const char *) dst->src[1]->data, 0 };
-    if (dst->op == GGML_OP_MUL_MAT) {
-        mul_mat(params, in, &dst, 1);
-    } else {
-        mul_mat_id(params, in, dst);
-    }
+    multiply(params, { dst->src[1], (const char *) dst->src[1]->data, 0, nullptr }, &dst, 1);
     return true;
 }

@@ -24,11 +24,11 @@ struct input {
     const ggml_tensor * shape; // its sizes and strides
     const char        * data;
     int64_t             hadamard;
+    float             * transformed; // where the rows are written once transformed, one after the other; or nullptr
 };
 
-// n MUL_MATs that share their input and its bits
-void mul_mat(const ggml_compute_params * params, const input & in, ggml_tensor * const * dst, int n);
-void mul_mat_id(const ggml_compute_params * params, const input & in, ggml_tensor * dst);
+// n MUL_MATs, or n MUL_MAT_IDs with the same experts chosen from as many, that share their input and its bits
+void multiply(const ggml_compute_params * params, const input & in, ggml_tensor * const * dst, int n);
 
 // Whether the tensor's data is in groups of 16 rows.
 bool is_repacked(const ggml_tensor * weights);

@@ -36,6 +36,15 @@ std::string kurtail_keys::str_of(const char * key, std::initializer_list<const c
     throw std::runtime_error(format("kurtail: %s is '%s', this runtime knows %s", key, v.c_str(), list.c_str()));
 }
 
+std::vector<std::string> kurtail_keys::strs(const char * key) const {
+    const int64_t id = find_array(key, GGUF_TYPE_STRING);
+    std::vector<std::string> values;
+    for (size_t i = 0; i < gguf_get_arr_n(ctx, id); ++i) {
+        values.emplace_back(gguf_get_arr_str(ctx, id, i));
+    }
+    return values;
+}
+
 std::vector<uint32_t> kurtail_keys::u32s(const char * key, size_t n) const {
     const auto * data = (const uint32_t *) gguf_get_arr_data(ctx, find_array(key, GGUF_TYPE_UINT32, n));
     return std::vector<uint32_t>(data, data + n);
@@ -58,14 +67,19 @@ int64_t kurtail_keys::find(const char * key, gguf_type type) const {
     return id;
 }
 
-int64_t kurtail_keys::find_array(const char * key, gguf_type type, size_t n) const {
+int64_t kurtail_keys::find_array(const char * key, gguf_type type) const {
     const int64_t id = find(key, GGUF_TYPE_ARRAY);
     if (gguf_get_arr_type(ctx, id) != type) {
         throw std::runtime_error(format("kurtail: key %s is an array of %s, expected %s", key,
             gguf_type_name(gguf_get_arr_type(ctx, id)), gguf_type_name(type)));
     }
+    return id;
+}
+
+int64_t kurtail_keys::find_array(const char * key, gguf_type type, size_t n) const {
+    const int64_t id = find_array(key, type);
     if (gguf_get_arr_n(ctx, id) != n) {
-        throw std::runtime_error(format("kurtail: key %s has %zu values, this model needs %zu", key, gguf_get_arr_n(ctx, id), n));
+        throw std::runtime_error(format("kurtail: key %s has %zu values, needs %zu", key, gguf_get_arr_n(ctx, id), n));
     }
     return id;
 }

@@ -22,6 +22,9 @@ class kurtail_keys {
     uint32_t    u32_of(const char * key, std::initializer_list<uint32_t> allowed) const;
     std::string str_of(const char * key, std::initializer_list<const char *> allowed) const;
 
+    // an array of any length
+    std::vector<std::string> strs(const char * key) const;
+
     // an array of exactly n values
     std::vector<uint32_t> u32s(const char * key, size_t n) const;
     std::vector<float>    f32s(const char * key, size_t n) const;
@@ -30,5 +33,6 @@ class kurtail_keys {
     const gguf_context * ctx;
 
     int64_t find(const char * key, gguf_type type) const;
+    int64_t find_array(const char * key, gguf_type type) const;
     int64_t find_array(const char * key, gguf_type type, size_t n) const;
 };

@@ -59,6 +59,10 @@ void kurtail_layout::load_offsets(const kurtail_keys & keys, const llama_model &
     for (uint32_t il = 0; il < hp.n_layer(); ++il) {
         total += hp.n_embd_k_gqa(il);
     }
+    // q·c is the same for all keys of a query, but what tanh makes of the scores is not
+    if (hp.attn_soft_cap || model.arch == LLM_ARCH_GROK) {
+        throw std::runtime_error("kurtail: kurtail.kv.k_offset takes an offset from keys, which this model's cap on attention scores does not allow: convert again with --kv 16");
+    }
     const std::vector<float> values = keys.f32s("kurtail.kv.k_offset", total);
     offsets.assign(hp.n_layer(), nullptr);
     auto next = values.begin();
@@ -73,6 +77,10 @@ void kurtail_layout::load_offsets(const kurtail_keys & keys, const llama_model &
                                          own, "kurtail_k_offset", hp.no_alloc);
         }
     }
+}
+
+bool kurtail_layout::has_offsets() const {
+    return std::any_of(offsets.begin(), offsets.end(), [](const ggml_tensor * t) { return t != nullptr; });
 }
 
 ggml_type kurtail_layout::of(const std::vector<uint32_t> & bits, uint32_t il, ggml_type given) {

@@ -30,6 +30,8 @@ struct kurtail_layout {
     // What a layer's keys are stored without, f32 [head_dim, n_head_kv], or nullptr
     ggml_tensor * offset(uint32_t il) const { return il < offsets.size() ? offsets[il] : nullptr; }
 
+    bool has_offsets() const;
+
     // For the log: "KV4", or "KV4 (K8 in 2 of 24 layers)"
     std::string summary() const;
 

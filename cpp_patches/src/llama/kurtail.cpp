@@ -10,23 +10,17 @@
 #include "ggml-backend.h"
 #include "gguf.h"
 
-#include <cinttypes>
-#include <cmath>
-#include <cstdio>
-#include <map>
 #include <stdexcept>
 #include <unordered_set>
 
-static constexpr uint32_t FORMAT_VERSION  = 2;
+static constexpr uint32_t FORMAT_VERSION  = 3;
+static constexpr uint32_t ONLINE_VERSION  = 3;    // the first with kurtail.online.* in place of kurtail.r4.*
 static constexpr uint32_t UNROUNDED_BITS  = 32;   // activation_bits of a file without kt4 tensors
-static constexpr uint32_t MAX_R4_SIZE     = 8192; // what our CUDA kernel handles (src/cuda/kt4-activations.h)
-static constexpr uint32_t TENSOR_SPLIT    = 128;  // what llama-model.cpp rounds a card's share of an FFN to at least
 static constexpr int      UPSTREAM_R3_MIN = 64;   // smallest head_dim llama-kv-cache.cpp rotates
 
 namespace {
 
-// families whose graph was checked: every ffn_down goes through build_lora_mm or build_lora_mm_id, where R4 is, and
-// attention through build_attn, which rotates Q and K for a quantized cache
+// architectures of format versions 1 and 2, which were known to go through our hooks before graphs were checked
 bool is_checked(llm_arch arch) {
     switch (arch) {
         case LLM_ARCH_LLAMA:
@@ -43,25 +37,6 @@ bool is_checked(llm_arch arch) {
 }
 
 bool is_power_of_two(uint32_t n) { return n != 0 && (n & (n - 1)) == 0; }
-
-// "blk.N.ffn_down.weight", and those of experts
-bool is_ffn_down(const std::string & name) {
-    int end = 0;
-    if (sscanf(name.c_str(), "blk.%*d.ffn_down%n", &end) == EOF || end == 0) {
-        return false;
-    }
-    const std::string rest = name.substr(end);
-    return rest == ".weight" || rest == "_exps.weight" || rest == "_shexp.weight";
-}
-
-// Where a weight's R4 is computed: on the device that holds the weight (-ot, --cpu-moe), the CPU for a card's host memory.
-ggml_backend_buffer_type_t matrix_buffer_type(ggml_backend_buffer_type_t weights) {
-    ggml_backend_dev_t device = ggml_backend_buft_get_device(weights);
-    if (!device || ggml_backend_buft_is_host(weights)) {
-        device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    }
-    return ggml_backend_dev_buffer_type(device);
-}
 
 bool is_block_linear(const std::string & name, const ggml_tensor * t) {
     return t->type == GGML_TYPE_KT4 && name.rfind("blk.", 0) == 0;
@@ -87,44 +62,44 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
         LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as there\n", __func__);
         return;
     }
-    if (!is_checked(model.arch)) {
+    if (version < ONLINE_VERSION && !is_checked(model.arch)) {
         throw std::runtime_error(format("kurtail: architecture %s has kurtail keys, but this runtime does not know whether its graph goes through the online rotations", llm_arch_name(model.arch)));
     }
     const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8, UNROUNDED_BITS });
     cache.load(k, model, constants);
     k.str_of("kurtail.r1.kind", { "none", "hadamard", "random", "learned" });
     k.str_of("kurtail.r2.kind", { "none", "hadamard", "random", "learned" });
-    r3 = k.str_of("kurtail.r3.kind", { "none", "hadamard" }) != "none";
-
-    const llama_hparams & hp = model.hparams;
-    const uint32_t head_dim  = hp.n_embd_head_k();
-    if (r3) {
-        const uint32_t size = k.u32("kurtail.r3.size");
-        if (size != head_dim || !is_power_of_two(size) || size < UPSTREAM_R3_MIN) {
-            throw std::runtime_error(format("kurtail: kurtail.r3.size is %u, head_dim is %u: needs head_dim, a power of two of at least %d", size, head_dim, UPSTREAM_R3_MIN));
-        }
-    }
+    load_r3(k, model);
 
     std::string summary;
     load_activation_bits(ml, model, activation_bits, summary);
     summary += cache.summary();
-    summary += r3 ? format(", R3 %u", head_dim) : ", no R3";
+    summary += r3 ? format(", R3 %u, ", model.hparams.n_embd_head_k()) : ", no R3, ";
 
-    if (k.str_of("kurtail.r4.kind", { "none", "hadamard" }) != "none") {
-        const uint32_t size = k.u32("kurtail.r4.size");
-        if (!is_power_of_two(size) || size < 2 || size > MAX_R4_SIZE) {
-            throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, needs a power of two from 2 to %u", size, MAX_R4_SIZE));
-        }
-        if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR && size > TENSOR_SPLIT) {
-            throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, and -sm tensor gives each card inputs of an FFN in multiples of %u: give -sm layer", size, TENSOR_SPLIT));
-        }
-        make_r4(ml, size, model.hparams.no_alloc, summary);
+    if (version < ONLINE_VERSION) {
+        online.load_r4(k, ml, model, constants);
     } else {
-        summary += ", no R4";
+        online.load(k, ml, model, constants);
     }
+    summary += online.summary();
 
     active = true;
     LLAMA_LOG_INFO("%s: %s\n", __func__, summary.c_str());
+}
+
+void kurtail_model::load_r3(const kurtail_keys & keys, const llama_model & model) {
+    r3 = keys.str_of("kurtail.r3.kind", { "none", "hadamard" }) != "none";
+    if (!r3) {
+        return;
+    }
+    const llama_hparams & hp   = model.hparams;
+    const uint32_t        size = keys.u32("kurtail.r3.size");
+    for (uint32_t il = 0; il < hp.n_layer(); ++il) {
+        const uint32_t head_dim = hp.n_embd_head_k(il);
+        if (hp.n_head_kv(il) > 0 && (size != head_dim || !is_power_of_two(size) || size < UPSTREAM_R3_MIN)) {
+            throw std::runtime_error(format("kurtail: kurtail.r3.size is %u, head_dim is %u: needs head_dim, a power of two of at least %d", size, head_dim, UPSTREAM_R3_MIN));
+        }
+    }
 }
 
 void kurtail_model::load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const {
@@ -152,52 +127,6 @@ void kurtail_model::load_activation_bits(const llama_model_loader & ml, llama_mo
         model.prec_policy.prec_src1.count(t) ? ++n8 : ++n4;
     }
     summary += bits == UNROUNDED_BITS ? "unquantized, " : n8 == 0 ? "W4A4" : n4 == 0 ? "W4A8" : format("W4A4 (A8 in %d of %d tensors) ", n8, n4 + n8);
-}
-
-// the normalised Sylvester matrix [size, size]
-static std::vector<float> sylvester(uint32_t size) {
-    std::vector<float> values((size_t) size*size);
-    const float scale = 1.0f/sqrtf((float) size);
-    for (size_t row = 0; row < size; ++row) {
-        for (size_t col = 0; col < size; ++col) {
-            values[row*size + col] = __builtin_parityll(row & col) ? -scale : scale;
-        }
-    }
-    return values;
-}
-
-void kurtail_model::make_r4(const llama_model_loader & ml, uint32_t size, bool no_alloc, std::string & summary) {
-    // one matrix a device: the CPU and CUDA take the fast transform and never read it, other backends multiply by it
-    std::map<ggml_backend_buffer_type_t, ggml_tensor *> matrices;
-    const std::vector<float> hadamard = no_alloc ? std::vector<float>() : sylvester(size);
-    int64_t width = 0;
-
-    for (const auto & [key, ctx] : ml.ctx_map) {
-        const ggml_backend_buffer_type_t buft = matrix_buffer_type(key.buft);
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-            if (!is_ffn_down(ggml_get_name(t))) {
-                continue;
-            }
-            if (t->ne[0] % size != 0) {
-                throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, which does not divide the %" PRId64 " inputs of %s", size, t->ne[0], ggml_get_name(t)));
-            }
-            width = t->ne[0];
-            ggml_tensor * & matrix = matrices[buft];
-            if (!matrix) {
-                matrix = constants.make(buft, size, size, hadamard, "kurtail_r4", no_alloc);
-            }
-            r4[t] = matrix;
-        }
-    }
-    if (width == 0) {
-        throw std::runtime_error("kurtail: kurtail.r4.kind is hadamard, but no ffn_down tensor takes it");
-    }
-    summary += width == size ? format(", R4 %u", size) : format(", R4 %u×%d", size, (int) (width/size));
-}
-
-ggml_tensor * kurtail_model::online_rotation(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur) const {
-    const auto it = r4.find(w);
-    return it == r4.end() ? cur : llama_mul_mat_hadamard(ctx, cur, it->second);
 }
 
 void kurtail_model::check_adapter(const gguf_context * adapter) const {
@@ -232,11 +161,6 @@ void kurtail_model::override_attention_rotation(bool & rotate_k, bool & rotate_v
         rotate_k = rotate_k && r3;
         rotate_v = false;
     }
-}
-
-ggml_tensor * kurtail_model::without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const {
-    ggml_tensor * offset = cache.offset(il);
-    return offset ? ggml_sub(ctx, k_cur, offset) : k_cur;
 }
 
 void kurtail_model::default_cache_types(llama_context_params & params) const {

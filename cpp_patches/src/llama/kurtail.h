@@ -4,12 +4,12 @@
 
 #include "kurtail-constants.h"
 #include "kurtail-layout.h"
+#include "kurtail-online.h"
 
 #include <cstdint>
 #include <string>
-#include <unordered_map>
-#include <vector>
 
+class kurtail_keys;
 struct gguf_context;
 struct llama_model;
 struct llama_model_loader;
@@ -18,14 +18,10 @@ struct llama_context_params;
 struct kurtail_model {
     bool active = false; // the file has kurtail keys, and is not written for stock llama.cpp
 
-    // Reads and checks the keys, sets the activation precision of every block linear in model.prec_policy and makes
-    // the R4 matrices, each where the weights are that it stands before. Called once all tensors are known, before their
-    // data is read.
+    // Reads and checks the keys and sets the activation precision of every block linear in model.prec_policy. Called once
+    // all tensors are known, before their data is read.
     // Throws std::runtime_error with key, value and limit where the runtime cannot do what the file asks.
     void load(const llama_model_loader & ml, llama_model & model);
-
-    // R4: multiplies cur by the Hadamard matrix of weight w, where w is an ffn_down of a rotated file; else cur itself
-    ggml_tensor * online_rotation(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur) const;
 
     // Says that a control vector is taken as it is: whether it was made with a rotated file nobody can see from it
     void warn_of_control_vector() const;
@@ -37,8 +33,8 @@ struct kurtail_model {
     // rotated in the weights (R2) or not at all
     void override_attention_rotation(bool & rotate_k, bool & rotate_v) const;
 
-    // k_cur (after RoPE, before R3) as layer il's cache holds it
-    ggml_tensor * without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const;
+    // whether R3 is on quantized keys
+    bool rotates_keys() const { return r3; }
 
     // What the values of a cache are expressed in, for its states (kurtail-cache.h): what was folded, what upstream
     // rotates K and V by on the way into the cache, and the weights that made them. Empty for a model that is not ours.
@@ -51,17 +47,17 @@ struct kurtail_model {
     void leave_cache_types(llama_context_params & params, ggml_type given_k, ggml_type given_v) const;
 
     kurtail_layout cache;
+    kurtail_online online;
 
 private:
     bool r3 = false;
     std::string rotations; // sha256 of what was folded; empty in a file without the key
     std::string cache_weights; // kurtail_cache_weights
 
-    std::unordered_map<const ggml_tensor *, ggml_tensor *> r4; // ffn_down -> Hadamard matrix
     kurtail_constants constants;
 
     void load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const;
-    void make_r4(const llama_model_loader & ml, uint32_t size, bool no_alloc, std::string & summary);
+    void load_r3(const kurtail_keys & keys, const llama_model & model);
 };
 
 // Where an adapter's tensors lie whose model tensor is in a buffer of this type: the same, but for a card's repacked type
