@@ -194,7 +194,7 @@ class RotatedNetwork:
             hooks.enter_context(module.get_submodule(family.value).register_forward_hook(value))
             for name, hook in ((family.attention_writer, attention_out), (family.ffn_writer, ffn_out)):
                 hooks.enter_context(module.get_submodule(name).register_forward_pre_hook(hook))
-            output = module(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None)
+            output = module(hidden, position_embeddings=rotary, attention_mask=None)
         return output[0] if isinstance(output, tuple) else output
 
     def _rounded(self, x: Tensor) -> Tensor:
