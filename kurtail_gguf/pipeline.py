@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from kurtail_gguf.activation_choice import choose, measure_damage
 from kurtail_gguf.arch.names import online_tensors
-from kurtail_gguf.arch.sites import FFN_OUTPUT, SITES
+from kurtail_gguf.arch.sites import ATTENTION, FFN, FFN_OUTPUT
 from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.cache.plan import CachePlan, plan_cache
 from kurtail_gguf.calibration.generate import generate
@@ -300,9 +300,9 @@ def _online(rotation: str, spec: ModelSpec, block: int) -> dict[str, int]:
     """Sizes of the Hadamard blocks that sites are multiplied by at run time, by their kinds."""
     # Spreading an outlier over more values than share a scale only carries it into more blocks: with one Hadamard a
     # block the divergence that rounding FFN outputs causes was a third lower than with 512 (docs/quality.md). The
-    # papers' methods have R4 as they describe it, and nothing else.
+    # papers' methods have R4 as they describe it, and nothing else. R2 does for attention's output what a transform would.
     ours = rotation in ("diagonal", "output")
-    kinds = SITES if rotation == "diagonal" else (FFN_OUTPUT,)
+    kinds = (ATTENTION, FFN, FFN_OUTPUT) if rotation == "diagonal" else (FFN_OUTPUT,)
     sizes = {site.kind: hadamard_size(site.size, block if ours else MAX_R4) for site in spec.sites if site.kind in kinds}
     return {kind: size for kind, size in sizes.items() if size > 1}
 

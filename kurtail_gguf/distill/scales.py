@@ -26,7 +26,7 @@ from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.files import replacing
 from kurtail_gguf.progress import Progress
 
-#: First learning rate as a share of the median scale; it rises over a few steps and falls to zero as a cosine.
+#: First learning rate as a share of a linear's median scale; it rises over a few steps and falls to zero as a cosine.
 LR = 2e-3
 WARM_UP = 5
 #: Adam's averages.
@@ -75,7 +75,7 @@ def tune_scales(
             same scales as without the interruption.
         device: where to compute.
         progress: advanced once a step that is still to do, with the divergence.
-        lr: first learning rate, as a share of the median scale.
+        lr: first learning rate, as a share of a linear's median scale.
 
     Returns:
         The scales, rounded to half precision as the file will have them; float32.
@@ -86,8 +86,9 @@ def tune_scales(
     parameters = [scale for layer in student.scales for scale in layer.values()]
     for parameter in parameters:
         parameter.requires_grad_()
-    median = float(torch.cat([parameter.detach().abs().flatten() for parameter in parameters]).median())
-    optimiser = torch.optim.Adam(parameters, lr=lr * median, betas=BETAS)
+    # Adam's steps are as large as the rate whatever the gradient, and linears differ a hundredfold in their scales
+    groups = [{"params": [parameter], "lr": lr * float(parameter.detach().abs().median())} for parameter in parameters]
+    optimiser = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
     first = _resume(state, parameters, optimiser, schedule)
     with progress.stage("tune scales" if not first else f"tune scales, from step {first} on", steps - first) as stage:
@@ -172,6 +173,6 @@ def _resume(path: Path, parameters, optimiser, schedule) -> int:
             }
     # the schedule is a function of the step alone
     schedule.last_epoch = step
-    for group, base in zip(optimiser.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = base * schedule.lr_lambdas[0](step)
+    for group, base, rate in zip(optimiser.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * rate(step)
     return step

@@ -404,7 +404,7 @@ def test_the_default_is_gptq_with_a_diagonal_at_every_site(tiny_checkpoint, tmp_
     assert (provenance.rotation, provenance.objective, provenance.weights) == ("diagonal", "output-error", "gptq")
     assert (provenance.r1_kind, provenance.r4_kind, provenance.r4_size) == ("none", "hadamard", 64)
     assert provenance.diagonal == "attention,ffn,ffn-output"
-    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    parts = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up", "ffn_down")
     assert exported[0].online == {f"blk.{layer}.{part}.weight": 64 for layer in (0, 1) for part in parts}
     assert all(done == total for _, total, done in recorder.stages)
     assert not list((tmp_path / "w").glob("prefix-*"))
