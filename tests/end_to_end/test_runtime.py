@@ -85,7 +85,7 @@ def test_flash_attention_switched_off_wins(tiny, program) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("kurtail.format_version", 3, "kurtail.format_version is 3, this runtime reads up to 2"),
+        ("kurtail.format_version", 4, "kurtail.format_version is 4, this runtime reads up to 3"),
         ("kurtail.kv_bits", 3, "kurtail.kv_bits is 3, this runtime knows 4, 8, 16"),
         ("kurtail.activation_bits", 6, "kurtail.activation_bits is 6, this runtime knows 4, 8"),
         ("kurtail.activation_bits", 32, "is kt4, whose inputs are rounded to 4 or 8 bits"),

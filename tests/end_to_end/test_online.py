@@ -1,0 +1,296 @@
+"""Online transforms of any tensor's input, format version 3: what a file says does not change by them, and a graph that
+passes them by is refused.
+
+A tensor whose rows are multiplied by Hadamard blocks, and whose input is as well, multiplies as before: so files that say
+what others say are made here, without the converter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+from kurtail_gguf import native
+from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.evaluate.logits import runtime_log_probabilities
+from kurtail_gguf.export import export_reference
+
+#: Largest difference of a log-probability in single precision, as tests of families allow it.
+UNQUANTIZED = 1e-4
+TOKENS = [[1, *np.random.default_rng(5).integers(3, 320, length).tolist()] for length in (60, 20)]
+
+#: What a file without rotations, with nothing quantized, has to say of itself.
+BARE = {
+    "kurtail.format_version": ("UINT32", 3),
+    "kurtail.activation_bits": ("UINT32", 32),
+    "kurtail.kv_bits": ("UINT32", 16),
+    "kurtail.r1.kind": ("STRING", "none"),
+    "kurtail.r2.kind": ("STRING", "none"),
+    "kurtail.r3.kind": ("STRING", "none"),
+}
+#: A version 2 file's own keys of R4 mean nothing in version 3.
+WITHOUT_R4 = {"kurtail.format_version": ("UINT32", 3), "kurtail.r4.kind": None, "kurtail.r4.size": None}
+
+Keys = Mapping[str, tuple[str, object] | None]
+
+pytestmark = pytest.mark.usefixtures("bindings")
+
+
+def rewritten(source: Path, target: Path, keys: Keys, transformed: Mapping[str, int] = {}) -> Path:
+    """A copy with other keys and transformed tensors (rewritten_file.py)."""
+    changes = {"keys": dict(keys), "transformed": dict(transformed)}
+    command = [sys.executable, str(Path(__file__).with_name("rewritten_file.py")), str(source), str(target)]
+    environment = os.environ | {"PYTHONPATH": str(native.python_dir())}
+    subprocess.run(command, input=json.dumps(changes), text=True, env=environment, check=True)
+    return target
+
+
+def listed(sizes: Mapping[str, int]) -> Keys:
+    """The keys that list online transforms."""
+    return {
+        "kurtail.online.name": ("STRING", list(sizes)),
+        "kurtail.online.kind": ("STRING", ["hadamard"] * len(sizes)),
+        "kurtail.online.size": ("UINT32", list(sizes.values())),
+    }
+
+
+def linears(layers: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """``{"blk.0.attn_q.weight": n, …}`` from the sizes of a layer's linears."""
+    return {f"blk.{layer}.{name}.weight": n for layer in range(layers) for name, n in sizes.items()}
+
+
+def graph_nodes(program, path: Path) -> int:
+    """Nodes of the graph that a context reserves."""
+    done = program("llama-completion", "-m", path, "-no-cnv", "-p", "a", "-n", "1", "-c", "64", "-lv", "4")
+    assert done.status == 0, done.stderr[-3000:]
+    return int(re.search(r"graph.*nodes = (\d+)", done.stdout + done.stderr)[1])
+
+
+def refusal(program, path: Path, *options: object) -> str:
+    """The line that a file is refused with."""
+    done = program("llama-completion", "-m", path, "-no-cnv", "-p", "a", "-n", "1", *options)
+    assert 0 < done.status < 128, done.stderr[-3000:]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "kurtail: " in line]
+    assert lines, done.stderr[-3000:]
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory, with_tokenizer, tiny_spm, tiny_bpe):
+    """``plain(kind)``: a tiny model's f32 file by upstream's converter."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind) / "plain.gguf"
+            tokenizer = (tiny_bpe, 49152) if kind == "qwen3-moe" else (tiny_spm, 400)
+            export_reference(with_tokenizer(kind, *tokenizer), made[kind])
+        return made[kind]
+
+    return make
+
+
+def save_other(model, directory: Path, tokenizer: Path) -> Path:
+    """The HF directory of a random model of an architecture that the converter does not know."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.1 * noise)
+    model.save_pretrained(directory)
+    for path in tokenizer.glob("tokenizer*"):
+        (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory, tiny_spm) -> Path:
+    """Norms behind attention and FFN, sliding windows: an architecture that version 2 does not run."""
+    config = Gemma3TextConfig(
+        vocab_size=400, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, sliding_window=32, layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=512, query_pre_attn_scalar=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    directory = save_other(Gemma3ForCausalLM(config), tmp_path_factory.mktemp("gemma"), tiny_spm)
+    export_reference(directory, directory / "plain.gguf")
+    return directory / "plain.gguf"
+
+
+@pytest.fixture(scope="session")
+def deepseek(tmp_path_factory, tiny_bpe) -> Path:
+    """An architecture whose graph multiplies some weights, and stores its keys, past our hooks."""
+    config = DeepseekV2Config(
+        vocab_size=49152, hidden_size=128, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32,
+        qk_rope_head_dim=32, v_head_dim=32, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        first_k_dense_replace=2, n_group=1, topk_group=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    directory = save_other(DeepseekV2ForCausalLM(config), tmp_path_factory.mktemp("deepseek"), tiny_bpe)
+    export_reference(directory, directory / "plain.gguf")
+    return directory / "plain.gguf"
+
+
+@pytest.mark.parametrize("options", [("--weights", "rtn"), ("--weights", "rtn", "--activations", "8"), ("--weights", "f32")])
+def test_r4_as_an_online_transform_gives_the_same_bits(converted, tiny_spm, tmp_path, options):
+    before = converted(tiny_spm, "--rotation", "hadamard", *options)
+    after = rewritten(before, tmp_path / "3.gguf", WITHOUT_R4 | listed(linears(2, {"ffn_down": 128})))
+    found = runtime_log_probabilities(after, TOKENS)
+    assert np.array_equal(found, runtime_log_probabilities(before, TOKENS))
+    # and it is what makes them
+    without = rewritten(before, tmp_path / "0.gguf", {"kurtail.format_version": ("UINT32", 3)})
+    assert np.abs(runtime_log_probabilities(without, TOKENS) - found).max() > 0.1
+
+
+SITES = {
+    "mistral": {"attn_q": 64, "attn_k": 64, "attn_v": 64, "attn_output": 128, "ffn_gate": 32, "ffn_up": 32, "ffn_down": 64},
+    # a size for each reader of one input
+    "llama-biases": {"attn_q": 64, "attn_k": 2, "attn_v": 128, "ffn_gate": 16, "ffn_up": 64},
+    "phi3": {"attn_qkv": 128, "attn_output": 64, "ffn_up": 64, "ffn_down": 64},
+    "qwen3-moe": {"attn_q": 64, "ffn_gate_inp": 128, "ffn_gate_exps": 64, "ffn_up_exps": 64, "ffn_down_exps": 64},
+}
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_any_tensor_can_have_one(plain, tmp_path, kind):
+    sizes = linears(2, SITES[kind]) | ({} if kind == "llama-biases" else {"output.weight": 128})
+    right = runtime_log_probabilities(plain(kind), TOKENS, exact_cache=True)
+    path = rewritten(plain(kind), tmp_path / "3.gguf", BARE | listed(sizes), sizes)
+    difference = np.abs(runtime_log_probabilities(path, TOKENS, exact_cache=True) - right).max()
+    print(f"{kind}: largest difference {difference:.1e} of a spread of {right.std():.2f}")
+    assert right.std() > 0.5 and difference < UNQUANTIZED
+    # every one of them counts
+    for name in SITES[kind]:
+        fewer = {tensor: n for tensor, n in sizes.items() if name not in tensor.split(".")}
+        wrong = rewritten(plain(kind), tmp_path / "wrong.gguf", BARE | listed(fewer), sizes)
+        assert np.abs(runtime_log_probabilities(wrong, TOKENS, exact_cache=True) - right).max() > 10 * UNQUANTIZED
+
+
+def test_an_architecture_that_no_list_names(gemma, tmp_path):
+    sizes = linears(2, {name: 64 for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")})
+    right = runtime_log_probabilities(gemma, TOKENS, exact_cache=True)
+    path = rewritten(gemma, tmp_path / "3.gguf", BARE | listed(sizes), sizes)
+    difference = np.abs(runtime_log_probabilities(path, TOKENS, exact_cache=True) - right).max()
+    wrong = rewritten(gemma, tmp_path / "wrong.gguf", BARE, sizes)
+    distance = np.abs(runtime_log_probabilities(wrong, TOKENS, exact_cache=True) - right).max()
+    print(f"gemma: largest difference {difference:.1e} of a spread of {right.std():.2f}, without the transforms {distance:.1e}")
+    # GELU is a table of half precision: next to an edge, single precision's last bit is worth a step
+    assert difference < 20 * UNQUANTIZED < 0.01 * distance
+
+
+def test_readers_of_one_input_share_its_transform(program, plain, tmp_path):
+    def nodes(sizes: Mapping[str, int]) -> int:
+        return graph_nodes(program, rewritten(plain("mistral"), tmp_path / "3.gguf", BARE | listed(linears(2, sizes))))
+
+    none = graph_nodes(program, rewritten(plain("mistral"), tmp_path / "0.gguf", BARE))
+    one = nodes({"attn_q": 64}) - none
+    assert one > 0
+    assert nodes({"attn_q": 64, "attn_k": 64, "attn_v": 64}) == none + one
+    assert nodes({"attn_q": 64, "attn_k": 64, "attn_v": 32}) == none + 2 * one
+    assert nodes({"attn_q": 64, "attn_k": 64, "ffn_up": 64, "ffn_gate": 64}) == none + 2 * one
+
+
+def test_adapters_read_the_transformed_input(cli, with_tokenizer, tiny_spm, tmp_path):
+    source = with_tokenizer("mistral", tiny_spm, 400)
+    sizes = {"attn_q": 64, "attn_k": 64, "attn_v": 64, "attn_output": 128, "ffn_gate": 32, "ffn_up": 32, "ffn_down": 64}
+    generator, tensors = torch.Generator().manual_seed(3), {}
+    for layer in range(2):
+        for name, rows, columns in (("q", 256, 128), ("v", 128, 128), ("o", 128, 256)):
+            base = f"base_model.model.model.layers.{layer}.self_attn.{name}_proj"
+            tensors[f"{base}.lora_A.weight"] = 0.2 * torch.randn(4, columns, generator=generator)
+            tensors[f"{base}.lora_B.weight"] = 0.2 * torch.randn(rows, 4, generator=generator)
+    (peft := tmp_path / "peft").mkdir()
+    save_file(tensors, peft / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": "all-linear", "bias": "none"}
+    (peft / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    file, rotations, adapter = tmp_path / "out.gguf", tmp_path / "rotations", tmp_path / "lora.gguf"
+    done = cli("convert", source, file, "--rotation", "hadamard", "--weights", "f32", "--keep-rotations", rotations)
+    assert done.status == 0, done.stderr
+    done = cli("convert-lora", peft, adapter, "--file", file, "--rotations", rotations, "--reference", source)
+    assert done.status == 0, done.stderr
+    right = runtime_log_probabilities(file, TOKENS, exact_cache=True, adapter=adapter)
+    assert np.abs(right - runtime_log_probabilities(file, TOKENS, exact_cache=True)).max() > 1
+
+    weights = linears(2, sizes)  # R4 of 64 is in ffn_down already
+    folded = {name: n for name, n in weights.items() if "ffn_down" not in name}
+    turned = rewritten(file, tmp_path / "3.gguf", WITHOUT_R4 | listed(weights), folded)
+    a = {f"{name}.lora_a": n for name, n in folded.items()}
+    turned_adapter = rewritten(adapter, tmp_path / "lora-3.gguf", {}, a)
+    found = runtime_log_probabilities(turned, TOKENS, exact_cache=True, adapter=turned_adapter)
+    assert np.abs(found - right).max() < UNQUANTIZED
+
+
+Q = "blk.0.attn_q.weight"
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (listed({"blk.7.attn_q.weight": 64}), "kurtail.online.name lists blk.7.attn_q.weight, which is no tensor of this file"),
+        (listed({Q: 48}), f"kurtail.online.size is 48 for {Q}, needs a power of two from 2 to 8192"),
+        (listed({Q: 1}), f"kurtail.online.size is 1 for {Q}, needs a power of two from 2 to 8192"),
+        (listed({Q: 16384}), f"kurtail.online.size is 16384 for {Q}, needs a power of two from 2 to 8192"),
+        (listed({Q: 256}), f"kurtail.online.size is 256 for {Q}, which does not divide its 128 inputs"),
+        (listed({Q: 64}) | {"kurtail.online.kind": ("STRING", ["slanting"])}, f"kurtail.online.kind is 'slanting' for {Q}, this runtime knows hadamard"),
+        (listed({Q: 64}) | {"kurtail.online.kind": ("STRING", ["hadamard"] * 2)}, "kurtail.online.kind has 2 values, kurtail.online.name has 1"),
+        (listed({Q: 64}) | {"kurtail.online.size": ("UINT32", [64, 64])}, "key kurtail.online.size has 2 values, needs 1"),
+        (listed({Q: 64}) | {"kurtail.online.size": ("UINT32", 64)}, "key kurtail.online.size has type u32, expected arr"),
+        (listed({Q: 64}) | {"kurtail.online.size": None}, "key kurtail.online.size is missing"),
+        (listed({Q: 64}) | {"kurtail.online.name": None}, "key kurtail.online.name is missing"),
+        (
+            {
+                "kurtail.online.name": ("STRING", [Q, Q]),
+                "kurtail.online.kind": ("STRING", ["hadamard"] * 2),
+                "kurtail.online.size": ("UINT32", [64, 64]),
+            },
+            f"kurtail.online.name lists {Q} more than once",
+        ),
+        ({"kurtail.format_version": ("UINT32", 4)}, "kurtail.format_version is 4, this runtime reads up to 3"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(program, plain, tmp_path, keys, told):
+    assert told in refusal(program, rewritten(plain("mistral"), tmp_path / "wrong.gguf", BARE | keys))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "operation"),
+    [
+        ("mistral", "token_embd.weight", "GET_ROWS"),
+        ("qwen2", "token_embd.weight", "GET_ROWS"),  # which is the head as well
+        ("mistral", "blk.1.attn_norm.weight", "MUL"),
+        ("qwen2", "blk.1.attn_q.bias", "ADD"),
+    ],
+)
+def test_a_tensor_that_something_else_reads_is_refused(program, plain, tmp_path, kind, name, operation):
+    line = refusal(program, rewritten(plain(kind), tmp_path / "wrong.gguf", BARE | listed({name: 64})))
+    assert f"{name} has an online transform, but the graph of architecture" in line
+    assert f"reads it without ({operation}): convert again without a transform for it" in line
+
+
+def test_a_product_past_the_hooks_is_refused(program, deepseek, tmp_path):
+    """Upstream's graph multiplies attn_q_a by itself, and attn_output through the hooks."""
+    hooked = linears(2, {"attn_output": 64, "ffn_up": 64})
+    right = runtime_log_probabilities(deepseek, TOKENS, exact_cache=True)
+    path = rewritten(deepseek, tmp_path / "3.gguf", BARE | listed(hooked), hooked)
+    assert np.abs(runtime_log_probabilities(path, TOKENS, exact_cache=True) - right).max() < UNQUANTIZED
+    line = refusal(program, rewritten(deepseek, tmp_path / "wrong.gguf", BARE | listed(hooked | {"blk.1.attn_q_a.weight": 64})))
+    assert "blk.1.attn_q_a.weight has an online transform, but the graph of architecture deepseek2 reads it without (MUL_MAT)" in line
+    with pytest.raises(KurtailError):
+        runtime_log_probabilities(tmp_path / "wrong.gguf", TOKENS)
+
+
+def test_keys_past_the_hooks_are_refused(program, deepseek, tmp_path):
+    cached = 2 * (64 + 32)  # a layer's latent values and its rotary part
+    offset = {"kurtail.kv.k_offset": ("FLOAT32", [0.5] * cached)}
+    line = refusal(program, rewritten(deepseek, tmp_path / "wrong.gguf", BARE | offset))
+    assert "deepseek2 stores the keys of layer 0 with the offset that kurtail.kv.k_offset takes from them" in line
