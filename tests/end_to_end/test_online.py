@@ -132,7 +132,7 @@ def deepseek(tmp_path_factory, tiny_bpe) -> Path:
     """An architecture whose graph multiplies some weights, and stores its keys, past our hooks."""
     config = DeepseekV2Config(
         vocab_size=49152, hidden_size=128, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32,
+        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=64, kv_lora_rank=32, qk_nope_head_dim=32,
         qk_rope_head_dim=32, v_head_dim=32, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
         first_k_dense_replace=2, n_group=1, topk_group=1, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
@@ -290,7 +290,13 @@ def test_a_product_past_the_hooks_is_refused(program, deepseek, tmp_path):
 
 
 def test_keys_past_the_hooks_are_refused(program, deepseek, tmp_path):
-    cached = 2 * (64 + 32)  # a layer's latent values and its rotary part
-    offset = {"kurtail.kv.k_offset": ("FLOAT32", [0.5] * cached)}
-    line = refusal(program, rewritten(deepseek, tmp_path / "wrong.gguf", BARE | offset))
+    cached = 32 + 32  # latent values of a token and its rotary part, one head for all
+    offset = {"kurtail.kv.k_offset": ("FLOAT32", [0.5] * (2 * cached))}
+    line = refusal(program, rewritten(deepseek, tmp_path / "offset.gguf", BARE | offset))
     assert "deepseek2 stores the keys of layer 0 with the offset that kurtail.kv.k_offset takes from them" in line
+
+    quantized = {"kurtail.kv_bits": ("UINT32", 4), "kurtail.r3.kind": ("STRING", "hadamard"), "kurtail.r3.size": ("UINT32", cached)}
+    path = rewritten(deepseek, tmp_path / "r3.gguf", BARE | quantized)
+    assert "deepseek2 stores the keys of layer 0 without R3, which kurtail.r3.kind asks for: give -ctk f16" in refusal(program, path)
+    done = program("llama-completion", "-m", path, "-no-cnv", "-p", "a", "-n", "1", "-ctk", "f16", "-ctv", "f16")
+    assert done.status == 0, done.stderr[-2000:]

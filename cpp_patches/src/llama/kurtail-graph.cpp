@@ -23,16 +23,14 @@ ggml_tensor * kurtail_graph::transformed(ggml_context * ctx, const ggml_tensor *
     return result;
 }
 
-ggml_tensor * kurtail_graph::cached_keys(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, int il) const {
-    if (!model || !model->active) {
-        return k_cur;
+void kurtail_graph::place(ggml_cgraph * gf, ggml_tensor * product) const {
+    if (model && model->active && product->src[0]->type == GGML_TYPE_KT4) {
+        ggml_build_forward_expand(gf, product);
     }
-    for (ggml_tensor * t : { q_cur, v_cur, k_cur }) { // upstream's order
-        if (t) {
-            ggml_build_forward_expand(gf, t);
-        }
-    }
-    ggml_tensor * offset = k_cur ? model->cache.offset(il) : nullptr;
+}
+
+ggml_tensor * kurtail_graph::without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const {
+    ggml_tensor * offset = model && k_cur ? model->cache.offset(il) : nullptr;
     return offset ? ggml_sub(ctx, k_cur, offset) : k_cur;
 }
 

@@ -18,10 +18,12 @@ class kurtail_graph {
     // cur (q, k and v; gate and up) get the same tensor.
     ggml_tensor * transformed(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur);
 
-    // k_cur (after RoPE, before R3) as layer il's cache holds it; nullptr where a layer reads the cache of another. Queries,
-    // keys and values go into the graph before R3: products that are near each other there, and whose results' memory is
-    // not that of one another, are computed in one go (src/cpu/kt4-graph.cpp).
-    ggml_tensor * cached_keys(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur, int il) const;
+    // Puts a product into the graph where it is made, if its weight is kt4. So q, k and v follow each other, not each with
+    // its RoPE, and none has the memory that another's result is freed from: the CPU can compute them in one go.
+    void place(ggml_cgraph * gf, ggml_tensor * product) const;
+
+    // k_cur (after RoPE, before R3) as layer il's cache holds it; nullptr where a layer reads the cache of another
+    ggml_tensor * without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const;
 
   private:
     const kurtail_model * model;
