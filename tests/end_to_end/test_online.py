@@ -200,6 +200,25 @@ def test_readers_of_one_input_share_its_transform(program, plain, tmp_path):
     assert nodes({"attn_q": 64, "attn_k": 64, "ffn_up": 64, "ffn_gate": 64}) == none + 2 * one
 
 
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_products_of_one_input_follow_each_other(converted, with_tokenizer, tiny_spm, tmp_path, kind):
+    """So that they can be computed in one go, which tests/cpp/test-kt4-graph.cpp tests: nothing else is between them."""
+    source = with_tokenizer("mixtral" if kind == "experts" else "mistral", tiny_spm, 400)
+    names = ("attn_q", "attn_k", "attn_v", *(("ffn_gate_exps", "ffn_up_exps") if kind == "experts" else ("ffn_gate", "ffn_up")))
+    file = converted(source, "--rotation", "hadamard", "--weights", "rtn")
+    path = rewritten(file, tmp_path / "3.gguf", WITHOUT_R4 | listed(linears(2, dict.fromkeys(names, 64))))
+    script = str(Path(__file__).with_name("graph_nodes.py"))
+    done = subprocess.run([sys.executable, script, str(path)], capture_output=True, text=True, check=True)
+    nodes = [tuple(node) for node in json.loads(done.stdout.splitlines()[-1])]
+    computed = [(operation, name) for operation, name in nodes if operation not in ("RESHAPE", "VIEW", "PERMUTE")]
+    product = "MUL_MAT_ID" if kind == "experts" else "MUL_MAT"
+    up = "ffn_moe_up-0" if kind == "experts" else "ffn_up-0"
+    at = computed.index(("MUL_MAT", "Qcur-0"))
+    assert {name for _, name in computed[at : at + 3]} == {"Qcur-0", "Kcur-0", "Vcur-0"}
+    at = computed.index((product, up))
+    assert computed[at + 1] == (product, up.replace("up", "gate"))
+
+
 def test_adapters_read_the_transformed_input(cli, with_tokenizer, tiny_spm, tmp_path):
     source = with_tokenizer("mistral", tiny_spm, 400)
     sizes = {"attn_q": 64, "attn_k": 64, "attn_v": 64, "attn_output": 128, "ffn_gate": 32, "ffn_up": 32, "ffn_down": 64}
