@@ -15,15 +15,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from scipy.linalg import hadamard
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from kurtail_gguf import native
 from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.logits import runtime_log_probabilities
+from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities
 from kurtail_gguf.export import export_reference
 
 #: Largest difference of a log-probability in single precision, as tests of families allow it.
@@ -39,8 +40,16 @@ BARE = {
     "kurtail.r2.kind": ("STRING", "none"),
     "kurtail.r3.kind": ("STRING", "none"),
 }
-#: A version 2 file's own keys of R4 mean nothing in version 3.
-WITHOUT_R4 = {"kurtail.format_version": ("UINT32", 3), "kurtail.r4.kind": None, "kurtail.r4.size": None}
+#: What is quantized with llama-quantize, and rounds activations and cache to 4 bits.
+ROUNDED = BARE | {
+    "kurtail.activation_bits": ("UINT32", 4),
+    "kurtail.kv_bits": ("UINT32", 4),
+    "kurtail.r3.kind": ("STRING", "hadamard"),
+    "kurtail.r3.size": ("UINT32", 64),
+}
+#: R4 of 64 as versions 1 and 2 have it.
+R4 = {"kurtail.r4.kind": ("STRING", "hadamard"), "kurtail.r4.size": ("UINT32", 64)}
+DOWN = {"blk.0.ffn_down.weight": 64, "blk.1.ffn_down.weight": 64}
 
 Keys = Mapping[str, tuple[str, object] | None]
 
@@ -141,15 +150,35 @@ def deepseek(tmp_path_factory, tiny_bpe) -> Path:
     return directory / "plain.gguf"
 
 
-@pytest.mark.parametrize("options", [("--weights", "rtn"), ("--weights", "rtn", "--activations", "8"), ("--weights", "f32")])
-def test_r4_as_an_online_transform_gives_the_same_bits(converted, tiny_spm, tmp_path, options):
-    before = converted(tiny_spm, "--rotation", "hadamard", *options)
-    after = rewritten(before, tmp_path / "3.gguf", WITHOUT_R4 | listed(linears(2, {"ffn_down": 128})))
-    found = runtime_log_probabilities(after, TOKENS)
-    assert np.array_equal(found, runtime_log_probabilities(before, TOKENS))
-    # and it is what makes them
-    without = rewritten(before, tmp_path / "0.gguf", {"kurtail.format_version": ("UINT32", 3)})
-    assert np.abs(runtime_log_probabilities(without, TOKENS) - found).max() > 0.1
+@pytest.fixture
+def quantized(program):
+    """``quantized(source, target)``: the block linears of a file in kt4."""
+
+    def make(source: Path, target: Path) -> Path:
+        done = program("llama-quantize", source, target, "KT4")
+        assert done.status == 0, done.stderr[-3000:]
+        return target
+
+    return make
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize("version", [1, 2])
+def test_r4_as_an_online_transform_gives_the_same_bits(plain, quantized, tmp_path, version, bits):
+    """Files of versions 1 and 2 run as they did, and say what their equal of version 3 says."""
+    keys = (BARE if bits == 32 else ROUNDED | {"kurtail.activation_bits": ("UINT32", bits)}) | R4
+    before = rewritten(plain("mistral"), tmp_path / "before.gguf", keys | {"kurtail.format_version": ("UINT32", version)}, DOWN)
+    if bits != 32:
+        before = quantized(before, tmp_path / "quantized.gguf")
+    found = runtime_log_probabilities(before, TOKENS)
+    without_r4 = {"kurtail.format_version": ("UINT32", 3), "kurtail.r4.kind": None, "kurtail.r4.size": None}
+    after = rewritten(before, tmp_path / "3.gguf", without_r4 | listed(DOWN))
+    assert np.array_equal(runtime_log_probabilities(after, TOKENS), found)
+    # it is what makes them, and in version 3 the keys of R4 mean nothing
+    ignored = rewritten(before, tmp_path / "0.gguf", {"kurtail.format_version": ("UINT32", 3)})
+    assert np.abs(runtime_log_probabilities(ignored, TOKENS) - found).max() > 0.1
+    right = runtime_log_probabilities(plain("mistral"), TOKENS)
+    assert mean_divergence(right, found) < (1e-6 if bits == 32 else 0.5 * mean_divergence(right, np.roll(found, 1, axis=0)))
 
 
 SITES = {
@@ -200,53 +229,55 @@ def test_readers_of_one_input_share_its_transform(program, plain, tmp_path):
     assert nodes({"attn_q": 64, "attn_k": 64, "ffn_up": 64, "ffn_gate": 64}) == none + 2 * one
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
-def test_products_of_one_input_follow_each_other(converted, with_tokenizer, tiny_spm, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_products_of_one_input_follow_each_other(plain, quantized, tmp_path, kind):
     """So that they can be computed in one go, which tests/cpp/test-kt4-graph.cpp tests: nothing else is between them."""
-    source = with_tokenizer("mixtral" if kind == "experts" else "mistral", tiny_spm, 400)
-    names = ("attn_q", "attn_k", "attn_v", *(("ffn_gate_exps", "ffn_up_exps") if kind == "experts" else ("ffn_gate", "ffn_up")))
-    file = converted(source, "--rotation", "hadamard", "--weights", "rtn")
-    path = rewritten(file, tmp_path / "3.gguf", WITHOUT_R4 | listed(linears(2, dict.fromkeys(names, 64))))
+    experts = "_exps" if kind == "mixtral" else ""
+    sizes = linears(2, dict.fromkeys(("attn_q", "attn_k", "attn_v", f"ffn_gate{experts}", f"ffn_up{experts}"), 64))
+    file = quantized(rewritten(plain(kind), tmp_path / "3.gguf", ROUNDED | listed(sizes), sizes), tmp_path / "quantized.gguf")
     script = str(Path(__file__).with_name("graph_nodes.py"))
-    done = subprocess.run([sys.executable, script, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, script, str(file)], capture_output=True, text=True, check=True)
     nodes = [tuple(node) for node in json.loads(done.stdout.splitlines()[-1])]
     computed = [(operation, name) for operation, name in nodes if operation not in ("RESHAPE", "VIEW", "PERMUTE")]
-    product = "MUL_MAT_ID" if kind == "experts" else "MUL_MAT"
-    up = "ffn_moe_up-0" if kind == "experts" else "ffn_up-0"
     at = computed.index(("MUL_MAT", "Qcur-0"))
     assert {name for _, name in computed[at : at + 3]} == {"Qcur-0", "Kcur-0", "Vcur-0"}
-    at = computed.index((product, up))
-    assert computed[at + 1] == (product, up.replace("up", "gate"))
+    product, up = ("MUL_MAT_ID", "ffn_moe_up-0") if experts else ("MUL_MAT", "ffn_up-0")
+    assert computed[computed.index((product, up)) + 1] == (product, up.replace("up", "gate"))
 
 
-def test_adapters_read_the_transformed_input(cli, with_tokenizer, tiny_spm, tmp_path):
-    source = with_tokenizer("mistral", tiny_spm, 400)
-    sizes = {"attn_q": 64, "attn_k": 64, "attn_v": 64, "attn_output": 128, "ffn_gate": 32, "ffn_up": 32, "ffn_down": 64}
-    generator, tensors = torch.Generator().manual_seed(3), {}
-    for layer in range(2):
-        for name, rows, columns in (("q", 256, 128), ("v", 128, 128), ("o", 128, 256)):
-            base = f"base_model.model.model.layers.{layer}.self_attn.{name}_proj"
-            tensors[f"{base}.lora_A.weight"] = 0.2 * torch.randn(4, columns, generator=generator)
-            tensors[f"{base}.lora_B.weight"] = 0.2 * torch.randn(rows, 4, generator=generator)
-    (peft := tmp_path / "peft").mkdir()
-    save_file(tensors, peft / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": "all-linear", "bias": "none"}
-    (peft / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    file, rotations, adapter = tmp_path / "out.gguf", tmp_path / "rotations", tmp_path / "lora.gguf"
-    done = cli("convert", source, file, "--rotation", "hadamard", "--weights", "f32", "--keep-rotations", rotations)
-    assert done.status == 0, done.stderr
-    done = cli("convert-lora", peft, adapter, "--file", file, "--rotations", rotations, "--reference", source)
-    assert done.status == 0, done.stderr
-    right = runtime_log_probabilities(file, TOKENS, exact_cache=True, adapter=adapter)
-    assert np.abs(right - runtime_log_probabilities(file, TOKENS, exact_cache=True)).max() > 1
+def write_adapter(path: Path, sizes: Mapping[str, int], mark: str | None) -> Path:
+    """A LoRA adapter of rank 4, its A in the basis of inputs transformed with these sizes."""
+    writer, random = gguf.GGUFWriter(path, "llama"), np.random.default_rng(3)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    if mark:
+        writer.add_string("kurtail.adapter.rotations", mark)
+    for name, rows, columns in (("attn_q", 256, 128), ("attn_v", 128, 128), ("attn_output", 128, 256), ("ffn_down", 128, 192)):
+        for layer in range(2):
+            tensor = f"blk.{layer}.{name}.weight"
+            a, b = (0.2 * random.standard_normal(shape) for shape in ((4, columns), (rows, 4)))
+            if n := sizes.get(tensor):
+                a = (a.reshape(-1, n) @ hadamard(n) / n**0.5).reshape(a.shape)
+            writer.add_tensor(f"{tensor}.lora_a", a.astype(np.float32))
+            writer.add_tensor(f"{tensor}.lora_b", b.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
-    weights = linears(2, sizes)  # R4 of 64 is in ffn_down already
-    folded = {name: n for name, n in weights.items() if "ffn_down" not in name}
-    turned = rewritten(file, tmp_path / "3.gguf", WITHOUT_R4 | listed(weights), folded)
-    a = {f"{name}.lora_a": n for name, n in folded.items()}
-    turned_adapter = rewritten(adapter, tmp_path / "lora-3.gguf", {}, a)
-    found = runtime_log_probabilities(turned, TOKENS, exact_cache=True, adapter=turned_adapter)
-    assert np.abs(found - right).max() < UNQUANTIZED
+
+def test_adapters_read_the_transformed_input(plain, tmp_path):
+    sizes = linears(2, {"attn_q": 64, "attn_k": 64, "attn_v": 64, "attn_output": 128, "ffn_gate": 32, "ffn_up": 32, "ffn_down": 64})
+    adapter = write_adapter(tmp_path / "lora.gguf", {}, None)
+    right = runtime_log_probabilities(plain("mistral"), TOKENS, exact_cache=True, adapter=adapter)
+    assert np.abs(right - runtime_log_probabilities(plain("mistral"), TOKENS, exact_cache=True)).max() > 1
+
+    mark = {"kurtail.rotations.sha256": ("STRING", "some")}
+    turned = rewritten(plain("mistral"), tmp_path / "3.gguf", BARE | mark | listed(sizes), sizes)
+    fitting = write_adapter(tmp_path / "lora-3.gguf", sizes, "some")
+    assert np.abs(runtime_log_probabilities(turned, TOKENS, exact_cache=True, adapter=fitting) - right).max() < UNQUANTIZED
 
 
 Q = "blk.0.attn_q.weight"
