@@ -22,11 +22,10 @@ from kurtail_gguf.export import write_adapter
 from kurtail_gguf.files import check_apart
 from kurtail_gguf.fold.lora import fold_pair
 from kurtail_gguf.gguf_info import read_gguf
-from kurtail_gguf.layerwise import layer_rotations
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.rotation.store import Rotations, load_rotations
+from kurtail_gguf.fold.transforms import Transforms, load_transforms
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
@@ -97,14 +96,14 @@ def convert_lora(
         raise AdapterError(f"{file} has no kurtail keys: give it the original adapter")
     if not provenance.rotations_sha256:
         raise AdapterError(f"{file} does not say what was folded into it: convert the model again")
-    kept = load_rotations(rotations)
-    if kept.sha256(provenance.r4_size) != provenance.rotations_sha256:
+    kept = load_transforms(rotations)
+    if kept.sha256() != provenance.rotations_sha256:
         raise AdapterError(f"{rotations} holds other rotations than {file}: give those that were kept with it")
     checkpoint = open_checkpoint(resolve_source(model, work_dir, progress), allow_pickle)
     loaded = read_adapter(adapter, checkpoint)
     known, tensors = {tensor.name for tensor in info.tensors}, {}
     with progress.stage("rotate adapter", len(loaded.pairs)) as stage:
-        for name, a, b in _folded(loaded, checkpoint, kept, provenance.r4_size):
+        for name, a, b in _folded(loaded, checkpoint, kept):
             if name not in known:
                 raise AdapterError(f"{file} has no tensor {name}: {model} is not what it was made of")
             tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
@@ -117,18 +116,16 @@ def convert_lora(
 
 
 def _folded(
-    adapter: Adapter, checkpoint: Checkpoint, rotations: Rotations, r4: int
+    adapter: Adapter, checkpoint: Checkpoint, transforms: Transforms
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Name in the file, A and B, float32."""
     spec = checkpoint.spec
-    r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1)
+    cpu = torch.device("cpu")
+    r1 = transforms.r1_on(cpu)
     for (layer, linear), (a, b) in sorted(adapter.pairs.items()):
         prefix = spec.layer_prefix(layer)
-        gains = {
-            norm: checkpoint.tensor(f"{prefix}{norm}.weight")
-            for norm in (spec.family.attention_norm, spec.family.ffn_norm)
-        }
-        a, b = fold_pair(a, b, linear, gains, spec, layer_rotations(rotations, layer, r1, r4, torch.device("cpu")))
+        gains = {site.norm: checkpoint.tensor(f"{prefix}{site.norm}.weight") for site in spec.sites if site.norm}
+        a, b = fold_pair(a, b, linear, gains, spec, transforms.layer(layer, r1, cpu))
         name, _ = file_tensor(spec, layer, linear)
         rows = file_rows(spec, linear, b.float().numpy())
         yield name, np.ascontiguousarray(a.float().numpy()), np.ascontiguousarray(rows)
@@ -184,8 +181,7 @@ def _pair(
     layer, linear = key
     spec = checkpoint.spec
     where = f"{path}: layer {layer}, {linear}"
-    dense = (*spec.family.attention_readers, spec.family.attention_writer)
-    dense += () if spec.experts else (*spec.ffn_readers, spec.family.ffn_writer)
+    dense = tuple(name for site in (spec.sites[:2] if spec.experts else spec.sites) for name in site.readers)
     if not 0 <= layer < spec.layers or linear not in dense:
         known = ", ".join(dense)
         raise AdapterError(f"{where} cannot be adapted: {checkpoint.directory} has {spec.layers} layers of {known}")

@@ -1,8 +1,9 @@
 """The rotations that are folded into a file, found again from the file and the model it was made of.
 
 Each is the orthogonal matrix that carries the model's weights nearest to the file's (Procrustes): R1 from embedding and
-head, R2 from each layer's values, and the scales of FFN channels and keys row by row. Nothing has to have been kept; rounding to 4
-bits in the file moves the result a little, so that it is for checking, not for converting.
+head, R2 from each layer's values, and the scales of FFN channels and keys row by row; diagonals behind norms are the gains that
+the file has. Nothing has to have been kept; rounding to 4 bits in the file moves the result a little, so that it is for checking,
+not for converting.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_rows, file_tensor
+from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_norm, file_rows, file_tensor
+from kurtail_gguf.arch.sites import FFN_OUTPUT
+from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.config import Provenance
+from kurtail_gguf.errors import Differs
 from kurtail_gguf.evaluate.file_tensors import FileTensors
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
+from kurtail_gguf.fold.layer import LayerTransforms, fold_layer, fold_reader
 from kurtail_gguf.loading.checkpoint import Checkpoint
 
 
@@ -34,14 +38,14 @@ def find_r1(checkpoint: Checkpoint, file: FileTensors, provenance: Provenance) -
     return _nearest_rotation(total)
 
 
-def find_layer_rotations(
+def find_layer_transforms(
     checkpoint: Checkpoint,
     file: FileTensors,
     provenance: Provenance,
     layer: int,
     weights: dict[str, torch.Tensor],
     r1: torch.Tensor | None,
-) -> LayerRotations:
+) -> LayerTransforms:
     """All that is folded into a layer.
 
     Args:
@@ -53,23 +57,47 @@ def find_layer_rotations(
         r1: what :func:`find_r1` found.
     """
     spec = checkpoint.spec
-    r4 = provenance.r4_size if provenance.r4_kind == "hadamard" else 0
-    folded = fold_layer(weights, spec, LayerRotations(r1, None, 0))
-    r2 = scale = None
+    online = find_online(checkpoint, file)
+    scales = {site.kind: _gain(file, spec, layer, site.norm) for site in spec.sites if site.norm}
+    # all that is folded into the columns of what reads the residual stream
+    folded = fold_layer(weights, spec, LayerTransforms(r1, None, online, scales))
+    r2 = None
     if provenance.r2_kind != "none":
         linear, rows = spec.value_rows
         shape = (spec.kv_heads, spec.head_dim, -1)
         value = folded[f"{linear}.weight"][rows].reshape(shape)
         found = _stored(file, checkpoint, layer, linear)[rows].reshape(shape)
         r2 = _nearest_rotation(value @ found.mT)
-    if provenance.rotation == "output" and not spec.experts:
-        linear, rows = spec.up_rows
-        up, found = folded[f"{linear}.weight"][rows], _stored(file, checkpoint, layer, linear)[rows]
-        energy = up.square().sum(1)
-        scale = torch.where(energy > 0, (up * found).sum(1) / energy, 1.0)
-        # a row that came out as zeros has lost its scale; the comparison of its tensor will tell
-        scale = torch.where(scale > 0, scale, 1.0)
-    return LayerRotations(r1, r2, r4, scale, _key_scale(checkpoint, file, layer, weights, folded))
+    for site in spec.sites:
+        if site.kind == FFN_OUTPUT and site.source and provenance.rotation in ("output", "diagonal"):
+            scales[site.kind] = _row_scale(folded, file, checkpoint, layer, *site.source)
+    return LayerTransforms(r1, r2, online, scales, _key_scale(checkpoint, file, layer, weights, folded))
+
+
+def find_online(checkpoint: Checkpoint, file: FileTensors) -> dict[str, int]:
+    """Sizes of the Hadamard blocks that the runtime multiplies sites by, by their kinds."""
+    sizes = {site.kind: file.online(file_tensor(checkpoint.spec, 0, site.readers[0])[0]) for site in checkpoint.spec.sites}
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def _gain(file: FileTensors, spec: ModelSpec, layer: int, norm: str) -> torch.Tensor:
+    """The diagonal in a norm's gain, ones where there is none."""
+    name = f"blk.{layer}.{file_norm(spec, norm)}.weight"
+    gain = torch.from_numpy(file.values(name)).double()
+    if not (torch.isfinite(gain) & (gain > 0)).all():
+        raise Differs(f"tensor {name}: what it multiplies by is not always above 0, and no diagonal has other values")
+    return gain
+
+
+def _row_scale(
+    folded: dict[str, torch.Tensor], file: FileTensors, checkpoint: Checkpoint, layer: int, linear: str, rows: slice
+) -> torch.Tensor:
+    """What rows of a linear were multiplied by."""
+    kept, found = folded[f"{linear}.weight"][rows], _stored(file, checkpoint, layer, linear)[rows]
+    energy = kept.square().sum(1)
+    scale = torch.where(energy > 0, (kept * found).sum(1) / energy, 1.0)
+    # a row that came out as zeros has lost its scale; the comparison of its tensor will tell
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def _key_scale(

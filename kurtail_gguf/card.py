@@ -18,6 +18,7 @@ from kurtail_gguf.evaluate.cache import with_cache
 from kurtail_gguf.evaluate.mmlu import Accuracy
 from kurtail_gguf.evaluate.retrieval import GUESS, Cell
 from kurtail_gguf.files import file_sha256, write_atomically
+from kurtail_gguf.gguf_info import online_parts
 from kurtail_gguf.measurement import ModelResult, Request
 
 
@@ -131,15 +132,15 @@ def identity(
     if (kurtail := summary["kurtail"]) is None:
         rows.append(("kurtail", "no keys: a stock file"))
     else:
-        rows += _provenance(kurtail, runs_as)
+        rows += _provenance(kurtail, summary["online"], runs_as)
     rows += [(f"activations of {name}", f"{bits} bits") for name, bits in summary["tensor_activation_bits"].items()]
     if made_by:
         rows.append(("made by", f"`{shlex.join(made_by)}`"))
     return rows
 
 
-def _provenance(kurtail: Mapping[str, Any], runs_as: str) -> list[tuple[str, str]]:
-    folded = {"r1": "residual stream, folded", "r2": "values, folded", "r3": "queries and keys, online", "r4": "FFN, online"}
+def _provenance(kurtail: Mapping[str, Any], online: Mapping[str, int], runs_as: str) -> list[tuple[str, str]]:
+    folded = {"r1": "residual stream, folded", "r2": "values, folded", "r3": "queries and keys, online"}
     rotations = [
         f"{name.upper()} ({what}) {kurtail[f'{name}_kind']}" + (f" {kurtail[f'{name}_size']}" if kurtail[f"{name}_size"] else "")
         for name, what in folded.items()
@@ -155,6 +156,7 @@ def _provenance(kurtail: Mapping[str, Any], runs_as: str) -> list[tuple[str, str
         ("runs as", f"{runs_as}, weights {kurtail['weights']}{tuned}"),
         ("method", f"rotation {kurtail['rotation']}, objective {kurtail['objective']}, seed {kurtail['seed']}"),
         ("rotations", "; ".join(rotations)),
+        ("Hadamard of inputs, online", online_parts(online)),
         ("calibration", calibration),
         ("written by", f"{kurtail['tool']}, format {kurtail['format_version']}"),
     ]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kurtail_gguf.config import ROTATIONS, WEIGHTS, ConvertConfig
 from kurtail_gguf.errors import ConfigError, KurtailError
@@ -23,8 +23,11 @@ from kurtail_gguf.measurement import ModelResult, Request, TextRequest, check, m
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.resources import Measured, run_measured
 
+if TYPE_CHECKING:
+    from kurtail_gguf.calibration.capture import Capture
+
 #: What a conversion leaves in its work directory that the picture needs.
-_ROTATIONS_FILE, _CAPTURE = "rotations.safetensors", "capture"
+_TRANSFORMS_FILE, _CAPTURE = "transforms.safetensors", "capture"
 #: Sequences and tokens in each that are captured where no conversion did.
 _SEQUENCES, _LENGTH = 4, 512
 
@@ -247,35 +250,36 @@ def _as_typed(config: CompareConfig, method: Method, conversion: ConvertConfig) 
 def _thin_out(work_dir: Path, keep: bool) -> None:
     """Remove what a conversion left, but for what the picture is drawn from."""
     for path in work_dir.iterdir():
-        if keep and path.name in (_ROTATIONS_FILE, _CAPTURE):
+        if keep and path.name in (_TRANSFORMS_FILE, _CAPTURE):
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _draw(config: CompareConfig, source: str, scratch: Path, progress: Progress) -> Picture:
     from kurtail_gguf.loading.checkpoint import open_checkpoint
-    from kurtail_gguf.rotation.store import load_rotations
+    from kurtail_gguf.fold.activations import transformed
+    from kurtail_gguf.fold.transforms import load_transforms
 
     assert config.picture is not None
     layers = open_checkpoint(Path(source), config.allow_pickle).spec.layers
-    sites, text = _activations(config, Path(source), scratch, progress)
-    r1 = {}
+    samples, text = _activations(config, Path(source), scratch, progress)
+    sides = {}
     for method in config.methods:
-        path = scratch / method.name / _ROTATIONS_FILE
-        if path.exists() and (rotation := load_rotations(path).r1) is not None:
-            r1[method.name] = rotation
-    with progress.stage("outliers", 1 + len(r1)) as stage:
-        before = measure_outliers(sites)
-        stage.advance(1, "before rotation")
+        path = scratch / method.name / _TRANSFORMS_FILE
+        if path.exists() and (sites := transformed(samples.sites(), load_transforms(path))) is not None:
+            sides[method.name] = sites
+    with progress.stage("outliers", 1 + len(sides)) as stage:
+        before = measure_outliers(samples.sites())
+        stage.advance(1, "before")
         after = {}
-        for name, rotation in r1.items():
-            after[name] = measure_outliers(sites, rotation)
+        for name, sites in sides.items():
+            after[name] = measure_outliers(sites)
             stage.advance(1, name)
     draw(config.picture, f"{config.model}: activations of {text}", layers, before, after)
     return Picture(text, layers, before, after)
 
 
-def _activations(config: CompareConfig, source: Path, scratch: Path, progress: Progress) -> tuple[list[Any], str]:
+def _activations(config: CompareConfig, source: Path, scratch: Path, progress: Progress) -> tuple[Capture, str]:
     """Captured activations and the name of their text: a conversion's own, or the measured text's."""
     from kurtail_gguf.calibration.capture import Capture, capture
     from kurtail_gguf.calibration.tokens import calibration_name, cut_sequences, load_tokenizer
@@ -288,7 +292,7 @@ def _activations(config: CompareConfig, source: Path, scratch: Path, progress: P
         directory = scratch / method.name / _CAPTURE
         if directory.is_dir():
             name = calibration_name(any_method.calibration)
-            return Capture(directory, checkpoint.spec.layers).sites(), f"the calibration text ({name})"
+            return Capture(directory, checkpoint.spec.layers), f"the calibration text ({name})"
     with config.text.path.open(encoding="utf-8", errors="replace") as file:
         head = file.read(_SEQUENCES * _LENGTH * 16)
     tokenizer = load_tokenizer(source)
@@ -300,4 +304,4 @@ def _activations(config: CompareConfig, source: Path, scratch: Path, progress: P
     directory.mkdir()
     device = pick_device(any_method.device)
     found = capture(checkpoint, sequences, directory, any_method.seed, device, progress)
-    return found.sites(), config.text.path.name
+    return found, config.text.path.name

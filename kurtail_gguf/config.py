@@ -12,9 +12,9 @@ from kurtail_gguf import __version__
 from kurtail_gguf.errors import ConfigError
 from kurtail_gguf.files import check_apart
 
-ROTATIONS = ("output", "kurtail", "spinquant", "hadamard", "none")
+ROTATIONS = ("diagonal", "output", "kurtail", "spinquant", "hadamard", "none")
 #: Those that are learned, and so need calibration text.
-LEARNED_ROTATIONS = ("output", "kurtail", "spinquant")
+LEARNED_ROTATIONS = ("diagonal", "output", "kurtail", "spinquant")
 #: ``f32``: not quantized at all, so that nothing but the folding can be wrong.
 WEIGHTS = ("gptq", "rtn", "f32")
 ACTIVATION_BITS = (4, 8)
@@ -51,7 +51,7 @@ MAX_TUNE = 1 << 20
 #: ``kurtail.seed`` is a uint64; torch's generators take seeds below 2**63.
 MAX_SEED = (1 << 63) - 1
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TOOL = f"kurtail-gguf {__version__}"
 
 
@@ -81,7 +81,8 @@ class ConvertConfig:
     Args:
         model: an HF directory, a GGUF file that transformers can read, or the name of a recipe.
         out: the GGUF file to write.
-        rotation: ``output`` (R1 learned by what rounding does to the linears' outputs, R2 by kurtosis), ``kurtail``
+        rotation: ``diagonal`` (each input of a linear scaled channel by channel and transformed by a Hadamard matrix of 64
+            at run time; no R1, R2 by kurtosis), ``output`` (R1 learned by what rounding does to the linears' outputs, R2 by kurtosis), ``kurtail``
             (both by kurtosis), ``spinquant`` (learned end to end), ``hadamard`` (R1, R2 random) or ``none``.
         weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales; ``f32``: rotations
             are folded and nothing is quantized, activations and cache included.
@@ -109,7 +110,7 @@ class ConvertConfig:
 
     model: str
     out: Path
-    rotation: str = "output"
+    rotation: str = "diagonal"
     weights: str = "gptq"
     activations: int | str = 4
     budget: float | None = None
@@ -224,7 +225,7 @@ class ConvertConfig:
         """``tune``, or by default :data:`DEFAULT_TUNE` for our own recipe; the papers' methods come without."""
         if self.tune is not None:
             return self.tune
-        return DEFAULT_TUNE if self.rotation == "output" and self.weights == "gptq" else 0
+        return DEFAULT_TUNE if self.rotation in ("diagonal", "output") and self.weights == "gptq" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +261,7 @@ class Provenance:
     target: str = "kurtail"
     activation_choice: str = "fixed"
     activation_budget: float = 0.0
+    diagonal: str = "none"
     rotations_sha256: str = ""
     kv_choice: str = "fixed"
     kv_budget: float = 0.0

@@ -32,3 +32,7 @@ class CalibrationError(KurtailError):
 
 class QuantizeError(KurtailError):
     """A tensor cannot be represented in the 4-bit format."""
+
+
+class Differs(KurtailError):
+    """What a file has that it should not have, in words, found while it is verified."""

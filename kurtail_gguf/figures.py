@@ -20,14 +20,15 @@ from safetensors.numpy import load_file
 from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix, remove_files
 from kurtail_gguf.calibration.tokens import CalibrationTokens
+from kurtail_gguf.fold.activations import transformed
 from kurtail_gguf.evaluate.outliers import Outliers, measure_outliers
 from kurtail_gguf.files import write_atomically
-from kurtail_gguf.fold.tables import EMBEDDING, EmbeddingRows
+from kurtail_gguf.fold.tables import EmbeddingRows
 from kurtail_gguf.formats.targets import BlockFormat
-from kurtail_gguf.layerwise import folded_layer, layer_path, layer_rotations, replay
+from kurtail_gguf.layerwise import folded_layer, layer_path, replay
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.fold.transforms import Transforms
 from kurtail_gguf.rotation_choice import captured
 from kurtail_gguf.simulation.rounding import round_to
 from kurtail_gguf.simulation.runtime import RuntimeRounding
@@ -44,7 +45,7 @@ class Figures:
         text: name of the text that activations are of.
         layers: of the model.
         before: outliers of the model's own activations, attention's and the FFN's of every layer in turn.
-        after: those of the same activations rotated; None without R1.
+        after: those of the same activations transformed; None where they are left as they are.
         weight_errors: of the folded weights against what the file stores; empty where nothing was quantized.
         activation_errors: of what enters the linears of the quantized model, by their bits; empty likewise, and
             without an expert that no token came to.
@@ -61,7 +62,7 @@ class Figures:
 def measure_figures(
     checkpoint: Checkpoint,
     tokens: CalibrationTokens,
-    rotations: Rotations,
+    transforms: Transforms,
     rounding: RuntimeRounding,
     block_format: BlockFormat | None,
     quantized: Path,
@@ -75,7 +76,7 @@ def measure_figures(
     Args:
         checkpoint: the model.
         tokens: what was read for calibration.
-        rotations: what was folded in.
+        transforms: what was folded in.
         rounding: what the runtime rounds, exceptions included. What comes to a linear is that of a network without
             exceptions.
         block_format: of the block linears; None where they are not quantized.
@@ -92,22 +93,22 @@ def measure_figures(
     samples = captured(checkpoint, tokens, work_dir, seed, device, progress)
     directory = work_dir / "figures"
     directory.mkdir(exist_ok=True)
-    sides = {"before": None} if rotations.r1 is None else {"before": None, "after": rotations.r1}
+    before, after = samples.sites(), transformed(samples.sites(), transforms)
+    sides = {"before": before} if after is None else {"before": before, "after": after}
     with progress.stage("measure for the report", len(sides) + (0 if block_format is None else 2 * spec.layers)) as stage:
         outliers = {}
-        for side, r1 in sides.items():
-            found = _kept(directory / f"{side}.json", lambda r1=r1: asdict(measure_outliers(samples.sites(), r1)))
+        for side, sites in sides.items():
+            found = _kept(directory / f"{side}.json", lambda sites=sites: asdict(measure_outliers(sites)))
             outliers[side] = Outliers(**{name: tuple(values) for name, values in found.items()})
-            stage.advance(1, f"outliers {side} rotation")
+            stage.advance(1, f"outliers {side} the transforms")
         weights: dict[str, float] = {}
         activations: dict[str, float] = {}
         if block_format is not None:
-            r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
+            r1 = transforms.r1_on(device)
             for layer in range(spec.layers):
 
                 def weights_of(layer: int = layer) -> dict[str, float]:
-                    share = layer_rotations(rotations, layer, r1, rounding.r4, device)
-                    folded = folded_layer(checkpoint.layer(layer, device, check=True), spec, share)
+                    folded = folded_layer(checkpoint.layer(layer, device, check=True), spec, transforms.layer(layer, r1, device))
                     return _weight_errors(spec, layer, folded, layer_path(quantized, layer), block_format)
 
                 weights |= _kept(directory / f"weights-{layer:05d}.json", weights_of)
@@ -157,7 +158,7 @@ def _activation_errors(
     spec = checkpoint.spec
     meter = _Meter(spec, rounding)
     alike = replace(rounding, exceptions={}, watch=meter.see)
-    embedding = EmbeddingRows(quantized / EMBEDDING, spec.embedding_scale)
+    embedding = EmbeddingRows(quantized, spec)
     remove_files(directory)
     prefix = QuantizedPrefix(checkpoint, tokens.first(MEASURED_TOKENS).ids, embedding, alike, directory, device)
     for layer in range(spec.layers):

@@ -35,6 +35,7 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("r3_size", "kurtail.r3.size", "uint32"),
     ("r4_kind", "kurtail.r4.kind", "string"),
     ("r4_size", "kurtail.r4.size", "uint32"),
+    ("diagonal", "kurtail.diagonal", "string"),
     ("rotations_sha256", "kurtail.rotations.sha256", "string"),
     ("activation_bits", "kurtail.activation_bits", "uint32"),
     ("activation_choice", "kurtail.activation_choice", "string"),
@@ -52,6 +53,9 @@ PROVENANCE_KEYS: tuple[tuple[str, str, str], ...] = (
     ("calibration_sha256", "kurtail.calibration.sha256", "string"),
 )
 
+#: Format version in which transforms are told tensor by tensor; before, R4 stood before every ffn_down.
+FIRST_WITH_ONLINE = 3
+
 #: In an HF directory that was unpacked from a GGUF file: that file's keys. The vocabulary of whatever is written from the
 #: directory is copied from it.
 UNPACKED_KEYS = "unpacked-from.gguf"
@@ -59,7 +63,7 @@ UNPACKED_KEYS = "unpacked-from.gguf"
 #: what it means that a file lacks a key: it was written before there was one
 _BEFORE_THE_KEY: Mapping[str, Any] = MappingProxyType(
     {
-        "target": "kurtail", "activation_choice": "fixed", "activation_budget": 0.0, "rotations_sha256": "",
+        "target": "kurtail", "activation_choice": "fixed", "activation_budget": 0.0, "rotations_sha256": "", "diagonal": "none",
         "kv_choice": "fixed", "kv_budget": 0.0, "kv_k_bits": (), "kv_v_bits": (), "kv_divergence": None,
         "kv_perplexity": None, "kv_measured_tokens": None,
     }
@@ -67,6 +71,10 @@ _BEFORE_THE_KEY: Mapping[str, Any] = MappingProxyType(
 
 #: what keys are stored without, float32: each layer's ``[kv_heads, head_dim]`` one after the other, in the file's order
 K_OFFSET = "kurtail.kv.k_offset"
+
+#: transforms of single tensors' inputs at run time: names, kinds (only HADAMARD) and sizes of blocks
+ONLINE_NAME, ONLINE_KIND, ONLINE_SIZE = "kurtail.online.name", "kurtail.online.kind", "kurtail.online.size"
+HADAMARD = "hadamard"
 
 #: upstream's keys for activation bits of single tensors: names, and whether 4 bits are allowed
 TENSOR_EXTRA_NAME = "general.tensor_extra.name"
@@ -176,6 +184,17 @@ class GgufInfo:
         return Provenance(**{**_BEFORE_THE_KEY, **values})
 
     @property
+    def online(self) -> dict[str, int]:
+        """Sizes of the Hadamard blocks that tensors' inputs are multiplied by at run time, by the tensors' names."""
+        provenance = self.provenance
+        if provenance is None:
+            return {}
+        if provenance.format_version >= FIRST_WITH_ONLINE:
+            return dict(zip(self.metadata.get(ONLINE_NAME, ()), self.metadata.get(ONLINE_SIZE, ()), strict=True))
+        downs = (tensor.name for tensor in self.tensors if ".ffn_down" in tensor.name and tensor.is_block_linear)
+        return dict.fromkeys(downs, provenance.r4_size) if provenance.r4_kind == HADAMARD else {}
+
+    @property
     def runtime_bits(self) -> tuple[int | None, int]:
         """Bits of activations and of the default cache; None where llama.cpp's own kernels decide."""
         provenance = self.provenance
@@ -211,6 +230,14 @@ class GgufInfo:
         if tensor not in names:
             return default
         return 4 if self.metadata[TENSOR_EXTRA_PREC_A4][names.index(tensor)] else 8
+
+
+def online_parts(online: Mapping[str, int]) -> str:
+    """:attr:`GgufInfo.online` in words, sizes of blocks by what reads the input: ``attn_q, attn_k 64; ffn_down 512``."""
+    by_size: dict[int, dict[str, None]] = {}
+    for name, size in online.items():
+        by_size.setdefault(size, {})[name.split(".")[2]] = None
+    return "; ".join(f"{', '.join(parts)} {size}" for size, parts in by_size.items()) or "none"
 
 
 def read_gguf(path: Path) -> GgufInfo:

@@ -17,15 +17,15 @@ from safetensors.numpy import load_file, save_file
 from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.calibration.quantized_prefix import Quantize, QuantizedPrefix, remove_files
 from kurtail_gguf.files import replacing
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer
-from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows, fold_embedding, fold_head
+from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
+from kurtail_gguf.fold.tables import EmbeddingRows, fold_tables
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.loading.prefetch import layer_stream
 from kurtail_gguf.progress import Progress, Stage
 from kurtail_gguf.quantize.gptq import quantize_gptq
 from kurtail_gguf.quantize.rtn import quantize_rtn
-from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.fold.transforms import Transforms
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
 
@@ -39,8 +39,7 @@ class CalibratedOn:
 
 def fold_and_quantize(
     checkpoint: Checkpoint,
-    rotations: Rotations,
-    r4: int,
+    transforms: Transforms,
     block_format: BlockFormat | None,
     calibrated_on: CalibratedOn | None,
     target: Path,
@@ -49,14 +48,12 @@ def fold_and_quantize(
 ) -> Path:
     """Fold and quantize into ``target``; the layout is the exporter's input.
 
-    ``embed_tokens.npy``, ``lm_head.npy`` (float32 ``[vocab, hidden]``), ``layer-NNNNN.safetensors`` (HF
-    names; block linears as packed rows of ``block_format``, uint8; the rest float32) and
-    ``final.safetensors`` (the final norm's weight, ones).
+    What :func:`~kurtail_gguf.fold.tables.fold_tables` writes, and ``layer-NNNNN.safetensors`` (HF names; block linears as
+    packed rows of ``block_format``, uint8; the rest float32).
 
     Args:
         checkpoint: the model; weights are checked for NaN as they are read.
-        rotations: R1 and R2.
-        r4: size of R4's Hadamard blocks, 0 for none.
+        transforms: what to fold.
         block_format: what the block linears are stored as; None leaves them in single precision.
         calibrated_on: quantize with GPTQ on this; None rounds to nearest.
         target: directory of the results; what is there already is taken over.
@@ -70,18 +67,14 @@ def fold_and_quantize(
     """
     target.mkdir(exist_ok=True)
     spec = checkpoint.spec
-    r1 = None if rotations.r1 is None else torch.from_numpy(rotations.r1).to(device)
+    r1 = transforms.r1_on(device)
     prefix = None
     zero: list[str] = []
-    with progress.stage("fold embedding and head", 2) as stage:
-        for name, fold in ((EMBEDDING, fold_embedding), (HEAD, fold_head)):
-            if not (target / name).exists():
-                fold(checkpoint, r1, target / name)
-            stage.advance(1, name.removesuffix(".npy"))
+    fold_tables(checkpoint, r1, target, progress)
     missing = [layer for layer in range(spec.layers) if not layer_path(target, layer).exists()]
     if calibrated_on is not None and missing:
         prefix = QuantizedPrefix(
-            checkpoint, calibrated_on.ids, EmbeddingRows(target / EMBEDDING, spec.embedding_scale),
+            checkpoint, calibrated_on.ids, EmbeddingRows(target, spec),
             calibrated_on.rounding, target.parent, device,
         )  # fmt: skip
     start = min(missing, default=spec.layers)
@@ -91,7 +84,7 @@ def fold_and_quantize(
             """Make the layer's file, or take the tokens through the one that is there; a few words on it."""
             path, note = layer_path(target, layer), ""
             if layer in missing:
-                folded = folded_layer(next(layers), spec, layer_rotations(rotations, layer, r1, r4, device))
+                folded = folded_layer(next(layers), spec, transforms.layer(layer, r1, device))
                 above = spec.layer_prefix(layer)
                 zero.extend(f"{above}{name}" for name in spec.linears if not folded[f"{name}.weight"].any())
                 one = _Layer(spec, layer, folded, block_format, stage)
@@ -115,8 +108,6 @@ def fold_and_quantize(
         remove_files(target.parent)
     else:
         prefix.close()
-    norm = f"{spec.family.final_norm}.weight"
-    _save({norm: np.ones(spec.hidden_size, np.float32)}, target / "final.safetensors")
     return target
 
 
@@ -132,19 +123,9 @@ def layer_path(directory: Path, layer: int) -> Path:
     return directory / f"layer-{layer:05d}.safetensors"
 
 
-def folded_layer(weights: dict[str, torch.Tensor], spec: ModelSpec, rotations: LayerRotations) -> dict[str, torch.Tensor]:
+def folded_layer(weights: dict[str, torch.Tensor], spec: ModelSpec, transforms: LayerTransforms) -> dict[str, torch.Tensor]:
     """A layer's tensors with everything folded, float32; arguments as :func:`fold_layer`'s."""
-    return _single(fold_layer(weights, spec, rotations))
-
-
-def layer_rotations(
-    rotations: Rotations, layer: int, r1: torch.Tensor | None, r4: int, device: torch.device
-) -> LayerRotations:
-    """A layer's share of ``rotations``, on a device where ``r1`` is already."""
-    r2 = None if rotations.r2 is None else torch.from_numpy(rotations.r2[layer]).to(device)
-    scales = None if rotations.ffn_scales is None else torch.from_numpy(rotations.ffn_scales[layer]).to(device)
-    keys = None if rotations.key_scales is None else torch.from_numpy(rotations.key_scales[layer]).to(device)
-    return LayerRotations(r1, r2, r4, scales, keys)
+    return _single(fold_layer(weights, spec, transforms))
 
 
 class _Layer:

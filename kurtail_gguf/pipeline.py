@@ -21,6 +21,9 @@ import torch
 from safetensors import SafetensorError
 
 from kurtail_gguf.activation_choice import choose, measure_damage
+from kurtail_gguf.arch.names import online_tensors
+from kurtail_gguf.arch.sites import FFN_OUTPUT, SITES
+from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.cache.plan import CachePlan, plan_cache
 from kurtail_gguf.calibration.generate import generate
 from kurtail_gguf.calibration.prose import prose_tokens
@@ -44,7 +47,8 @@ from kurtail_gguf.evaluate.outliers import check_matplotlib
 from kurtail_gguf.export import check_vocabulary, write_gguf
 from kurtail_gguf.figures import MEASURED_TOKENS, measure_figures
 from kurtail_gguf.files import file_sha256, replacing, write_atomically
-from kurtail_gguf.formats.hadamard import MAX_R4, r4_size
+from kurtail_gguf.fold.tables import is_tied, table_types
+from kurtail_gguf.formats.hadamard import MAX_R4, hadamard_size
 from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
@@ -60,8 +64,8 @@ from kurtail_gguf.memory import (
 )
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.resources import peak_memory
-from kurtail_gguf.rotation.store import Rotations, save_rotations
-from kurtail_gguf.rotation_choice import choose_rotations
+from kurtail_gguf.fold.transforms import Transforms
+from kurtail_gguf.rotation_choice import choose_transforms
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.rounding import CACHE_BLOCK
 from kurtail_gguf.simulation.runtime import RuntimeRounding
@@ -69,7 +73,7 @@ from kurtail_gguf.tuning import memory_shortage, tune
 from kurtail_gguf.workdir import discard, locked, open_work_dir, remove_stage
 
 #: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
-OBJECTIVE = {"output": "output-error", "kurtail": "kurtosis", "spinquant": "cross-entropy"}
+OBJECTIVE = {"diagonal": "output-error", "output": "output-error", "kurtail": "kurtosis", "spinquant": "cross-entropy"}
 
 
 def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
@@ -177,13 +181,13 @@ def _convert(
             few = replace(config, calibration_tokens=MEASURED_TOKENS)
             measured_on = _tokens(few, 0, checkpoint, work_dir, device, progress)
     with clock.measure("rotations"):
-        rotations = choose_rotations(config, checkpoint, calibration, rounding, work_dir, device, progress)
+        transforms = choose_transforms(config, checkpoint, calibration, rounding, work_dir, device, progress)
     with clock.measure("cache"):
         text = _cache_text(config, checkpoint, calibration)
         plan = plan_cache(
-            checkpoint, text, config.cache_bits, config.cache_budget, rotations.r2, rounding.cache, work_dir, device, progress
+            checkpoint, text, config.cache_bits, config.cache_budget, transforms.r2, rounding.cache, work_dir, device, progress
         )
-        rotations = replace(rotations, key_scales=plan.scales, key_offsets=plan.offsets)
+        transforms = replace(transforms, key_scales=plan.scales, key_offsets=plan.offsets)
         rounding = replace(rounding, cache=replace(rounding.cache, layers=plan.layers()))
     calibrated_on = None
     if config.weights == "gptq":
@@ -191,7 +195,7 @@ def _convert(
         calibrated_on = CalibratedOn(calibration.ids, rounding)
     with clock.measure("quantize"):
         quantized = fold_and_quantize(
-            checkpoint, rotations, rounding.r4, stored_as, calibrated_on, work_dir / "quantized", device, progress
+            checkpoint, transforms, stored_as, calibrated_on, work_dir / "quantized", device, progress
         )
     if config.activations == "auto":
         assert calibration is not None
@@ -212,14 +216,16 @@ def _convert(
         assert measured_on is not None
         with clock.measure("measure for the report"):
             figures = measure_figures(
-                checkpoint, measured_on, rotations, rounding, stored_as, quantized, work_dir, config.seed, device, progress
+                checkpoint, measured_on, transforms, rounding, stored_as, quantized, work_dir, config.seed, device, progress
             )
-    provenance = _provenance(config, checkpoint, rotations, rounding, plan, tokens, steps)
+    provenance = _provenance(config, checkpoint, transforms, rounding, plan, tokens, steps)
     if config.keep_rotations is not None:
-        save_rotations(rotations, config.keep_rotations)
+        transforms.save(config.keep_rotations)
     with clock.measure("export"):
         offsets = plan.offsets_in_file(checkpoint.spec)
-        write_gguf(source, quantized, config.out, provenance, progress, rounding.exceptions, offsets)
+        tables = table_types(checkpoint.spec, is_tied(checkpoint.spec, transforms.r1), rounded=config.weights != "f32")
+        online = online_tensors(checkpoint.spec, rounding.online)
+        write_gguf(source, quantized, config.out, provenance, progress, tables, online, rounding.exceptions, offsets)
     weights = sum(_multiply_accumulates(checkpoint).values())
     return ConvertResult(
         config.out, provenance, clock.seconds, checkpoint.spec.layers, weights, resumed, clock.peak_bytes, figures,
@@ -276,13 +282,13 @@ def runtime_rounding(config: ConvertConfig, checkpoint: Checkpoint) -> RuntimeRo
     bits = STOCK_ACTIVATION_BITS if stock else config.activation_bits
     # 4 is what auto begins with
     kv = 4 if config.cache_bits == "auto" else int(config.cache_bits)
-    r3, r4 = 0, 0
-    # Stock llama.cpp has no R4, and rotates K by itself where its cache is quantized.
+    r3, online = 0, {}
+    # Stock llama.cpp transforms nothing online, but rotates K by itself where its cache is quantized.
     if config.rotation != "none" and not stock:
-        r3, r4 = _r3(checkpoint.spec.head_dim, kv), _r4(config.rotation, checkpoint.spec.intermediate_size, block)
+        r3, online = _r3(checkpoint.spec.head_dim, kv), _online(config.rotation, checkpoint.spec, block)
     # where R2 is not folded, upstream rotates V by itself; in our files it does not
     cache = CacheSettings(bits=kv, rotation=r3, rotate_v=False, paired=checkpoint.spec.family.rope_pairs)
-    return RuntimeRounding(bits, block, r4, cache)
+    return RuntimeRounding(bits, block, online, cache)
 
 
 def _r3(head_dim: int, kv: int) -> int:
@@ -290,13 +296,15 @@ def _r3(head_dim: int, kv: int) -> int:
     return head_dim if head_dim % 64 == 0 and head_dim & (head_dim - 1) == 0 and kv < 16 else 0
 
 
-def _r4(rotation: str, intermediate_size: int, block: int) -> int:
-    """Size of R4's Hadamard blocks, 0 for none."""
+def _online(rotation: str, spec: ModelSpec, block: int) -> dict[str, int]:
+    """Sizes of the Hadamard blocks that sites are multiplied by at run time, by their kinds."""
     # Spreading an outlier over more values than share a scale only carries it into more blocks: with one Hadamard a
-    # block the divergence that rounding this input causes was a third lower than with 512 (docs/quality.md). The
-    # other methods have R4 as their papers do.
-    size = r4_size(intermediate_size, block if rotation == "output" else MAX_R4)
-    return size if size > 1 else 0
+    # block the divergence that rounding FFN outputs causes was a third lower than with 512 (docs/quality.md). The
+    # papers' methods have R4 as they describe it, and nothing else.
+    ours = rotation in ("diagonal", "output")
+    kinds = SITES if rotation == "diagonal" else (FFN_OUTPUT,)
+    sizes = {site.kind: hadamard_size(site.size, block if ours else MAX_R4) for site in spec.sites if site.kind in kinds}
+    return {kind: size for kind, size in sizes.items() if size > 1}
 
 
 class _Clock:
@@ -473,7 +481,7 @@ def _tuning_steps(
 def _provenance(
     config: ConvertConfig,
     checkpoint: Checkpoint,
-    rotations: Rotations,
+    transforms: Transforms,
     rounding: RuntimeRounding,
     plan: CachePlan,
     tokens: CalibrationTokens | None,
@@ -487,15 +495,16 @@ def _provenance(
         weights=config.weights,
         tune_steps=tune_steps,
         seed=config.seed,
-        r1_kind=rotations.r1_kind,
-        r1_size=0 if rotations.r1 is None else spec.hidden_size,
-        r2_kind=rotations.r2_kind,
-        r2_size=0 if rotations.r2 is None else spec.head_dim,
+        r1_kind=transforms.r1_kind,
+        r1_size=0 if transforms.r1 is None else spec.hidden_size,
+        r2_kind=transforms.r2_kind,
+        r2_size=0 if transforms.r2 is None else spec.head_dim,
         r3_kind="hadamard" if rounding.cache.rotation else "none",
         r3_size=rounding.cache.rotation,
-        r4_kind="hadamard" if rounding.r4 else "none",
-        r4_size=rounding.r4,
-        rotations_sha256=rotations.sha256(rounding.r4),
+        r4_kind="hadamard" if rounding.online_of(FFN_OUTPUT) else "none",
+        r4_size=rounding.online_of(FFN_OUTPUT),
+        diagonal=",".join(sorted(transforms.scales)) or "none",
+        rotations_sha256=transforms.sha256(),
         activation_bits=rounding.activation_bits,
         activation_choice="auto" if config.activations == "auto" else "fixed",
         activation_budget=float(np.float32(config.activation_budget)),

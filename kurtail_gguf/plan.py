@@ -202,8 +202,9 @@ def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: in
         found["rotations"] = sum(rotation_bytes(spec, config, layers))
     if learns(config):
         shapes = spec.linear_shapes()
-        readers = sum(min(SKETCH_ROWS, shapes[name][0]) for name in (*spec.family.attention_readers, *spec.ffn_readers))
-        a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden + 4 * spec.intermediate_size
+        readers = sum(min(SKETCH_ROWS, shapes[name][0]) for site in spec.sites if site.norm for name in site.readers)
+        a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden
+        a_layer += 8 * sum(site.size for site in spec.sites if site.norm or site.source)
         found["captured activations"] = layers * a_layer + 4 * CAPTURED_TOKENS * hidden
     if config.cache_bits != 16:
         sequences, length = cache_text(spec, config)
@@ -230,7 +231,7 @@ def _seconds(
         # a layer's weights are converted anew at every token: memory's pace, about 2 GB a second
         found["generate text"] = passes * spec.layers * sizes.layer * 6 / 2e9 + 2 * wanted * sizes.parameters / single
     if learns(config):
-        steps = OUTPUT_STEPS if config.rotation == "output" else R1_STEPS
+        steps = {"output": OUTPUT_STEPS, "kurtail": R1_STEPS}.get(config.rotation, 0)
         found["rotations"] = 2 * CAPTURED_TOKENS * every / single + steps * 24 * hidden**3 / single
     if config.rotation == "spinquant":
         found["rotations"] = 8 * STEPS * BATCH * SEQUENCE * sizes.parameters / single
@@ -275,10 +276,12 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
 def _rotations(checkpoint: Checkpoint, config: ConvertConfig) -> dict[str, str]:
     """Size and place of each rotation, by name."""
     spec, rounding = checkpoint.spec, runtime_rounding(config, checkpoint)
-    folded = config.rotation != "none"
+    rotated, r3 = config.rotation != "none", rounding.cache.rotation
+    r1 = rotated and config.rotation != "diagonal"
+    online = {size: [kind for kind, own in rounding.online.items() if own == size] for size in rounding.online.values()}
     return {
-        "R1": f"{spec.hidden_size}, folded into embedding, head and every linear of the residual stream" if folded else "none",
-        "R2": f"{spec.head_dim} for each of {spec.layers} x {spec.kv_heads} heads, folded into v and o" if folded else "none",
-        "R3": f"{rounding.cache.rotation} (Hadamard), online at queries and keys" if rounding.cache.rotation else "none",
-        "R4": f"{rounding.r4} (Hadamard) in {spec.intermediate_size}, online at down_proj" if rounding.r4 else "none",
+        "R1": f"{spec.hidden_size}, folded into embedding, head and every linear of the residual stream" if r1 else "none",
+        "R2": f"{spec.head_dim} for each of {spec.layers} x {spec.kv_heads} heads, folded into v and o" if rotated else "none",
+        "R3": f"{r3} (Hadamard), online at queries and keys" if r3 else "none",
+        "Hadamard of inputs": "; ".join(f"{size}, online at {', '.join(kinds)}" for size, kinds in online.items()) or "none",
     }

@@ -61,16 +61,13 @@ class Sizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, config: ConvertConfig) -> Sizes:
-        spec, family = checkpoint.spec, checkpoint.spec.family
+        spec = checkpoint.spec
         layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
         shapes = spec.linear_shapes()
-        groups = [family.attention_readers, (family.attention_writer,)]
-        if family.experts is None:
-            groups += [spec.ffn_readers, (family.ffn_writer,)]
-        else:  # one after the other
-            names = family.experts
-            for expert in range(spec.experts):
-                groups += [(names.gate.format(expert), names.up.format(expert)), (names.down.format(expert),)]
+        groups = [site.readers for site in spec.sites]
+        if spec.experts:  # one after the other: an expert's own linears, not all of a layer together
+            names = spec.family.experts
+            groups = [*groups[:2], *((names.gate.format(expert), names.up.format(expert)) for expert in range(spec.experts)), *groups[3:]]
         block = BLOCK_FORMATS[config.target].block
         return cls(
             layer=layer,
@@ -82,14 +79,19 @@ class Sizes:
             block=block,
             block_bytes=block // 2 + 2,
             readers=max(
-                sum(math.prod(shapes[name]) for name in names) for names in (family.attention_readers, spec.ffn_readers)
+                sum(math.prod(shapes[name]) for name in site.readers) for site in spec.sites if site.norm
             ),
-            attention=sum(math.prod(shapes[name]) for name in (*family.attention_readers, family.attention_writer)),
+            attention=sum(math.prod(shapes[name]) for site in spec.sites[:2] for name in site.readers),
         )
 
 
 def learns(config: ConvertConfig) -> bool:
-    """Whether rotations are learned layer by layer."""
+    """Whether anything is learned from captured activations, layer by layer."""
+    return config.rotation in ("diagonal", "output", "kurtail")
+
+
+def learns_r1(config: ConvertConfig) -> bool:
+    """Whether R1 is among them."""
     return config.rotation in ("output", "kurtail")
 
 
@@ -130,7 +132,8 @@ def rotation_bytes(spec: ModelSpec, config: ConvertConfig, layers: int) -> tuple
     """Bytes of R1, and of so many layers' R2 and channel scales, all in double precision; 0 without rotations."""
     if config.rotation == "none":
         return 0, 0
-    return 8 * spec.hidden_size**2, 8 * layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size)
+    r1 = 0 if config.rotation == "diagonal" else 8 * spec.hidden_size**2
+    return r1, 8 * layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size)
 
 
 def memory_by_stage(
@@ -164,7 +167,8 @@ def _on_cpu(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: 
         found["generate text"] = 4 * sizes.table + loading + cache
     if learns(config):
         found["capture activations"] = loading + 8 * ffn * hidden + forward
-        found["learn R1"] = _LEARNING_BYTES * hidden**2
+        if learns_r1(config):
+            found["learn R1"] = _LEARNING_BYTES * hidden**2
     if config.rotation == "spinquant":
         found["learn R1 and R2"] = _spinquant(spec, sizes)
     if config.cache_bits != 16:
@@ -213,7 +217,8 @@ def _on_card(
     if learns(config):
         sketch = 4 * sizes.readers + 4 * MAX_SAMPLE * (hidden + 4 * ffn)
         found["capture activations"] = loaded + max(forward, sketch)
-        found["learn R1"] = _LEARNING_BYTES * hidden**2
+        if learns_r1(config):
+            found["learn R1"] = _LEARNING_BYTES * hidden**2
     if config.rotation == "spinquant":
         found["learn R1 and R2"] = _spinquant(spec, sizes)
     if config.cache_bits != 16:
@@ -253,7 +258,8 @@ def _beside_card(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tu
     if learns(config):
         samples = 4 * MAX_SAMPLE * (3 * hidden + spec.kv_heads * spec.head_dim)
         found["capture activations"] = ahead + 4 * _FORWARD * 2 * hidden + 2 * samples
-        found["learn R1"] = 3 * 8 * hidden**2
+        if learns_r1(config):
+            found["learn R1"] = 3 * 8 * hidden**2
     if config.rotation == "spinquant":
         found["learn R1 and R2"] = rotations + table + 8 * sizes.widest
     if config.cache_bits != 16:

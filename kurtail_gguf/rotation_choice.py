@@ -1,12 +1,16 @@
-"""Which R1 and R2 a conversion folds in: none, random ones, or learned by one of the methods."""
+"""What a conversion does to activations: nothing, random rotations, or what one of the methods learns."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kurtail_gguf.arch.sites import ATTENTION, FFN, FFN_OUTPUT
+from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.calibration.capture import Capture, capture
 from kurtail_gguf.calibration.tokens import CalibrationTokens
 from kurtail_gguf.config import ConvertConfig
@@ -17,7 +21,7 @@ from kurtail_gguf.rotation.hadamard import random_rotation
 from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
 from kurtail_gguf.rotation.objectives import OBJECTIVES
 from kurtail_gguf.rotation.spinquant import learn_spinquant
-from kurtail_gguf.rotation.store import Rotations, load_rotations, save_rotations
+from kurtail_gguf.fold.transforms import Transforms, load_transforms
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.workdir import filling
 
@@ -25,9 +29,11 @@ from kurtail_gguf.workdir import filling
 CAPTURED_TOKENS = 8192
 #: Which side of the kurtosis counts: R1 must leave flat tokens flat, values have none (rotation/objectives.py).
 R1_OBJECTIVE, R2_OBJECTIVE = "kurtosis", "absolute-kurtosis"
+#: Sites that get a diagonal. Attention's output has R2, and the cache rounds what a diagonal there would change.
+DIAGONALS = (ATTENTION, FFN, FFN_OUTPUT)
 
 
-def choose_rotations(
+def choose_transforms(
     config: ConvertConfig,
     checkpoint: Checkpoint,
     tokens: CalibrationTokens | None,
@@ -35,8 +41,8 @@ def choose_rotations(
     work_dir: Path,
     device: torch.device,
     progress: Progress,
-) -> Rotations:
-    """The rotations that ``config.rotation`` names.
+) -> Transforms:
+    """The transforms that ``config.rotation`` names; online ones are ``rounding``'s.
 
     Args:
         config: of the conversion.
@@ -52,45 +58,50 @@ def choose_rotations(
         SourceError: NaN or infinite weights; the message names the tensor.
     """
     if config.rotation == "none":
-        return Rotations()
-    path = work_dir / "rotations.safetensors"
+        return Transforms()
+    path = work_dir / "transforms.safetensors"
     if path.exists():
-        return load_rotations(path)
+        return load_transforms(path)
     if config.rotation == "hadamard":
-        rotations = _random(checkpoint, config.seed)
+        transforms = _random(checkpoint, config.seed)
     elif config.rotation == "spinquant":
-        rotations = _spinquant(checkpoint, tokens, rounding, config.seed, device, progress)
+        transforms = _spinquant(checkpoint, tokens, rounding, config.seed, device, progress)
     else:
         samples = captured(checkpoint, tokens, work_dir, config.seed, device, progress)
-        rotations = _learn(config, checkpoint, samples, device, progress)
-    save_rotations(rotations, path)
-    return rotations
+        transforms = _learn(config, checkpoint, samples, device, progress)
+    transforms = replace(transforms, online=rounding.online)
+    transforms.save(path)
+    return transforms
 
 
 def _learn(
     config: ConvertConfig, checkpoint: Checkpoint, samples: Capture, device: torch.device, progress: Progress
-) -> Rotations:
-    """R1 and R2 from captured activations, layer by layer."""
-    if config.rotation == "output":
+) -> Transforms:
+    """From captured activations, layer by layer."""
+    r1, scales = None, {}
+    if config.rotation == "diagonal":
+        scales = {kind: _scales(checkpoint.spec, samples, kind) for kind in DIAGONALS}
+    elif config.rotation == "output":
         r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), config.seed, device, progress)
-        # an expert's channels are seen by few tokens, and are left as they are
-        scales = None if checkpoint.spec.experts else _channel_scales(checkpoint, samples)
+        scales = {FFN_OUTPUT: _scales(checkpoint.spec, samples, FFN_OUTPUT)}
     else:
-        scales = None
         r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
     r2 = learn_r2(samples.all_values(), OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
-    return Rotations("learned", "learned", r1, r2, scales)
+    known = {kind: values for kind, values in scales.items() if values is not None}
+    return Transforms("none" if r1 is None else "learned", "learned", r1, r2, known)
 
 
-def _channel_scales(checkpoint: Checkpoint, samples: Capture) -> np.ndarray:
-    down = f"{checkpoint.spec.family.ffn_writer}.weight"
-    return np.stack([
-        balance_channels(
-            torch.from_numpy(samples.channels(layer)),
-            checkpoint.tensor(checkpoint.spec.layer_prefix(layer) + down),
-        ).numpy()
-        for layer in range(samples.layers)
-    ])  # fmt: skip
+def _scales(spec: ModelSpec, samples: Capture, kind: str) -> npt.NDArray[np.float64] | None:
+    """Diagonals of every layer's site of a kind, ``[layers, Site.scale_size]``; None for experts', which few tokens see."""
+    site = next(one for one in spec.sites if one.kind == kind)
+    if not site.norm and site.source is None:
+        return None
+
+    def of(values: npt.NDArray[np.float32]) -> torch.Tensor:
+        return site.shared(torch.from_numpy(values).double().square()).sqrt()
+
+    layers = range(samples.layers)
+    return np.stack([balance_channels(of(samples.channels(one, kind)), of(samples.columns(one, kind))).numpy() for one in layers])
 
 
 def _spinquant(
@@ -100,14 +111,14 @@ def _spinquant(
     seed: int,
     device: torch.device,
     progress: Progress,
-) -> Rotations:
+) -> Transforms:
     """From the rotations of ``--rotation hadamard``, so that the two differ by the learning alone."""
     start = _random(checkpoint, seed)
     r1, r2 = learn_spinquant(checkpoint, tokens.ids, (start.r1, start.r2), rounding, seed, device, progress)
-    return Rotations("learned", "learned", r1, r2)
+    return Transforms("learned", "learned", r1, r2)
 
 
-def _random(checkpoint: Checkpoint, seed: int) -> Rotations:
+def _random(checkpoint: Checkpoint, seed: int) -> Transforms:
     """R1 and R2 at random, as ``--rotation hadamard`` folds them: no calibration is needed."""
     spec = checkpoint.spec
     rng = np.random.default_rng((seed, 0))
@@ -115,7 +126,7 @@ def _random(checkpoint: Checkpoint, seed: int) -> Rotations:
     heads = [random_rotation(spec.head_dim, rng) for _ in range(spec.layers * spec.kv_heads)]
     shape = (spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
     r2 = np.stack([matrix for _, matrix in heads]).reshape(shape)
-    return Rotations(r1_kind, heads[0][0], r1, r2)
+    return Transforms(r1_kind, heads[0][0], r1, r2)
 
 
 def captured(

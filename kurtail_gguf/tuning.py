@@ -18,7 +18,7 @@ from kurtail_gguf.distill.scales import STEP_TOKENS, Outside, tune_scales
 from kurtail_gguf.distill.student import QuantizedLayer, Rounded, Student
 from kurtail_gguf.distill.teacher import Teacher, run_teacher
 from kurtail_gguf.files import publish
-from kurtail_gguf.fold.tables import EMBEDDING, HEAD, EmbeddingRows
+from kurtail_gguf.fold.tables import EmbeddingRows, read_head
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.memory import memory_available
@@ -147,9 +147,8 @@ def open_student(
     layers = [read_layer(path, prefix, block_format, device, kept > Kept.NOTHING) for prefix, path in files]
     student = Student(checkpoint, layers, rounding, device, length, recompute=kept < Kept.ALL, **options)
     spec = checkpoint.spec
-    head = torch.from_numpy(np.load(quantized / HEAD)).to(device) / spec.logit_divisor
-    rows = EmbeddingRows(quantized / EMBEDDING, spec.embedding_scale)
-    return student, Outside(rows, head, checkpoint.config.rms_norm_eps)
+    head = torch.from_numpy(read_head(quantized)).to(device) / spec.logit_divisor
+    return student, Outside(EmbeddingRows(quantized, spec), head, checkpoint.config.rms_norm_eps)
 
 
 def _layer_files(quantized: Path, spec: ModelSpec) -> list[tuple[str, Path]]:

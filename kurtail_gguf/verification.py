@@ -17,20 +17,21 @@ import numpy.typing as npt
 import torch
 
 from kurtail_gguf import ggml
-from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_rows, file_tensor
-from kurtail_gguf.basis import find_layer_rotations, find_r1
+from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_norm, file_rows, file_tensor
+from kurtail_gguf.basis import find_layer_transforms, find_r1
 from kurtail_gguf.calibration.tokens import load_tokenizer
 from kurtail_gguf.config import Provenance
-from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.errors import Differs, KurtailError
 from kurtail_gguf.evaluate.file_tensors import FileTensors
 from kurtail_gguf.evaluate.logits import runtime_tokens
 from kurtail_gguf.export import read_metadata
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
+from kurtail_gguf.fold.layer import LayerTransforms, fold_layer, fold_reader
+from kurtail_gguf.fold.tables import is_tied
 from kurtail_gguf.gguf_info import GgufInfo, read_gguf
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.verification_runtime import Differs, RuntimeChecks
+from kurtail_gguf.verification_runtime import RuntimeChecks
 
 #: What the two vocabularies are compared on. Blanks at the start are left out: there transformers, reading a bare
 #: tokenizer.model, and SentencePiece itself disagree.
@@ -93,13 +94,13 @@ def verify(
     yield _checked("metadata", lambda: _metadata(info, source))
     yield _checked("tokenizer", lambda: _tokenizer(path, source))
     try:
-        rotations, detail = _tensors(checkpoint, file, provenance, progress)
+        transforms, detail = _tensors(checkpoint, file, provenance, progress)
     except Differs as difference:
         yield Check("tensors", False, str(difference))
         return  # what was folded is not known
     yield Check("tensors", True, detail)
     runtime = RuntimeChecks(checkpoint, path, provenance, progress)
-    yield _checked("logits", lambda: runtime.logits(rotations))
+    yield _checked("logits", lambda: runtime.logits(transforms))
     yield _checked("cache", runtime.cache)
 
 
@@ -137,7 +138,7 @@ def _tokenizer(path: Path, source: Path) -> str:
 
 def _tensors(
     checkpoint: Checkpoint, file: FileTensors, provenance: Provenance, progress: Progress
-) -> tuple[list[LayerRotations], str]:
+) -> tuple[list[LayerTransforms], str]:
     """Every tensor against the model's folded by the rotations found; returns those, by layer, and the detail."""
     spec, family = checkpoint.spec, checkpoint.spec.family
     worst = (0.0, "")
@@ -145,17 +146,19 @@ def _tensors(
     with progress.stage("compare tensors", spec.layers + 1) as stage:
         r1 = find_r1(checkpoint, file, provenance)
         gain = checkpoint.tensor(f"{family.final_norm}.weight").double()
-        for name, stored, factor in (
-            (f"{family.embedding}.weight", EMBEDDING, torch.ones_like(gain)), (checkpoint.head_name, HEAD, gain),
-        ):  # fmt: skip
-            worst = max(worst, _compare_table(checkpoint, file, name, stored, factor, r1))
-        _compare(file, "output_norm.weight", np.ones(spec.hidden_size))
+        none = torch.ones_like(gain)
+        worst = max(worst, _compare_table(checkpoint, file, f"{family.embedding}.weight", EMBEDDING, none, r1))
+        if not is_tied(spec, r1):
+            worst = max(worst, _compare_table(checkpoint, file, checkpoint.head_name, HEAD, none if r1 is None else gain, r1))
+        elif HEAD in file:
+            raise Differs(f"tensor {HEAD} is there, but the model's head is its embedding")
+        _compare(file, "output_norm.weight", (gain if r1 is None else none).numpy())
         stage.advance(1, "embedding and head")
         layers = []
         for layer in range(spec.layers):
             weights = checkpoint.layer(layer, check=True)
-            rotations = find_layer_rotations(checkpoint, file, provenance, layer, weights, r1)
-            folded = fold_layer(weights, spec, rotations)
+            transforms = find_layer_transforms(checkpoint, file, provenance, layer, weights, r1)
+            folded = fold_layer(weights, spec, transforms)
             # keys first: what they were divided by is found from them, and queries are multiplied by it
             for linear in dict.fromkeys((family.key, *spec.linears, *spec.unquantized_readers)):
                 name, expert = file_tensor(spec, layer, linear)
@@ -165,12 +168,10 @@ def _tensors(
                     bias = name.removesuffix("weight") + "bias"
                     rows = file_rows(spec, linear, folded[f"{linear}.bias"].numpy())
                     _compare(file, bias, rows, unrounded=unrounded)
-            for norm, stored in ((family.query_norm, "attn_q_norm"), (family.key_norm, "attn_k_norm")):
+            for norm in (family.query_norm, family.key_norm, *(site.norm for site in spec.sites)):
                 if norm:
-                    _compare(file, f"blk.{layer}.{stored}.weight", folded[f"{norm}.weight"].numpy())
-            for stored in ("attn_norm", "ffn_norm"):
-                _compare(file, f"blk.{layer}.{stored}.weight", np.ones(spec.hidden_size))
-            layers.append(rotations)
+                    _compare(file, f"blk.{layer}.{file_norm(spec, norm)}.weight", folded[f"{norm}.weight"].numpy())
+            layers.append(transforms)
             stage.advance(1, f"layer {layer}")
     return layers, f"relative error at most {worst[0]:.1e} ({worst[1]})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from kurtail_gguf.calibration.prose import TOKENS, prose_tokens
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.calibration.tokens import load_tokenizer
 from kurtail_gguf.config import Provenance
+from kurtail_gguf.errors import Differs
 from kurtail_gguf.evaluate.cache import CACHE_BITS, F16, FILE
 from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
+from kurtail_gguf.fold.layer import LayerTransforms, fold_layer, fold_reader
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress, Stage
 
@@ -26,10 +28,6 @@ NEARER = 0.5
 #: Divergence in nats a token that a file's cache may cause beyond what an f16 cache does: twice the most of good ones (0.19, in a
 #: random model of two layers with 4-bit activations). Qwen2.5-Coder-0.5B with keys in 4 bits as they come is at 1.8.
 CACHE_COST = 0.4
-
-
-class Differs(Exception):
-    """What is wrong, in words."""
 
 
 class RuntimeChecks:
@@ -45,13 +43,13 @@ class RuntimeChecks:
     def __init__(self, checkpoint: Checkpoint, path: Path, provenance: Provenance, progress: Progress) -> None:
         self._checkpoint, self._path, self._provenance, self._progress = checkpoint, path, provenance, progress
 
-    def logits(self, rotations: list[LayerRotations]) -> str:
+    def logits(self, transforms: list[LayerTransforms]) -> str:
         """Original to rotated within single precision, rotated to the file by what its types account for.
 
         The cache is exact here: :meth:`cache` is about the file's own.
 
         Args:
-            rotations: of each layer.
+            transforms: of each layer.
 
         Returns:
             What was found.
@@ -61,7 +59,7 @@ class RuntimeChecks:
         """
         with self._progress.stage("compare logits", 2 * self._checkpoint.spec.layers + 1) as stage:
             original = _said(self._checkpoint, self._ids, None, stage)
-            turned = _said(self._checkpoint, self._ids, rotations, stage)
+            turned = _said(self._checkpoint, self._ids, transforms, stage)
             found = self._exact
             stage.advance(1, "the file in the runtime")
         folding, whole = mean_divergence(original, turned), mean_divergence(original, found)
@@ -117,11 +115,11 @@ class RuntimeChecks:
 
 
 def _said(
-    checkpoint: Checkpoint, ids: list[int], rotations: list[LayerRotations] | None, stage: Stage
+    checkpoint: Checkpoint, ids: list[int], transforms: list[LayerTransforms] | None, stage: Stage
 ) -> npt.NDArray[np.float32]:
-    """Log-probabilities ``[tokens, vocabulary]`` in torch, of the model as it is or folded (R4 left out on both sides)."""
+    """Log-probabilities ``[tokens, vocabulary]`` in torch, of the model as it is or folded (online transforms left out on both sides)."""
     spec, device = checkpoint.spec, torch.device("cpu")
-    r1 = None if rotations is None else rotations[0].r1  # all layers'
+    r1 = None if transforms is None else transforms[0].r1  # all layers'
     runner = LayerRunner(checkpoint, device, len(ids))
     rotary = runner.rotary(0, len(ids))
     gain = checkpoint.tensor(f"{spec.family.final_norm}.weight").double()
@@ -131,12 +129,11 @@ def _said(
             hidden = (hidden.double() @ r1).float()
         for layer in range(spec.layers):
             weights = checkpoint.layer(layer)
-            if rotations is not None:
-                one = rotations[layer]
-                folded = fold_layer(weights, spec, LayerRotations(one.r1, one.r2, 0, one.ffn_scale, one.key_scale))
+            if transforms is not None:
+                folded = fold_layer(weights, spec, replace(transforms[layer], online={}))
                 weights = {name: value.float() for name, value in folded.items()}
             hidden = runner.run(layer, weights, hidden, rotary)
-            stage.advance(1, f"layer {layer}, {'original' if rotations is None else 'rotated'}")
+            stage.advance(1, f"layer {layer}, {'original' if transforms is None else 'transformed'}")
         hidden = hidden[0] * torch.rsqrt(hidden[0].square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
         logits = [
             hidden @ fold_reader(rows, gain, r1).float().T / spec.logit_divisor

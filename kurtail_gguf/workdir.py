@@ -22,7 +22,7 @@ _LOCK = "kurtail-gguf.lock"
 #: the first few leaves a directory that a run can go on from.
 STAGES = (
     "figures", "tuned", "tuning", "damage.json", "measuring", "quantized", "cache.json", "cache.safetensors", "measuring-cache",
-    "rotations.safetensors", "capture", "tokens.npy", "tuning-steps.json",
+    "transforms.safetensors", "capture", "tokens.npy", "tuning-steps.json",
 )  # fmt: skip
 _SCRATCH = ("*.partial", "*.removed", *SCRATCH, "prefix-*.npy", "source.*")
 

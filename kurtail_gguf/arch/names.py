@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +27,15 @@ def file_tensor(spec: ModelSpec, layer: int, linear: str) -> tuple[str, int | No
     return f"blk.{layer}.{part}.weight", expert
 
 
+def file_norm(spec: ModelSpec, norm: str) -> str:
+    """A norm's name in the file, between the layer's prefix and its suffix (``attn_norm``)."""
+    family = spec.family
+    return {
+        family.attention_norm: "attn_norm", family.ffn_norm: "ffn_norm", family.query_norm: "attn_q_norm",
+        family.key_norm: "attn_k_norm",
+    }[norm]  # fmt: skip
+
+
 def file_rows(spec: ModelSpec, linear: str, rows: npt.NDArray) -> npt.NDArray:
     """Rows of a linear ``[out, …]`` in the order of the file: q and k from halves of RoPE to pairs where they are so."""
     family = spec.family
@@ -33,6 +44,19 @@ def file_rows(spec: ModelSpec, linear: str, rows: npt.NDArray) -> npt.NDArray:
         return rows
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
+
+
+def online_tensors(spec: ModelSpec, online: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of the Hadamard blocks that inputs are multiplied by, by the names of the file's tensors that read them.
+
+    Args:
+        spec: sizes and roles.
+        online: the sizes by kinds of sites.
+    """
+    return {
+        file_tensor(spec, layer, linear)[0]: online[site.kind]
+        for layer in range(spec.layers) for site in spec.sites if site.kind in online for linear in site.readers
+    }  # fmt: skip
 
 
 def _part(spec: ModelSpec, linear: str) -> tuple[str, int | None]:

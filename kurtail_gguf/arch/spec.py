@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kurtail_gguf.arch.sites import ATTENTION, ATTENTION_OUTPUT, FFN, FFN_OUTPUT, Site
 from kurtail_gguf.errors import UnsupportedArchitecture
 
 #: Values in a quantization block: every row length of a block linear is a multiple.
@@ -157,10 +158,40 @@ class ModelSpec:
         return tuple(names.down.format(expert) for expert in range(self.experts))
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """What the linears of a layer read, in the order the forward pass meets it; experts one after the other."""
+        family, names = self.family, self.family.experts
+        attended = self.heads * self.head_dim
+        first = Site(ATTENTION, family.attention_readers, self.hidden_size, norm=family.attention_norm)
+        second = Site(
+            ATTENTION_OUTPUT, (family.attention_writer,), attended, source=self.value_rows, groups=self.kv_heads,
+            repeats=self.value_group,
+        )  # fmt: skip
+        third = Site(FFN, self.ffn_readers, self.hidden_size, norm=family.ffn_norm, unrounded=self.unquantized_readers)
+        source = self.up_rows if names is None else None
+        outputs = (Site(FFN_OUTPUT, (name,), self.intermediate_size, source=source) for name in self.ffn_writers)
+        return (first, second, third, *outputs)
+
+    @property
     def linears(self) -> tuple[str, ...]:
-        """All block linears of a layer, in the order the forward pass meets them."""
-        family = self.family
-        return (*family.attention_readers, family.attention_writer, *self.ffn_readers, *self.ffn_writers)
+        """All block linears of a layer, in the order of :attr:`sites`."""
+        return tuple(name for site in self.sites for name in site.readers)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Block linears that add to the residual stream."""
+        return (self.family.attention_writer, *self.ffn_writers)
+
+    def site_of(self, linear: str) -> Site:
+        """The site that a block linear reads.
+
+        Raises:
+            KeyError: it is none.
+        """
+        for site in self.sites:
+            if linear in site.readers:
+                return site
+        raise KeyError(linear)
 
     @property
     def unquantized_readers(self) -> tuple[str, ...]:

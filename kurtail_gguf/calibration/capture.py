@@ -1,7 +1,7 @@
 """Normalised activations at the inputs of attention and FFN, and values, sampled and spilled to disk.
 
-Beside the samples lies what rounding errors there will do: a sketch of the linears that read a site, and how
-large the channels of down_proj's input are. The hidden states of all sequences lie in one file that is
+Beside the samples lies what rounding errors will do: of every site how large its channels are and the columns of what reads
+it, and a sketch of the linears that read the residual stream. The hidden states of all sequences lie in one file that is
 updated in place, layer by layer, so that neither the model nor its activations have to fit into memory.
 """
 
@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kurtail_gguf.arch.sites import ATTENTION, FFN, NORMED
+from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.calibration.precision import forward_dtype
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
@@ -27,8 +30,8 @@ from kurtail_gguf.row_file import RowFile
 MAX_SAMPLE = 2048
 #: Sequences in one forward pass.
 BATCH = 4
-#: Sites of a layer: what reads the residual stream there.
-SITES = ("attention", "ffn")
+#: Files of a site.
+_CHANNELS, _COLUMNS, _READERS, _VALUE = "channels", "columns", "readers", "value"
 #: Rows of the sketch of one linear: energies of directions are known to about √(2 / 128) each.
 SKETCH_ROWS = 128
 
@@ -40,44 +43,49 @@ class Capture:
     directory: Path
     layers: int
 
-    def site(self, layer: int, site: str) -> npt.NDArray[np.float16]:
+    def site(self, layer: int, kind: str) -> npt.NDArray[np.float16]:
         """x̂ = x / rms(x) at the input of attention or FFN, before the norm's gain.
 
         Returns:
             float16 ``[tokens, hidden]``; magnitudes are at most √hidden, well inside a half.
         """
-        return np.load(self.directory / _name(layer, site), mmap_mode="r")
+        return np.load(self.directory / _name(layer, kind), mmap_mode="r")
 
     def values(self, layer: int) -> npt.NDArray[np.float32]:
         """Outputs of v_proj, float32 ``[tokens, kv_heads, head_dim]``."""
-        return np.load(self.directory / _name(layer, "value"), mmap_mode="r")
+        return np.load(self.directory / _name(layer, _VALUE), mmap_mode="r")
 
-    def readers(self, layer: int, site: str) -> npt.NDArray[np.float32]:
-        """Sketch A of the linears that read a site, norm gains folded in, float32 ``[rows, hidden]``.
+    def readers(self, layer: int, kind: str) -> npt.NDArray[np.float32]:
+        """Sketch A of the linears that read one of :data:`NORMED`, norm gains folded in, float32 ``[rows, hidden]``.
 
         An error e of x̂ changes their outputs by Σ ‖W e‖² / E‖W x̂‖² ≈ ‖A e‖²: a random projection of each
         weight matrix, divided by the root of its output's mean energy.
         """
-        return np.load(self.directory / _name(layer, f"{site}-readers"), mmap_mode="r")
+        return np.load(self.directory / _name(layer, kind, _READERS), mmap_mode="r")
 
-    def channels(self, layer: int) -> npt.NDArray[np.float32]:
-        """Root mean square of down_proj's inputs, float32 ``[intermediate]``, tokens weighed by 1 / ‖residual‖².
+    def channels(self, layer: int, kind: str) -> npt.NDArray[np.float32]:
+        """Root mean square of each channel of a site, float32 ``[Site.size]``: of x̂ behind a norm, elsewhere with tokens
+        weighed by 1 / ‖residual‖². There is none of experts' ``ffn-output``."""
+        return np.load(self.directory / _name(layer, kind, _CHANNELS))
 
-        Not there for a mixture of experts.
+    def columns(self, layer: int, kind: str) -> npt.NDArray[np.float32]:
+        """Norm of each column of all that reads a site, float32 ``[Site.size]``, where :meth:`channels` are known.
+
+        A norm's gain is folded in, and each linear divided by the root of its output's mean energy where there are several.
         """
-        return np.load(self.directory / _name(layer, "channels"))
+        return np.load(self.directory / _name(layer, kind, _COLUMNS))
 
     def all_readers(self) -> Mapped:
         """The sketches in the order of :meth:`sites`."""
-        return Mapped([self.directory / _name(layer, f"{site}-readers") for layer in range(self.layers) for site in SITES])
+        return Mapped([self.directory / _name(layer, kind, _READERS) for layer in range(self.layers) for kind in NORMED])
 
     def sites(self) -> Mapped:
-        """All sites in the order of the forward pass."""
-        return Mapped([self.directory / _name(layer, site) for layer in range(self.layers) for site in SITES])
+        """:meth:`site` of :data:`NORMED` in the order of the forward pass."""
+        return Mapped([self.directory / _name(layer, kind) for layer in range(self.layers) for kind in NORMED])
 
     def all_values(self) -> Mapped:
         """:meth:`values` of every layer."""
-        return Mapped([self.directory / _name(layer, "value") for layer in range(self.layers)])
+        return Mapped([self.directory / _name(layer, _VALUE) for layer in range(self.layers)])
 
 
 class Mapped(Sequence[npt.NDArray[np.floating]]):
@@ -144,37 +152,39 @@ def capture(
                 _Sample(choose_tokens(sequences, length, max_sample, (seed, layer, site)), length)
                 for site in range(3)
             ]
-            channels = torch.zeros(spec.intermediate_size, device=device)
             with _Hooks(runner.module(layer), spec, checkpoint.config.rms_norm_eps) as hooks:
                 for start in range(0, sequences, BATCH):
                     batch = torch.from_numpy(hidden[start : start + BATCH]).to(device)
                     output = runner.run(layer, weights, batch, rotary)
                     hidden[start : start + BATCH] = output.cpu().numpy()
-                    if not spec.experts:
-                        channels += hooks.take_channels()
                     for sample, seen in zip(samples, hooks.take(), strict=True):
                         sample.add(start, seen)
-            if not spec.experts:
-                np.save(directory / _name(layer, "channels"), (channels / ids.size).sqrt().cpu().numpy())
-            readers = (spec.family.attention_readers, spec.ffn_readers)
-            norms = (spec.family.attention_norm, spec.family.ffn_norm)
+            for kind, squares in hooks.squares.items():
+                np.save(directory / _name(layer, kind, _CHANNELS), (squares / ids.size).sqrt().cpu().numpy())
             kurtosis = []
-            for number, (sample, site) in enumerate(zip(samples, SITES, strict=False)):
+            for number, (sample, kind) in enumerate(zip(samples, NORMED, strict=False)):
+                site = next(one for one in spec.sites if one.kind == kind)
                 rows = sample.rows()
                 kurtosis.append(_kurtosis(rows))
-                np.save(directory / _name(layer, site), rows.astype(np.float16))
-                gain = weights[f"{norms[number]}.weight"]
-                folded = [weights[f"{name}.weight"] * gain for name in readers[number]]
+                np.save(directory / _name(layer, kind), rows.astype(np.float16))
                 # torch takes 64 bits, and a seed has up to 63 itself
                 generator = torch.Generator().manual_seed((seed * 2 * spec.layers + 2 * layer + number) % 2**63)
                 # as many rows of all experts' linears together as of a single FFN's
-                share = max(1, SKETCH_ROWS * 2 // len(folded)) if number and spec.experts else SKETCH_ROWS
-                sketch = sketch_readers(folded, torch.from_numpy(rows).to(device), generator, share)
-                np.save(directory / _name(layer, f"{site}-readers"), sketch.cpu().numpy())
+                share = max(1, SKETCH_ROWS * 2 // len(site.readers)) if kind == FFN and spec.experts else SKETCH_ROWS
+                gain = weights[f"{site.norm}.weight"]
+                folded = [weights[f"{name}.weight"] * gain for name in site.readers]
+                sketch, columns = sketch_readers(folded, torch.from_numpy(rows).to(device), generator, share)
+                np.save(directory / _name(layer, kind, _READERS), sketch.cpu().numpy())
+                np.save(directory / _name(layer, kind, _COLUMNS), columns.cpu().numpy())
+                del folded
+            for site in spec.sites:
+                if site.source is not None:
+                    (name,) = site.readers
+                    columns = torch.linalg.vector_norm(weights[f"{name}.weight"].float(), dim=0)
+                    np.save(directory / _name(layer, site.kind, _COLUMNS), columns.cpu().numpy())
             values = samples[2].rows().reshape(-1, spec.kv_heads, spec.head_dim)
-            np.save(directory / _name(layer, "value"), values)
-            # the next layer wants their memory
-            del weights, folded
+            np.save(directory / _name(layer, _VALUE), values)
+            del weights  # the next layer wants their memory
             stage.advance(1, f"layer {layer}, kurtosis {' '.join(f'{value:.1f}' for value in kurtosis)}")
     hidden.close()
     path.unlink()
@@ -189,8 +199,9 @@ def _kurtosis(rows: npt.NDArray[np.float32]) -> float:
 
 def sketch_readers(
     weights: list[torch.Tensor], x: torch.Tensor, generator: torch.Generator, rows: int = SKETCH_ROWS
-) -> torch.Tensor:
-    """A short matrix A with ‖A e‖² ≈ mean over the weights of ‖W e‖² / E‖W x‖² (see :meth:`Capture.readers`).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A short matrix A with ‖A e‖² ≈ mean over the weights of ‖W e‖² / E‖W x‖² (see :meth:`Capture.readers`), and the norms
+    that its columns should have (:meth:`Capture.columns`).
 
     Args:
         weights: each float32 ``[out, in]``.
@@ -199,16 +210,18 @@ def sketch_readers(
         rows: of each weight's share; a matrix with fewer rows stays as it is.
 
     Returns:
-        float32 ``[Σ rows, in]``.
+        float32 ``[Σ rows, in]`` and ``[in]``.
     """
     parts = []
+    columns = torch.zeros(x.shape[1], device=x.device)
     for weight in weights:
         energy = (x @ weight.T).square().sum(1).mean()
+        columns += weight.float().square().sum(0) / (energy * len(weights)).clamp_min(1e-30)
         if len(weight) > rows:
             signs = torch.randint(0, 2, (rows, len(weight)), generator=generator, dtype=torch.float32) * 2 - 1
             weight = signs.to(weight.device) @ weight / math.sqrt(rows)
         parts.append(weight / (energy * len(weights)).sqrt().clamp_min(1e-30))
-    return torch.cat(parts)
+    return torch.cat(parts), columns.sqrt()
 
 
 def choose_tokens(
@@ -246,23 +259,26 @@ class _Sample:
 
 
 class _Hooks:
-    """Sees the inputs of both norms and of down_proj, and the output of v_proj, while a layer runs."""
+    """Sees what both norms and the writers read, and the output of v_proj, while a layer runs.
 
-    def __init__(self, module: torch.nn.Module, spec, eps: float) -> None:
+    :attr:`squares` are the sums of the squared channels of each site over all tokens, ``[Site.size]`` by kind.
+    """
+
+    def __init__(self, module: torch.nn.Module, spec: ModelSpec, eps: float) -> None:
         self._eps = eps
-        self._seen: dict[int, torch.Tensor] = {}
-        family = spec.family
-        norms = (family.attention_norm, family.ffn_norm)
-        self._handles = [
-            module.get_submodule(name).register_forward_pre_hook(self._norm_hook(slot))
-            for slot, name in enumerate(norms)
-        ]
+        self._seen: dict[str, torch.Tensor] = {}
+        self.squares: dict[str, torch.Tensor] = {}
+        self._handles = []
+        for site in spec.sites:
+            if site.norm:
+                hook = partial(self._norm_hook, site.kind)
+                self._handles.append(module.get_submodule(site.norm).register_forward_pre_hook(hook))
+            elif site.source is not None:
+                hook = partial(self._output_hook, site.kind)
+                # before the linear makes its input what it multiplies in
+                self._handles.append(module.get_submodule(site.readers[0]).register_forward_pre_hook(hook, prepend=True))
         value, self._value_rows = spec.value_rows
         self._handles.append(module.get_submodule(value).register_forward_hook(self._value_hook))
-        if not spec.experts:
-            down = module.get_submodule(family.ffn_writer)
-            # before the linear makes its input what it multiplies in
-            self._handles.append(down.register_forward_pre_hook(self._down_hook, prepend=True))
 
     def __enter__(self) -> _Hooks:
         return self
@@ -273,27 +289,25 @@ class _Hooks:
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the last run showed: x̂ before attention, x̂ before the FFN, values."""
-        return self._seen.pop(0), self._seen.pop(1), self._seen.pop(2)
+        return self._seen.pop(ATTENTION), self._seen.pop(FFN), self._seen.pop(_VALUE)
 
-    def take_channels(self) -> torch.Tensor:
-        """Sum over the last run's tokens of down_proj's squared inputs / mean square of the residual, ``[intermediate]``."""
-        return self._channels
+    def _add(self, kind: str, x: torch.Tensor) -> None:
+        squares = x.square().flatten(0, -2).sum(0)
+        self.squares[kind] = self.squares[kind] + squares if kind in self.squares else squares
 
-    def _norm_hook(self, slot: int):
-        def hook(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0]
-            self._scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
-            self._seen[slot] = x * self._scale
+    def _norm_hook(self, kind: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0]
+        self._scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+        self._seen[kind] = x * self._scale
+        self._add(kind, self._seen[kind])
 
-        return hook
-
-    def _down_hook(self, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        # the last norm seen is the FFN's
-        self._channels = (inputs[0] * self._scale).square().flatten(0, -2).sum(0)
+    def _output_hook(self, kind: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        # what a writer adds is seen relative to the residual stream: the last norm's
+        self._add(kind, inputs[0] * self._scale)
 
     def _value_hook(self, _module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        self._seen[2] = output[..., self._value_rows]
+        self._seen[_VALUE] = output[..., self._value_rows]
 
 
-def _name(layer: int, site: str) -> str:
-    return f"layer-{layer:05d}-{site}.npy"
+def _name(layer: int, kind: str, what: str = "") -> str:
+    return f"layer-{layer:05d}-{kind}{'-' if what else ''}{what}.npy"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kurtail_gguf.arch.sites import FFN_OUTPUT
 from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.calibration.precision import linear
-from kurtail_gguf.simulation.attention import rotated
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
 #: Below so many tokens a Hessian says more about those tokens than about the expert.
@@ -117,11 +117,11 @@ class ExpertTokens:
         return torch.from_numpy(self._seen[tokens.numpy()]).to(self._device)
 
     def _inner(self, expert: int, tokens: Tensor) -> Tensor:
-        """What down reads, rotated and rounded, float32 ``[n, width]``."""
+        """What down reads, transformed and rounded, float32 ``[n, width]``."""
         x = self._rows(tokens)
         gate, up = (self._weights[f"{name.format(expert)}.weight"] for name in (self._names.gate, self._names.up))
         inner = nn.functional.silu(self._linear(x, gate)) * self._linear(x, up)
-        return self._rounding.activations(rotated(inner, self._rounding.r4))
+        return self._rounding.activations(inner, FFN_OUTPUT)
 
     def _all_inputs(self) -> Tensor:
         if self._everything is None:

@@ -1,9 +1,9 @@
 """Runs the calibration tokens through the layers as they are quantized, one linear after the other.
 
 GPTQ wants the inputs that a linear will really see: behind the quantized layers before it and the quantized linears
-before it in its own layer, rounded to the bits of the runtime's activations and cache. So a layer is gone through in
-four stops, at the inputs of q/k/v, o, gate/up and down; at each the Hessian of its input is handed out, and what
-comes back are the weights that the tokens go on with.
+before it in its own layer, rounded to the bits of the runtime's activations and cache. So a layer is gone through with a
+stop at each of its sites (kurtail_gguf/arch/sites.py): the Hessian of what is read there is handed out, and what comes back
+are the weights that the tokens go on with.
 
 The residual stream of all tokens, and what waits for the stop's weights, lie in files; the latter is rounded already.
 """
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kurtail_gguf.arch.sites import Site
 from kurtail_gguf.calibration.expert_tokens import ExpertTokens, Routes, route
 from kurtail_gguf.calibration.precision import forward_dtype, linear
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.row_file import RowFile
-from kurtail_gguf.simulation.attention import rotated
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
 #: Sequences in one forward pass.
@@ -90,30 +90,31 @@ class QuantizedPrefix:
 
         Args:
             layer: its number.
-            folded: its tensors by name below the layer's prefix, on the device, rotated and with unit norms; any float
+            folded: its tensors by name below the layer's prefix, on the device, with all transforms folded; any float
                 type. What ``quantize`` takes out of it is not kept here either.
-            quantize: called at each of the four stops; in a mixture of experts at the last two for every expert.
+            quantize: called at each site; in a mixture of experts at those of the FFN for every expert.
 
         Returns:
             How many experts saw too few tokens for Hessians of their own (calibration/expert_tokens.py).
         """
-        family = self._spec.family
+        attention, attention_output, ffn, ffn_output = self._spec.sites[:4]
         quantized: dict[str, Tensor] = {}
 
         def stop(names: tuple[str, ...], seen: RowFile, weights_of: Callable[[slice], Tensor] | None = None) -> None:
             for name, weight in quantize(names, lambda: self._hessian(seen, weights_of)).items():
                 quantized[f"{name}.weight"] = weight.to(self._device)
 
-        def close_part(writer: str, seen: RowFile, width: int, arguments: dict) -> None:
-            """From the readers' quantized weights to the residual stream behind the writer."""
+        def close_part(site: Site, seen: RowFile, arguments: dict) -> None:
+            """From the quantized weights of the readers before it to the residual stream behind the one that reads ``site``."""
+            (writer,) = site.readers
             name = f"{writer.rpartition('.')[0]}."
             own = {
                 key.removeprefix(name): value.to(self._runner.dtype_of(key))
                 for key, value in (folded | quantized).items()
                 if key.startswith(name)
             }
-            values = self._scratch(writer.rpartition(".")[2], width)
-            self._run_to(module, writer, own, seen, values, arguments)
+            values = self._scratch(writer.rpartition(".")[2], site.size)
+            self._run_to(module, site, own, seen, values, arguments)
             # the next Hessian wants the memory more than they do
             del own
             quantized.clear()
@@ -123,15 +124,14 @@ class QuantizedPrefix:
 
         self.kurtosis = []
         module = self._runner.module(layer)
-        normed = self._normed()
-        stop(family.attention_readers, normed)
-        arguments = {"position_embeddings": self._rotary, "attention_mask": None}
-        close_part(family.attention_writer, normed, self._spec.heads * self._spec.head_dim, arguments)
-        normed = self._normed()
-        if family.experts is not None:
-            return self._run_experts(normed, {name: tensor.float() for name, tensor in folded.items()}, quantize)
-        stop(family.ffn_readers, normed)
-        close_part(family.ffn_writer, normed, self._spec.intermediate_size, {})
+        normed = self._normed(attention, folded)
+        stop(attention.readers, normed)
+        close_part(attention_output, normed, {"position_embeddings": self._rotary, "attention_mask": None})
+        normed = self._normed(ffn, folded)
+        if self._spec.experts:
+            return self._run_experts(normed, {name: tensor.float() for name, tensor in folded.items()}, ffn, quantize)
+        stop(ffn.readers, normed)
+        close_part(ffn_output, normed, {})
         return 0
 
     def close(self) -> None:
@@ -146,14 +146,14 @@ class QuantizedPrefix:
     def _load(self, values: RowFile, batch: slice) -> Tensor:
         return torch.from_numpy(values[batch]).to(self._device)
 
-    def _normed(self) -> RowFile:
-        """What the readers of the residual stream see, rounded: the Hessian and the way on have it from here."""
-        seen = self._scratch("normed", self._spec.hidden_size)
+    def _normed(self, site: Site, weights: dict[str, Tensor]) -> RowFile:
+        """What the readers of the residual stream see, transformed and rounded: the Hessian and the way on have it from here."""
+        seen = self._scratch("normed", site.size)
         total = 0.0
         for batch in self._batches:
             x = self._unit(batch)
             total += float((x**4).mean(-1).sum())
-            seen[batch] = self._rounding.activations(x).cpu().numpy()
+            seen[batch] = self._rounding.activations(x * weights[f"{site.norm}.weight"].float(), site.kind).cpu().numpy()
         self.kurtosis.append(total / (self._shape[0] * self._shape[1]))
         return seen
 
@@ -183,12 +183,13 @@ class QuantizedPrefix:
         return total
 
     def _run_to(
-        self, layer: nn.Module, writer: str, weights: dict[str, Tensor], seen: RowFile, out: RowFile, arguments: dict
+        self, layer: nn.Module, site: Site, weights: dict[str, Tensor], seen: RowFile, out: RowFile, arguments: dict
     ) -> None:
-        """Run the module that the writer closes, attention or FFN, and keep what the writer will read, rounded.
+        """Run the module that ends behind the site, attention or FFN, and keep what is read there, transformed and rounded.
 
         ``weights`` are the module's own, by their names in it.
         """
+        (writer,) = site.readers
         part = layer.get_submodule(writer.rpartition(".")[0])
         # before the linear makes its input what it multiplies in
         handle = layer.get_submodule(writer).register_forward_pre_hook(_stop, prepend=True)
@@ -197,19 +198,18 @@ class QuantizedPrefix:
                 try:
                     functional_call(part, weights, (self._load(seen, batch),), arguments)
                 except _Reached as reached:
-                    x = self._rotated(reached.value, writer)
-                    out[batch] = self._rounding.activations(x).cpu().numpy()
+                    out[batch] = self._rounding.activations(reached.value, site.kind).cpu().numpy()
         finally:
             handle.remove()
 
-    def _run_experts(self, normed: RowFile, weights: dict[str, Tensor], quantize: Quantize) -> int:
+    def _run_experts(self, normed: RowFile, weights: dict[str, Tensor], ffn: Site, quantize: Quantize) -> int:
         """Quantize every expert and add what it writes; the number of experts that saw too few tokens."""
         spec, width = self._spec, self._spec.hidden_size
-        assert spec.family.experts is not None
-        router = weights[f"{spec.family.experts.router}.weight"]
+        (router,) = (weights[f"{name}.weight"] for name in ffn.unrounded)
+        gain = weights[f"{ffn.norm}.weight"]
         routes, importance = [], []
         for batch in self._batches:
-            routes.append(route(self._unit(batch).flatten(0, 1), router, spec.experts_used))
+            routes.append(route((self._unit(batch) * gain).flatten(0, 1), router, spec.experts_used))
             importance.append(self._token_weights(batch).flatten())
         experts, shares = (torch.cat([getattr(one, name) for one in routes]).cpu() for name in ("experts", "shares"))
         tokens = ExpertTokens(
@@ -225,9 +225,6 @@ class QuantizedPrefix:
                 hidden[places.numpy()] += (rows * spec.residual_scale).cpu().numpy()
         self._hidden[:] = hidden.reshape(*self._shape, width)
         return starved
-
-    def _rotated(self, x: Tensor, writer: str) -> Tensor:
-        return rotated(x, self._rounding.r4) if writer == self._spec.family.ffn_writer else x
 
     def _add(self, values: RowFile, weights: dict[str, Tensor], writer: str) -> None:
         """Add the writer's output to the residual stream."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class LayerRunner:
         self._multiplied_in = multiplied_in
         self._linears = frozenset(checkpoint.spec.linears)
         multiply_in(self._layers, checkpoint.spec, multiplied_in)
+        # older versions of transformers call it past_key_values; newer ones warn of that name at every call
+        self._cache = "cache" if "cache" in signature(self._layers[0].forward).parameters else "past_key_values"
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
 
@@ -96,6 +99,6 @@ class LayerRunner:
             self._layers[layer],
             module_weights(self._checkpoint.spec, weights),
             (hidden,),
-            {"position_embeddings": rotary, "attention_mask": None, "past_key_values": cache},
+            {"position_embeddings": rotary, "attention_mask": None} | ({} if cache is None else {self._cache: cache}),
         )
         return output[0] if isinstance(output, tuple) else output

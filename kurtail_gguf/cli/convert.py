@@ -66,8 +66,9 @@ Examples:
 @click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option(
     "--rotation", type=click.Choice(ROTATIONS), default=_DEFAULTS["rotation"], show_default=True,
-    help="output: R1 learned by the rounding error at the outputs that read it; kurtail: R1 and R2 by kurtosis, as "
-    "the paper; spinquant: learned end to end, with the whole model in memory; hadamard: at random; none.",
+    help="diagonal: every input is scaled channel by channel and goes through a Hadamard transform of 64 while it is rounded; "
+    "output: R1 of the residual stream learned by the rounding error at the outputs that read it; kurtail: R1 and R2 by "
+    "kurtosis, as the paper; spinquant: learned end to end, with the whole model in memory; hadamard: at random; none.",
 )
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default=_DEFAULTS["weights"], show_default=True,
@@ -109,7 +110,7 @@ Examples:
 @click.option(
     "--tune", type=int, default=None, metavar="STEPS",
     help="Tune the block scales end to end for so many steps of 512 tokens; 0 leaves them. The default is "
-    f"{DEFAULT_TUNE} with --rotation output --weights gptq where the model fits into memory, else 0.",
+    f"{DEFAULT_TUNE} with --rotation diagonal (or output) --weights gptq where the model fits into memory, else 0.",
 )
 @click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of everything random.")
 @click.option(

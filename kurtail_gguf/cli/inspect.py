@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kurtail_gguf.config import Provenance
-from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, read_gguf
+from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, online_parts, read_gguf
 
 
 @click.command("inspect")
@@ -40,6 +40,7 @@ def summary(info: GgufInfo) -> dict[str, Any]:
         "block_bits_per_weight": info.block_bits_per_weight,
         "types": _types(info),
         "tensor_activation_bits": info.activation_exceptions,
+        "online": info.online,
         "kurtail": None if provenance is None else asdict(provenance),
     }
 
@@ -77,7 +78,7 @@ def _print(info: GgufInfo, console: Console) -> None:
     if provenance is None:
         _line(console, "no kurtail keys: a stock file")
         return
-    _print_provenance(provenance, info.runs_as, console)
+    _print_provenance(info, provenance, console)
     if provenance.activation_choice == "auto":
         _line(console, _chosen(info, provenance.activation_budget))
     for name, bits in told["tensor_activation_bits"].items():
@@ -95,9 +96,9 @@ def _chosen(info: GgufInfo, budget: float) -> str:
     )
 
 
-def _print_provenance(provenance: Provenance, runs_as: str, console: Console) -> None:
+def _print_provenance(info: GgufInfo, provenance: Provenance, console: Console) -> None:
     tuned = f", scales tuned for {provenance.tune_steps} steps" if provenance.tune_steps else ""
-    _line(console, f"runs as {runs_as}, weights {provenance.weights}{tuned}")
+    _line(console, f"runs as {info.runs_as}, weights {provenance.weights}{tuned}")
     _line(console, f"rotation {provenance.rotation}, objective {provenance.objective}, seed {provenance.seed}")
     if provenance.kv_k_bits:
         _line(console, f"cache: {provenance.mean_kv_bits:.2f} bits a value, {cache_layers(provenance)}")
@@ -111,10 +112,12 @@ def _print_provenance(provenance: Provenance, runs_as: str, console: Console) ->
         ("R1, residual stream, folded", provenance.r1_kind, provenance.r1_size),
         ("R2, values of a head, folded", provenance.r2_kind, provenance.r2_size),
         ("R3, queries and keys, online", provenance.r3_kind, provenance.r3_size),
-        ("R4, input of ffn_down, online", provenance.r4_kind, provenance.r4_size),
     )
     for name, kind, size in rotations:
         _line(console, f"  {name}: {kind}{f' {size}' if size else ''}")
+    _line(console, f"  Hadamard of inputs, online: {online_parts(info.online)}")
+    if provenance.diagonal != "none":
+        _line(console, f"  diagonals, folded: {provenance.diagonal}")
     if provenance.calibration_tokens:
         _line(
             console,

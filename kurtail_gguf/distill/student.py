@@ -69,13 +69,12 @@ class Student:
         self._rounding, self._rounded = rounding, rounded
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
         self._rotary = self._runner.rotary(0, length)
-        family = checkpoint.spec.family
+        linears = [(name, site.kind) for site in checkpoint.spec.sites for name in site.readers]
         for layer in range(checkpoint.spec.layers):
             module = self._runner.module(layer)
-            for name in checkpoint.spec.linears:
-                r4 = rounding.r4 if name == family.ffn_writer else 0
+            for name, kind in linears:
                 weight = f"{checkpoint.spec.layer_prefix(layer)}{name}.weight"
-                round_input(module.get_submodule(name), self._rounds(weight), r4)
+                round_input(module.get_submodule(name), self._rounds(weight), rounding.online_of(kind))
 
     @property
     def scales(self) -> list[dict[str, Tensor]]:

@@ -42,6 +42,10 @@ class FileTensors:
             raise KurtailError(f"{self._info.path}: tensor {name} is missing")
         return self._tensors[name]
 
+    def online(self, name: str) -> int:
+        """Size of the Hadamard blocks that the runtime multiplies the tensor's input by, 0 for none."""
+        return self._info.online.get(name, 0)
+
     def values(self, name: str, expert: int | None = None) -> npt.NDArray[np.float32]:
         """A matrix, float32 ``[out, in]``, or a vector; of one expert where all are one tensor."""
         return self.rows(name, 0, None, expert)

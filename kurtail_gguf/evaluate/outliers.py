@@ -1,4 +1,4 @@
-"""How heavy the tails of activations are, before and after a rotation, site by site; and a picture of it.
+"""How heavy the tails of activations are, before and after transforms, site by site; and a picture of it.
 
 Two measures: kurtosis over a token's values, which KurTail (arXiv:2503.01483) learns rotations by (1.8 is
 uniform, 3 normal), and the squared maximum of a block of 64, which the error of int4 with one scale a
@@ -39,24 +39,13 @@ class Outliers:
     block_maxima: tuple[float, ...]
 
 
-def measure_outliers(
-    sites: Sequence[npt.NDArray[np.floating]], rotation: npt.NDArray[np.floating] | None = None
-) -> Outliers:
-    """Measure activations as they are, or as a rotation makes them.
-
-    Args:
-        sites: x̂ ``[tokens, hidden]`` at each site, before rotation (``Capture.sites()``); hidden is a
-            multiple of 64.
-        rotation: R1 ``[hidden, hidden]``; tokens are rotated as ``x @ R1``.
-    """
-    pairs = [_site(site, rotation) for site in sites]
+def measure_outliers(sites: Sequence[npt.NDArray[np.floating]]) -> Outliers:
+    """Measure activations ``[tokens, hidden]`` of each site; hidden is a multiple of 64, and the root mean square of a token 1."""
+    pairs = [_site(np.asarray(site, np.float32)) for site in sites]
     return Outliers(tuple(kurtosis for kurtosis, _ in pairs), tuple(maxima for _, maxima in pairs))
 
 
-def _site(site: npt.NDArray[np.floating], rotation: npt.NDArray[np.floating] | None) -> tuple[float, float]:
-    x = np.asarray(site, np.float32)
-    if rotation is not None:
-        x = x @ rotation.astype(np.float32)
+def _site(x: npt.NDArray[np.float32]) -> tuple[float, float]:
     centred = x - x.mean(-1, keepdims=True)
     squares = np.square(centred)
     kurtosis = np.square(squares).mean(-1) / np.square(squares.mean(-1))
@@ -112,7 +101,7 @@ def figure(title: str, layers: int, before: Outliers, after: Mapping[str, Outlie
     upper, lower = drawn.subplots(2, 1, sharex=True)
     x = np.arange(len(before.kurtosis)) * layers / len(before.kurtosis)
     for axes, measure in ((upper, "kurtosis"), (lower, "block_maxima")):
-        axes.plot(x, getattr(before, measure), color="black", linestyle=":", label="before rotation")
+        axes.plot(x, getattr(before, measure), color="black", linestyle=":", label="before")
         for name, outliers in after.items():
             axes.plot(x, getattr(outliers, measure), label=name)
         axes.set_yscale("log")

@@ -102,22 +102,23 @@ def _layer_caches(info: GgufInfo, paired: bool) -> tuple[LayerCache, ...]:
 
 
 def _simulate_linears(model: PreTrainedModel, info: GgufInfo) -> None:
-    provenance = info.provenance
-    r4 = provenance.r4_size if provenance is not None and provenance.r4_kind == "hadamard" else 0
+    online = info.online
+    head = "output.weight" if any(tensor.name == "output.weight" for tensor in info.tensors) else "token_embd.weight"
     for tensor in info.tensors:
-        rotation = 0
         if tensor.type_id == ggml.KT4:
-            rotation = r4 if tensor.name.endswith(".ffn_down.weight") else 0
             bits, block = info.activation_bits_of(tensor.name), ACTIVATION_BLOCK
         elif tensor.type_id == ggml.Q4_0 and tensor.is_block_linear:
             # upstream rounds the inputs of its q4_0 to q8_0
             bits, block = 8, CACHE_BLOCK
-        elif tensor.name == "output.weight" and tensor.type_id in _HEAD_BLOCK:
+        elif tensor.name == head and tensor.type_id in _HEAD_BLOCK:
             bits, block = 8, _HEAD_BLOCK[tensor.type_id]
+        elif tensor.name in online:
+            bits = block = None
         else:
             continue
-        linear = model.get_submodule(_hf_name(tensor).removesuffix(".weight"))
-        round_input(linear, partial(round_to, bits=bits, block=block), rotation)
+        module = "lm_head" if tensor.name == head else _hf_name(tensor).removesuffix(".weight")
+        rounded = partial(round_to, bits=bits, block=block) if bits else lambda x: x
+        round_input(model.get_submodule(module), rounded, online.get(tensor.name, 0))
 
 
 def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase, paired: bool) -> None:

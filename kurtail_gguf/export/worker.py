@@ -25,11 +25,19 @@ from kurtail_gguf import ggml, vendored
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.export.header_worker import copy_key
 from kurtail_gguf.formats.targets import BLOCK_FORMATS
-from kurtail_gguf.gguf_info import K_OFFSET, PROVENANCE_KEYS, UNPACKED_KEYS
+from kurtail_gguf.gguf_info import (
+    HADAMARD,
+    K_OFFSET,
+    ONLINE_KIND,
+    ONLINE_NAME,
+    ONLINE_SIZE,
+    PROVENANCE_KEYS,
+    UNPACKED_KEYS,
+)
 from kurtail_gguf.row_file import RowFile
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+#: Tables by the names of their files: what upstream's converter calls them.
+_TABLES = {"embed_tokens.npy": "model.embed_tokens.weight", "lm_head.npy": "lm_head.weight"}
 
 #: An expert's linear: what is before, the expert's number, what is after.
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
@@ -68,13 +76,11 @@ class RowsToWrite:
 class QuantizedFiles:
     """The directory of quantized tensors that the pipeline leaves for the export.
 
-    ``embed_tokens.npy`` and ``lm_head.npy`` are float32 ``[vocab, hidden]``; the safetensors files
-    hold HF names: uint8 ``[out, row_bytes]`` is a packed linear, anything else float32.
+    Tables (.npy) are float32 ``[vocab, hidden]``; the safetensors files hold HF names: uint8 ``[out, row_bytes]`` is a packed linear, anything else float32.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.embedding = RowFile(directory / "embed_tokens.npy")
-        self.head = RowFile(directory / "lm_head.npy")
+        self.directory = directory
         self.packed: dict[str, Path] = {}
         self.plain: dict[str, Path] = {}
         for path in (*sorted(directory.glob("layer-*.safetensors")), directory / "final.safetensors"):
@@ -107,9 +113,7 @@ class QuantizedFiles:
 def quantized_model_class(
     base: type,
     files: QuantizedFiles,
-    provenance: dict[str, Any],
-    eight_bit: list[str],
-    k_offset: list[float] | None,
+    request: dict[str, Any],
     library: ggml.GgmlBase,
     send: Send,
 ) -> type:
@@ -118,12 +122,14 @@ def quantized_model_class(
     Args:
         base: what ``conversion.get_model_class`` gives for the architecture.
         files: the quantized tensors.
-        provenance: fields of config.Provenance.
-        eight_bit: packed linears that are listed for 8-bit activations; all of them where that is the general rule.
-        k_offset: the key of that name (docs/format.md), or None.
+        request: what ``export.writer.write_gguf`` asks for: fields of config.Provenance; types of tables; sizes of online
+            transforms by the tensors' names; packed linears that are listed for 8-bit activations (all of them where that is
+            the general rule); the key ``kurtail.kv.k_offset`` or None.
         library: quantizes the embedding and the output.
         send: reports each tensor as it is written or handed over.
     """
+
+    provenance, eight_bit, k_offset = (request[key] for key in ("provenance", "eight_bit", "k_offset"))
 
     class Quantized(base):  # type: ignore[misc, valid-type]
         # upstream refuses a subclass that does not state it
@@ -144,12 +150,8 @@ def quantized_model_class(
             return gguf.GGMLQuantizationType.F32
 
         def prepare_tensors(self) -> None:
-            # llama-quantize's choice for Q4_0; q6_K has blocks of 256
-            types = ggml.Q4_0, ggml.Q6_K if files.head.shape[1] % 256 == 0 else ggml.Q8_0
-            if provenance["weights"] == "f32":
-                types = ggml.F32, ggml.F32
-            for name, rows, ggml_type in zip((EMBEDDING, HEAD), (files.embedding, files.head), types, strict=True):
-                self._add_rows(name, rows, ggml_type)
+            for file, ggml_type in request["tables"].items():
+                self._add_rows(_TABLES[file], RowFile(files.directory / file), ggml_type)
             for merged, names in files.expert_groups().items():
                 self._add_packed(merged, names)
             super().prepare_tensors()
@@ -198,6 +200,10 @@ def quantized_model_class(
                 self._add_key(key, provenance[field], kind)
             if k_offset is not None:
                 self._add_key(K_OFFSET, k_offset, "float32[]")
+            if request["online"] and provenance["target"] == "kurtail":
+                self._add_key(ONLINE_NAME, list(request["online"]), "string[]")
+                self._add_key(ONLINE_KIND, [HADAMARD] * len(request["online"]), "string[]")
+                self._add_key(ONLINE_SIZE, list(request["online"].values()), "uint32[]")
             listed = files.expert_groups() if provenance["activation_bits"] == 8 else eight_bit
             if provenance["target"] == "kurtail" and listed:
                 # upstream's own keys for what a backend may not round to 4 bits
@@ -223,7 +229,7 @@ def write_quantized(request: dict[str, Any], send: Send) -> None:
     files = QuantizedFiles(Path(request["quantized"]))
     base = _model_class(source)
     provenance = request["provenance"]
-    model_class = quantized_model_class(base, files, provenance, request["eight_bit"], request["k_offset"], ggml.GgmlBase(), send)
+    model_class = quantized_model_class(base, files, request, ggml.GgmlBase(), send)
     # upstream numbers a file's type as its tensors' for both of ours, and for float32
     file_type = 0 if provenance["weights"] == "f32" else BLOCK_FORMATS[provenance["target"]].type_id
     _write(model_class(source, gguf.LlamaFileType(file_type), out), out)

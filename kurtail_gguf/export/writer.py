@@ -33,6 +33,8 @@ def write_gguf(
     out: Path,
     provenance: Provenance,
     progress: Progress,
+    tables: Mapping[str, int],
+    online: Mapping[str, int],
     eight_bit: Collection[str] = (),
     k_offset: Sequence[float] | None = None,
 ) -> None:
@@ -42,12 +44,14 @@ def write_gguf(
 
     Args:
         source: the HF directory: configuration, tokenizer and model card.
-        quantized: directory with ``embed_tokens.npy`` and ``lm_head.npy`` (float32 ``[vocab, hidden]``),
-            ``layer-*.safetensors`` and ``final.safetensors``; HF names, uint8 rows of the target's
-            format for packed linears in HF's row order, float32 for the rest.
+        quantized: directory that ``layerwise.fold_and_quantize`` filled: uint8 rows of the target's format for packed
+            linears in HF's row order, float32 for the rest.
         out: the file to write; an existing one is replaced.
         provenance: the ``kurtail.*`` keys.
         progress: one stage, a unit a tensor.
+        tables: types of embedding and head by the names of their files in ``quantized``; only the former where one table
+            serves for both.
+        online: sizes of the Hadamard blocks that inputs are multiplied by at run time, by the tensors' names in the file.
         eight_bit: HF names of packed linears whose activations have 8 bits where the others' have 4.
         k_offset: what keys are stored without (docs/format.md), in the file's order; None for nothing.
 
@@ -59,6 +63,8 @@ def write_gguf(
         "source": str(source.resolve()),
         "quantized": str(quantized.resolve()),
         "provenance": asdict(provenance),
+        "tables": dict(tables),
+        "online": dict(online),
         "eight_bit": sorted(eight_bit),
         "k_offset": None if k_offset is None else list(k_offset),
     }
@@ -158,7 +164,7 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
 
 
 def _count_tensors(quantized: Path) -> int:
-    count = 2  # embedding and head
+    count = len(list(quantized.glob("*.npy")))  # embedding and head
     for path in quantized.glob("*.safetensors"):
         try:
             with safe_open(path, "np") as file:

@@ -1,4 +1,4 @@
-"""Fold one decoder layer: gains into the linears that read a norm, R1, R2 and R4 into what they meet.
+"""Fold one decoder layer: gains into the linears that read a norm, and what is done to each site into who reads and makes it.
 
 Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = x R1 on the residual:
 
@@ -7,11 +7,15 @@ Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = 
 * a writer gives y' = y R1, hence W' = R1ᵀ W and b' = b R1;
 * values become v R2 (a KV head each): W_v' = R2ᵀ W_v, b_v' = b_v R2, and every query head of the group
   undoes it at o_proj's input: W_o' = W_o R2 on that head's columns;
-* the runtime multiplies down_proj's input by the block-diagonal H (R4): W_down' = W_down H;
-* before that, up_proj's outputs may be multiplied by any s, which down_proj's columns are divided by;
 * keys may be divided by any s that is the same for both values of a RoPE pair, which their queries are multiplied by:
-  k' = k / s, q' = q s. Where q and k are normed head by head, s goes into the gains of those norms instead;
-* a router reads what its experts read, and its scores stay the same; each expert's down_proj has R4 and R1 as any other.
+  k' = k / s, q' = q s. Where q and k are normed head by head, s goes into the gains of those norms instead.
+
+At each site (kurtail_gguf/arch/sites.py), behind all of this:
+
+* the diagonal s: readers get W' = W diag(1/s), and the norm's gain becomes s (1 without one), or the rows of what makes the
+  site are multiplied by it: up's by s, which down's columns are divided by, values' likewise. A router reads the norm's
+  output too, so its columns are divided as well;
+* the runtime multiplies the site by the block-diagonal H: W' = W H for its readers, a router not being among them.
 
 Where q, k and v, or gate and up, are one linear, the rows of v and up are what the above is about. R3 acts on queries and
 keys alike inside attention and needs no folding.
@@ -19,77 +23,73 @@ keys alike inside attention and needs no folding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
+from kurtail_gguf.arch.sites import Site
 from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.formats.hadamard import walsh_hadamard_
-
 
 #: A channel is scaled by at most e^±3, 20 times.
 _MAX_LOG_SCALE = 3.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class LayerRotations:
+class LayerTransforms:
     """What is folded into one layer.
 
     Args:
         r1: float64 ``[hidden, hidden]`` or None.
         r2: float64 ``[kv_heads, head_dim, head_dim]`` or None.
-        r4: size of R4's Hadamard blocks, a power of two dividing intermediate_size; 0 for none.
-        ffn_scale: float64 ``[intermediate]``, positive, or None.
+        online: sizes of the Hadamard blocks that the runtime multiplies a site by, powers of two that divide the site, by
+            its kind; a site that is not there is left as it is.
+        scales: diagonals by the site's kind, float64 ``[Site.scale_size]``, positive.
         key_scale: float64 ``[kv_heads, head_dim]``, positive, or None; both values of a RoPE pair, and where keys are normed
             all heads, have the same.
     """
 
-    r1: torch.Tensor | None
-    r2: torch.Tensor | None
-    r4: int
-    ffn_scale: torch.Tensor | None = None
+    r1: torch.Tensor | None = None
+    r2: torch.Tensor | None = None
+    online: Mapping[str, int] = field(default_factory=dict)
+    scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     key_scale: torch.Tensor | None = None
 
 
 def fold_layer(
-    weights: dict[str, torch.Tensor], spec: ModelSpec, rotations: LayerRotations
+    weights: dict[str, torch.Tensor], spec: ModelSpec, transforms: LayerTransforms
 ) -> dict[str, torch.Tensor]:
     """The folded layer.
 
     Args:
         weights: the layer's tensors by the names of ``spec.layer_shapes()``, any float type, on the
-            rotations' device.
+            transforms' device.
         spec: sizes and roles.
-        rotations: what to fold.
+        transforms: what to fold.
 
     Returns:
-        float64 tensors of the same names and shapes; norm weights are ones.
+        float64 tensors of the same names and shapes; norm weights are the sites' diagonals, ones where there are none.
     """
-    family = spec.family
     folded = {name: tensor.double() for name, tensor in weights.items()}
-    for norm, readers in (
-        (f"{family.attention_norm}.weight", family.attention_readers),
-        (f"{family.ffn_norm}.weight", (*spec.ffn_readers, *spec.unquantized_readers)),
-    ):
-        for name in readers:
-            weight = f"{name}.weight"
-            folded[weight] = fold_reader(folded[weight], folded[norm], rotations.r1)
-        folded[norm] = torch.ones_like(folded[norm])
-    if rotations.r2 is not None:
-        _fold_r2(folded, spec, rotations.r2)
-    if rotations.ffn_scale is not None:
-        _fold_ffn_scale(folded, spec, rotations.ffn_scale)
-    if rotations.key_scale is not None:
-        _fold_key_scale(folded, spec, rotations.key_scale)
-    if rotations.r4 > 1:
-        for down in (f"{name}.weight" for name in spec.ffn_writers):
-            folded[down] = walsh_hadamard_(folded[down].clone(), rotations.r4)
-    if rotations.r1 is not None:
-        for name in (family.attention_writer, *spec.ffn_writers):
-            folded[f"{name}.weight"] = rotations.r1.T @ folded[f"{name}.weight"]
+    for site in spec.sites:
+        if site.norm:
+            _fold_norm(folded, site, transforms.r1)
+    if transforms.r2 is not None:
+        _fold_r2(folded, spec, transforms.r2)
+    if transforms.key_scale is not None:
+        _fold_key_scale(folded, spec, transforms.key_scale)
+    for site in spec.sites:
+        if site.kind in transforms.scales:
+            _fold_scale(folded, site, transforms.scales[site.kind])
+        if (size := transforms.online.get(site.kind, 0)) > 1:
+            for weight in (f"{name}.weight" for name in site.readers):
+                folded[weight] = walsh_hadamard_(folded[weight].clone(memory_format=torch.contiguous_format), size)
+    if transforms.r1 is not None:
+        for name in spec.writers:
+            folded[f"{name}.weight"] = transforms.r1.T @ folded[f"{name}.weight"]
             if f"{name}.bias" in folded:
-                folded[f"{name}.bias"] = folded[f"{name}.bias"] @ rotations.r1
+                folded[f"{name}.bias"] = folded[f"{name}.bias"] @ transforms.r1
     return folded
 
 
@@ -101,7 +101,7 @@ def fold_attention(
     Args:
         weights: as :func:`fold_layer`'s, float32.
         spec: sizes and roles.
-        r2, key_scale: as in :class:`LayerRotations`.
+        r2, key_scale: as in :class:`LayerTransforms`.
 
     Returns:
         The layer's tensors, those of attention folded, float32; gains of norms stay where they are.
@@ -121,12 +121,26 @@ def fold_reader(weight: torch.Tensor, gain: torch.Tensor, r1: torch.Tensor | Non
     return scaled if r1 is None else scaled @ r1
 
 
-def _fold_ffn_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, scale: torch.Tensor) -> None:
-    up, rows = spec.up_rows
-    _change(folded, f"{up}.weight", rows, lambda weight: weight * scale[:, None])
-    if f"{up}.bias" in folded:
-        _change(folded, f"{up}.bias", rows, lambda bias: bias * scale)
-    folded[f"{spec.family.ffn_writer}.weight"] = folded[f"{spec.family.ffn_writer}.weight"] / scale
+def _fold_norm(folded: dict[str, torch.Tensor], site: Site, r1: torch.Tensor | None) -> None:
+    norm = f"{site.norm}.weight"
+    for weight in (f"{name}.weight" for name in (*site.readers, *site.unrounded)):
+        folded[weight] = fold_reader(folded[weight], folded[norm], r1)
+    folded[norm] = torch.ones_like(folded[norm])
+
+
+def _fold_scale(folded: dict[str, torch.Tensor], site: Site, scale: torch.Tensor) -> None:
+    channels = site.channels(scale)
+    for weight in (f"{name}.weight" for name in (*site.readers, *site.unrounded)):
+        folded[weight] = folded[weight] / channels
+    if site.norm:
+        folded[f"{site.norm}.weight"] = scale.clone()
+        return
+    if site.source is None:
+        raise ValueError(f"no diagonal can be folded into what makes the site {site.kind} of {', '.join(site.readers)}")
+    name, rows = site.source
+    _change(folded, f"{name}.weight", rows, lambda weight: weight * scale[:, None])
+    if f"{name}.bias" in folded:
+        _change(folded, f"{name}.bias", rows, lambda bias: bias * scale)
 
 
 def _fold_key_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, scale: torch.Tensor) -> None:
@@ -146,21 +160,21 @@ def query_scale(scale: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     return scale.repeat_interleave(spec.value_group, dim=0).flatten()
 
 
-def balance_channels(channels: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Scales that share a channel's size between down_proj's input and its column.
+def balance_channels(channels: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Scales that share a channel's size between a site and the columns of what reads it.
 
     A block's rounding error at the output is about (Σ m_j² s_j²)(Σ w_j² / s_j²) with the root mean squares m of its
     channels and the norms w of their columns, whether activations or weights are rounded; s_j² = w_j / m_j makes it
     least (Cauchy-Schwarz), (Σ m_j w_j)².
 
     Args:
-        channels: m, ``[intermediate]``.
-        down: down_proj's weight ``[hidden, intermediate]``.
+        channels: m, ``[n]``.
+        columns: w, ``[n]``.
 
     Returns:
-        s, float64 ``[intermediate]``, with geometric mean 1; channels that are always zero keep their size.
+        s, float64 ``[n]``, with geometric mean 1; channels that are always zero keep their size.
     """
-    m, w = channels.double(), down.double().norm(dim=0)
+    m, w = channels.double(), columns.double()
     usable = (m > 0) & (w > 0)
     logarithm = torch.where(usable, 0.5 * (w / m).log(), 0.0)
     # a channel that is almost never on must not be blown up beyond what its own peaks allow

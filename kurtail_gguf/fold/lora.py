@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
+from kurtail_gguf.arch.sites import ATTENTION_OUTPUT, Site
 from kurtail_gguf.arch.spec import ModelSpec
-from kurtail_gguf.fold.layer import LayerRotations, fold_reader, query_scale, rotate_heads, rotate_values
+from kurtail_gguf.fold.layer import LayerTransforms, fold_reader, query_scale, rotate_heads, rotate_values
 from kurtail_gguf.formats.hadamard import walsh_hadamard_
 
 
 def fold_pair(
-    a: torch.Tensor, b: torch.Tensor, linear: str, gains: dict[str, torch.Tensor], spec: ModelSpec, rotations: LayerRotations
+    a: torch.Tensor, b: torch.Tensor, linear: str, gains: dict[str, torch.Tensor], spec: ModelSpec, transforms: LayerTransforms
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B of one block linear.
 
@@ -23,30 +24,39 @@ def fold_pair(
         linear: the linear's name below the layer's prefix.
         gains: weights of the layer's norms, by the norms' names.
         spec: sizes and roles; not a mixture of experts where the linear is of the FFN.
-        rotations: what was folded into the layer.
+        transforms: what was folded into the layer.
 
     Returns:
         A and B, float64, same shapes.
     """
-    a, b, family, r1 = a.double(), b.double().clone(), spec.family, rotations.r1
-    if linear in (family.attention_writer, family.ffn_writer):
-        if linear == family.attention_writer:
-            a = a if rotations.r2 is None else rotate_heads(a, spec, rotations.r2)
-        else:
-            a = a if rotations.ffn_scale is None else a / rotations.ffn_scale
-            a = walsh_hadamard_(a.clone(), rotations.r4) if rotations.r4 > 1 else a
-        return a, b if r1 is None else r1.T @ b
-    norm = family.attention_norm if linear in family.attention_readers else family.ffn_norm
-    a = fold_reader(a, gains[norm], r1)
+    site = spec.site_of(linear)
+    return _inputs(a.double(), site, gains, spec, transforms), _outputs(b.double().clone(), linear, spec, transforms)
+
+
+def _inputs(
+    a: torch.Tensor, site: Site, gains: dict[str, torch.Tensor], spec: ModelSpec, transforms: LayerTransforms
+) -> torch.Tensor:
+    if site.norm:
+        a = fold_reader(a, gains[site.norm], transforms.r1)
+    elif site.kind == ATTENTION_OUTPUT and transforms.r2 is not None:
+        a = rotate_heads(a, spec, transforms.r2)
+    if site.kind in transforms.scales:
+        a = a / site.channels(transforms.scales[site.kind])
+    size = transforms.online.get(site.kind, 0)
+    return walsh_hadamard_(a.clone(memory_format=torch.contiguous_format), size) if size > 1 else a
+
+
+def _outputs(b: torch.Tensor, linear: str, spec: ModelSpec, transforms: LayerTransforms) -> torch.Tensor:
+    if linear in spec.writers:
+        return b if transforms.r1 is None else transforms.r1.T @ b
     value, rows = spec.value_rows
-    if linear == value and rotations.r2 is not None:
-        b[rows] = rotate_values(b[rows], spec, rotations.r2)
-    if rotations.key_scale is not None and not family.key_norm:
-        factors = ((spec.key_rows, 1 / rotations.key_scale.flatten()), (spec.query_rows, query_scale(rotations.key_scale, spec)))
-        for (name, rows), factor in factors:
-            if linear == name:
-                b[rows] = b[rows] * factor[:, None]
-    if linear == family.up and rotations.ffn_scale is not None:
-        _, rows = spec.up_rows
-        b[rows] = b[rows] * rotations.ffn_scale[:, None]
-    return a, b
+    if linear == value and transforms.r2 is not None:
+        b[rows] = rotate_values(b[rows], spec, transforms.r2)
+    factors = []
+    if transforms.key_scale is not None and not spec.family.key_norm:
+        factors += [(spec.key_rows, 1 / transforms.key_scale.flatten()), (spec.query_rows, query_scale(transforms.key_scale, spec))]
+    factors += [(site.source, transforms.scales[site.kind]) for site in spec.sites if site.source and site.kind in transforms.scales]
+    for (name, rows), factor in factors:
+        if linear == name:
+            b[rows] = b[rows] * factor[:, None]
+    return b

@@ -20,17 +20,17 @@ MAX_R4: Final = 2048
 Array = TypeVar("Array")
 
 
-def r4_size(intermediate_size: int, limit: int = MAX_R4) -> int:
-    """Size of one Hadamard block of R4: the largest power of two that divides, up to a limit.
+def hadamard_size(size: int, limit: int = MAX_R4) -> int:
+    """Size of one Hadamard block of an input: the largest power of two that divides its length, up to a limit.
 
     Args:
-        intermediate_size: length of down_proj's input (with the default limit 1536 gives 512, 14336 gives 2048).
+        size: length of the input (with the default limit 1536 gives 512, 14336 gives 2048).
         limit: a power of two.
 
     Returns:
-        A power of two; 1 where the length is odd (no R4 then).
+        A power of two; 1 where the length is odd (there is nothing to transform then).
     """
-    return min(intermediate_size & -intermediate_size, limit)
+    return min(size & -size, limit)
 
 
 def sylvester(n: int) -> npt.NDArray[np.float64]:

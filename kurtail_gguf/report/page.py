@@ -80,16 +80,16 @@ def _peaks(result: ConvertResult, stage: str) -> tuple[float, float | None]:
 
 def _plots(figures: Figures) -> Iterator[tuple[str, Markup]]:
     """Caption and SVG of each plot."""
-    after = {} if figures.after is None else {"after rotation": figures.after}
+    after = {} if figures.after is None else {"after": figures.after}
     yield (
-        "Tails of the activations that attention and FFN read, layer by layer. Rotations are there to bring both down: "
+        "Tails of the activations that attention and FFN read, layer by layer. Transforms are there to bring both down: "
         "the kurtosis says how heavy the tails are, the squared maximum of a block is what the error of 4 bits grows with.",
         Markup(as_svg(figure("", figures.layers, figures.before, after), "outliers")),
     )
     if figures.weight_errors:
         curves = by_linear(figures.weight_errors, figures.layers)
         yield (
-            "What the file's weights differ from the rotated ones by, relative to them. GPTQ accepts a larger error of the "
+            "What the file's weights differ from the folded ones by, relative to them. GPTQ accepts a larger error of the "
             "weights for a smaller one of what they compute.",
             Markup(as_svg(error_figure("relative error of the weights", curves), "weights")),
         )

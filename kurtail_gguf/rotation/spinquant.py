@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from kurtail_gguf.arch.sites import FFN_OUTPUT
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.memory import memory_available
@@ -184,7 +185,7 @@ class RotatedNetwork:
             return (_by_head(self._rounded(inputs[0]), group.mT),)
 
         def ffn_out(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            r4 = 0 if self._rounding is None else self._rounding.r4
+            r4 = 0 if self._rounding is None else self._rounding.online_of(FFN_OUTPUT)
             return (rotated(self._rounded(rotated(inputs[0], r4)), r4),)
 
         with ExitStack() as hooks:
@@ -193,7 +194,7 @@ class RotatedNetwork:
             hooks.enter_context(module.get_submodule(family.value).register_forward_hook(value))
             for name, hook in ((family.attention_writer, attention_out), (family.ffn_writer, ffn_out)):
                 hooks.enter_context(module.get_submodule(name).register_forward_pre_hook(hook))
-            output = module(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=None)
+            output = module(hidden, position_embeddings=rotary, attention_mask=None)
         return output[0] if isinstance(output, tuple) else output
 
     def _rounded(self, x: Tensor) -> Tensor:

@@ -14,20 +14,20 @@ from kurtail_gguf.errors import SourceError
 from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
 
 
-def round_input(linear: nn.Module, rounded: Callable[[Tensor], Tensor], r4: int = 0) -> RemovableHandle:
+def round_input(linear: nn.Module, rounded: Callable[[Tensor], Tensor], online: int = 0) -> RemovableHandle:
     """Let a linear see its input as the runtime's does.
 
     Args:
-        linear: the module, of one input; the weights it is given have R4 folded in.
+        linear: the module, of one input; the weights it is given have the transform folded in.
         rounded: what rounds, ``[..., K]`` to the same shape.
-        r4: size of the Hadamard blocks that the input is rotated by before it is rounded, 0 for none.
+        online: size of the Hadamard blocks that the input is rotated by before it is rounded, 0 for none.
 
     Returns:
         What takes it off again.
     """
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (rounded(rotated(inputs[0], r4)),)
+        return (rounded(rotated(inputs[0], online)),)
 
     return linear.register_forward_pre_hook(hook)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kurtail_gguf.simulation.attention import CacheSettings
+from kurtail_gguf.simulation.attention import CacheSettings, rotated
 from kurtail_gguf.simulation.rounding import round_to
 
 
@@ -18,7 +18,7 @@ class RuntimeRounding:
     Args:
         activation_bits: of what enters the block linears, but for the exceptions.
         activation_block: values that share a scale there.
-        r4: size of R4's Hadamard blocks before down_proj, 0 for none.
+        online: sizes of the Hadamard blocks that sites are multiplied by, by their kinds (kurtail_gguf/arch/sites.py).
         cache: bits of the KV cache, and R3.
         exceptions: other bits of single linears, by their weights' full names (``model.layers.0.mlp.up_proj.weight``).
         watch: told of everything that :meth:`activations` rounds, before and after; it changes nothing.
@@ -26,7 +26,7 @@ class RuntimeRounding:
 
     activation_bits: int
     activation_block: int
-    r4: int
+    online: Mapping[str, int]
     cache: CacheSettings
     exceptions: Mapping[str, int] = field(default_factory=dict)
     watch: Callable[[Tensor, Tensor], None] | None = None
@@ -35,8 +35,13 @@ class RuntimeRounding:
         """Bits of what enters the block linear of this weight."""
         return self.exceptions.get(weight, self.activation_bits)
 
-    def activations(self, x: Tensor) -> Tensor:
-        """``x`` as a block linear that is no exception sees it, in the same shape."""
+    def online_of(self, kind: str) -> int:
+        """Size of the Hadamard blocks at a site of this kind, 0 for none."""
+        return self.online.get(kind, 0)
+
+    def activations(self, x: Tensor, kind: str) -> Tensor:
+        """``x`` as the block linears of a site see it that are no exceptions, in the same shape."""
+        x = rotated(x, self.online_of(kind))
         rounded = round_to(x, self.activation_bits, self.activation_block)
         if self.watch is not None:
             self.watch(x, rounded)

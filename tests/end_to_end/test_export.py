@@ -33,6 +33,7 @@ def test_types_and_keys(converted, source):
     assert info.metadata["general.file_type"] == 164
     assert all(key in info.metadata for _, key, _ in PROVENANCE_KEYS)
     assert info.provenance.r4_size == 128 and info.provenance.r3_size == 64
+    assert info.online == {f"blk.{layer}.ffn_down.weight": 128 for layer in (0, 1)}
     assert info.block_bits_per_weight == 4.25
 
 

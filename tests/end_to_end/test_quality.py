@@ -56,7 +56,7 @@ def test_the_default_recipe_meets_its_bar(cli, converted, smollm2, wiki, tmp_pat
     """What ``convert`` does when nothing but a text is given."""
     path = converted(smollm2, *CALIBRATION)
     provenance = read_gguf(path).provenance
-    assert (provenance.rotation, provenance.weights, provenance.activation_bits) == ("output", "gptq", 4)
+    assert (provenance.rotation, provenance.weights, provenance.activation_bits) == ("diagonal", "gptq", 4)
     assert provenance.kv_bits == 4 and provenance.mean_kv_bits <= 4.6
     assert provenance.tune_steps > 0
     (result,) = _evaluate(cli, {"default": path}, wiki, tmp_path / "r.json", "--reference", smollm2).values()

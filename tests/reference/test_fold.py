@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kurtail_gguf.arch.registry import FAMILIES
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer
-from kurtail_gguf.fold.tables import fold_embedding, fold_head
-from kurtail_gguf.formats.hadamard import r4_size, sylvester, walsh_hadamard_
+from kurtail_gguf.arch.sites import FFN, FFN_OUTPUT, SITES
+from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
+from kurtail_gguf.fold.tables import fold_tables, read_head
+from kurtail_gguf.formats.hadamard import hadamard_size, sylvester, walsh_hadamard_
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.loading.experts import module_weights
+from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.rotation.hadamard import random_orthogonal
 
 KINDS = [
@@ -25,8 +28,8 @@ def test_every_supported_architecture_has_a_case(tiny_model):
     assert {type(tiny_model(kind)).__name__ for kind in KINDS} == set(FAMILIES)
 
 
-def _folded_model(kind, tiny_model, spec, rotations_of, r4):
-    """The same architecture with folded weights, its own head, and R4 online before down_proj."""
+def _folded_model(kind, tiny_model, spec, transforms_of):
+    """The same architecture with folded weights, its own head, and Hadamard transforms before the linears that want them."""
     model = tiny_model(kind)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     # Untie in place: the folded model has the same modules, with weights of its own.
@@ -38,12 +41,12 @@ def _folded_model(kind, tiny_model, spec, rotations_of, r4):
         prefix = spec.layer_prefix(layer)
         weights = _stored(state, spec, prefix)
         assert weights.keys() == spec.layer_shapes().keys()
-        layer_folded = fold_layer(weights, spec, rotations_of(layer))
+        layer_folded = fold_layer(weights, spec, transforms_of(layer))
         for name, tensor in layer_folded.items():
             assert tensor.dtype == torch.float64
             assert tensor.shape == weights[name].shape == spec.layer_shapes()[name]
         out |= {prefix + name: tensor for name, tensor in module_weights(spec, layer_folded).items()}
-    r1 = rotations_of(0).r1
+    r1, online = transforms_of(0).r1, transforms_of(0).online
     gain = state["model.norm.weight"]
     head = state["model.embed_tokens.weight" if spec.tied else "lm_head.weight"]
     out["lm_head.weight"] = (head * gain) if r1 is None else (head * gain) @ r1
@@ -51,15 +54,21 @@ def _folded_model(kind, tiny_model, spec, rotations_of, r4):
     if r1 is not None:
         out["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] @ r1
     folded.load_state_dict(out)
-    if r4 > 1:
-        for layer in folded.model.layers:
-            if spec.experts:
-                layer.mlp.experts = _RotatedExperts(layer.mlp.experts, r4)
+    for layer in folded.model.layers:
+        if spec.experts:
+            layer.mlp.experts = _TransformedExperts(layer.mlp.experts, online.get(FFN, 1), online.get(FFN_OUTPUT, 1))
+        for site in spec.sites:
+            if spec.experts and site.kind in (FFN, FFN_OUTPUT):
                 continue
-            layer.mlp.down_proj.register_forward_pre_hook(
-                lambda _module, inputs: (walsh_hadamard_(inputs[0].clone(), r4),)
-            )
+            for name in site.readers:
+                layer.get_submodule(name).register_forward_pre_hook(
+                    lambda _module, inputs, n=online.get(site.kind, 1): (_hadamard(inputs[0], n),)
+                )
     return folded
+
+
+def _hadamard(x, n):
+    return walsh_hadamard_(x.clone(memory_format=torch.contiguous_format), n)
 
 
 def _stored(state, spec, prefix):
@@ -78,18 +87,18 @@ def _stored(state, spec, prefix):
     return own
 
 
-class _RotatedExperts(torch.nn.Module):
-    """Experts whose down_proj reads what R4 has rotated, token by token."""
+class _TransformedExperts(torch.nn.Module):
+    """Experts that read what Hadamard matrices of two sizes have transformed, token by token; their router does not."""
 
-    def __init__(self, experts, r4):
+    def __init__(self, experts, read, inner):
         super().__init__()
-        self._experts, self._r4 = experts, r4
+        self._experts, self._read, self._inner = experts, read, inner
 
     def forward(self, hidden, chosen, shares):
         rows = []
-        for x, experts, weights in zip(hidden, chosen, shares, strict=True):
+        for x, experts, weights in zip(_hadamard(hidden, self._read), chosen, shares, strict=True):
             gate, up = (self._experts.gate_up_proj[experts] @ x).chunk(2, dim=-1)
-            inner = walsh_hadamard_(torch.nn.functional.silu(gate) * up, self._r4)
+            inner = walsh_hadamard_(torch.nn.functional.silu(gate) * up, self._inner)
             rows.append(torch.einsum("eoi,ei,e->o", self._experts.down_proj[experts], inner, weights))
         return torch.stack(rows)
 
@@ -103,21 +112,25 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
         torch.from_numpy(np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.kv_heads)]))
         for _ in range(spec.layers)
     ]
-    r4 = r4_size(spec.intermediate_size)
-    assert r4 == 64
-
-    # of a mixture of experts channels are not scaled
-    scale = None if spec.experts else torch.from_numpy(np.exp(rng.standard_normal(spec.intermediate_size)))
+    # another size for each site, so that none can stand for another
+    limits = dict(zip(SITES, (64, 32, 16, 8), strict=True))
+    online = {site.kind: hadamard_size(site.size, limits[site.kind]) for site in spec.sites}
+    assert online == limits
+    scales = {
+        site.kind: torch.from_numpy(np.exp(rng.standard_normal(site.scale_size)))
+        for site in spec.sites if site.norm or site.source
+    }  # fmt: skip
+    assert scales.keys() == set(SITES) - ({FFN_OUTPUT} if spec.experts else set())
 
     # both values of a RoPE pair alike; all heads as well where keys are normed
     pairs = rng.standard_normal((1 if spec.family.key_norm else spec.kv_heads, spec.head_dim // 2))
     keys = torch.from_numpy(np.exp(np.tile(pairs, 2))).expand(spec.kv_heads, -1)
     assert spec.rotary_dim == spec.head_dim
 
-    def rotations(layer: int) -> LayerRotations:
-        return LayerRotations(r1, r2[layer], r4, scale, keys)
+    def transforms(layer: int) -> LayerTransforms:
+        return LayerTransforms(r1, r2[layer], online, scales, keys)
 
-    folded = _folded_model(kind, tiny_model, spec, rotations, r4)
+    folded = _folded_model(kind, tiny_model, spec, transforms)
     with torch.no_grad():
         expected = tiny_model(kind)(IDS).logits
         found = folded(IDS).logits
@@ -128,7 +141,7 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
 @pytest.mark.parametrize("kind", ["llama-biases", "qwen2", "phi3", "qwen3-moe"])
 def test_gains_alone_are_folded_without_rotations(kind, tiny_model, tiny_checkpoint):
     spec = open_checkpoint(tiny_checkpoint(kind)).spec
-    folded = _folded_model(kind, tiny_model, spec, lambda _: LayerRotations(None, None, 0), 0)
+    folded = _folded_model(kind, tiny_model, spec, lambda _: LayerTransforms())
     with torch.no_grad():
         assert (folded(IDS).logits - tiny_model(kind)(IDS).logits).abs().max() < 1e-10
 
@@ -141,9 +154,11 @@ def test_r3_leaves_attention_scores_unchanged():
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
-def test_embedding_and_head_are_streamed_in_chunks(kind, tiny_checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rotated", [True, False])
+def test_embedding_and_head_are_streamed_in_chunks(kind, rotated, tiny_checkpoint, tmp_path, monkeypatch):
+    """A tied head stays tied where nothing is folded into it, and the final norm then keeps its gain."""
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
-    r1 = torch.from_numpy(random_orthogonal(checkpoint.spec.hidden_size, np.random.default_rng(0)))
+    r1 = torch.from_numpy(random_orthogonal(checkpoint.spec.hidden_size, np.random.default_rng(0))) if rotated else None
     sizes = []
     rows = type(checkpoint).rows
 
@@ -153,15 +168,21 @@ def test_embedding_and_head_are_streamed_in_chunks(kind, tiny_checkpoint, tmp_pa
             yield start, piece
 
     monkeypatch.setattr(type(checkpoint), "rows", small)
-    fold_embedding(checkpoint, r1, tmp_path / "e.npy")
-    fold_head(checkpoint, r1, tmp_path / "h.npy")
-    assert sizes == [100, 100, 100, 20] * 2
+    (out := tmp_path / "out").mkdir()
+    fold_tables(checkpoint, r1, out, NullProgress())
     embedding = checkpoint.tensor("model.embed_tokens.weight").double()
-    head = checkpoint.tensor(checkpoint.head_name).double() * checkpoint.tensor("model.norm.weight").double()
-    for path, expected in (("e.npy", embedding @ r1), ("h.npy", head @ r1)):
-        found = np.load(tmp_path / path)
+    head, gain = checkpoint.tensor(checkpoint.head_name).double(), checkpoint.tensor("model.norm.weight")
+    tables = {"embed_tokens.npy": embedding} | ({} if kind == "llama-tied" and not rotated else {"lm_head.npy": head})
+    if rotated:
+        tables = {"embed_tokens.npy": embedding @ r1, "lm_head.npy": (head * gain.double()) @ r1}
+    assert sizes == [100, 100, 100, 20] * len(tables)
+    assert {path.name for path in out.iterdir()} == {*tables, "final.safetensors"}
+    for name, expected in tables.items():
+        found = np.load(out / name)
         assert found.dtype == np.float32
         assert np.array_equal(found, expected.float().numpy())
+    assert torch.equal(load_file(out / "final.safetensors")["model.norm.weight"], torch.ones_like(gain) if rotated else gain)
+    assert np.allclose(read_head(out), (head * gain.double() @ (r1 if rotated else torch.eye(len(gain)).double())).numpy(), atol=1e-6)
 
 
 def test_r4_is_block_diagonal_hadamard():

@@ -8,7 +8,8 @@ import torch
 
 from kurtail_gguf.calibration.generate import generate
 from kurtail_gguf.errors import KurtailError, SourceError
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer, fold_reader
+from kurtail_gguf.arch.sites import FFN_OUTPUT
+from kurtail_gguf.fold.layer import LayerTransforms, fold_layer, fold_reader
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.rotation import spinquant
@@ -22,7 +23,7 @@ from kurtail_gguf.simulation.straight_through import round_through
 CPU = torch.device("cpu")
 KINDS = ["llama", "llama-tied", "llama-biases", "mistral", "qwen2"]
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 320, (2, 24)))
-W4A4KV4 = RuntimeRounding(4, 64, 64, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
+W4A4KV4 = RuntimeRounding(4, 64, {FFN_OUTPUT: 64}, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
 
 
 def _rotations(spec, seed: int = 3, make=random_orthogonal) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +75,7 @@ def test_with_rounding_it_is_the_loss_of_the_folded_model(kind, bits, tiny_model
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
     spec, prefix = checkpoint.spec, "model.layers.{}.".format
     r3 = 64 if spec.head_dim == 64 else 0
-    rounding = RuntimeRounding(bits, 64, 64, CacheSettings(bits, r3, rotate_v=False, paired=False))
+    rounding = RuntimeRounding(bits, 64, {FFN_OUTPUT: 64}, CacheSettings(bits, r3, rotate_v=False, paired=False))
     r1, r2 = _rotations(spec)
     with torch.no_grad():
         found = float(RotatedNetwork(checkpoint, rounding, CPU, torch.float64).loss(r1, r2, IDS))
@@ -89,7 +90,7 @@ def test_with_rounding_it_is_the_loss_of_the_folded_model(kind, bits, tiny_model
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] @ r1
     for layer in range(spec.layers):
         weights = {name: state[prefix(layer) + name] for name in spec.layer_shapes()}
-        folded = fold_layer(weights, spec, LayerRotations(r1, r2[layer], 64))
+        folded = fold_layer(weights, spec, LayerTransforms(r1, r2[layer], {FFN_OUTPUT: 64}))
         state |= {prefix(layer) + name: tensor for name, tensor in folded.items()}
     model.load_state_dict(state)
     model.set_attn_implementation(use_simulated_attention())

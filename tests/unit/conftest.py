@@ -12,6 +12,7 @@ import pytest
 from kurtail_gguf import figures, layerwise, pipeline, tuning
 from kurtail_gguf.config import Provenance
 from kurtail_gguf.fold import tables
+from kurtail_gguf.fold.tables import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Exported:
     files: Mapping[str, bytes]
     provenance: Provenance
     bits: Mapping[str, int]
+    tables: Mapping[str, int]
+    online: Mapping[str, int]
 
 
 @pytest.fixture
@@ -36,9 +39,9 @@ def exported(monkeypatch) -> list[Exported]:
     """A recorder in the exporter's place: the pipeline's calls of it."""
     calls = []
 
-    def write_gguf(source, quantized, out, provenance, progress, bits, k_offset):
+    def write_gguf(source, quantized, out, provenance, progress, tables, online, bits, k_offset):
         files = {path.name: path.read_bytes() for path in sorted(quantized.iterdir())}
-        calls.append(Exported(files, provenance, dict(bits)))
+        calls.append(Exported(files, provenance, dict(bits), dict(tables), dict(online)))
         out.write_bytes(b"GGUF")
 
     monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
@@ -52,8 +55,8 @@ def plain_embedding(monkeypatch) -> None:
     """Rows of the embedding without the runtime's q4_0, so that no runtime is needed."""
 
     class Rows:
-        def __init__(self, path: Path, scale: float = 1.0) -> None:
-            self._rows, self._scale = np.load(path), scale
+        def __init__(self, directory: Path, spec) -> None:
+            self._rows, self._scale = np.load(directory / EMBEDDING), spec.embedding_scale
 
         def __call__(self, ids):
             return self._rows[ids] * np.float32(self._scale)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kurtail_gguf.calibration.capture import SITES, capture, choose_tokens
+from kurtail_gguf.arch.sites import NORMED
+from kurtail_gguf.calibration.capture import capture, choose_tokens
 from kurtail_gguf.calibration.generate import generate
 from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.calibration.texts import read_texts
@@ -208,15 +209,27 @@ def test_captured_activations_are_the_models(tiny_checkpoint, tiny_model, tmp_pa
         module.self_attn.v_proj.register_forward_hook(
             lambda _m, _a, out, key=(layer, "value"): inputs.__setitem__(key, out)
         )
+        for site, writer in (("attention-output", module.self_attn.o_proj), ("ffn-output", module.mlp.down_proj)):
+            writer.register_forward_pre_hook(lambda _m, args, key=(layer, site): inputs.__setitem__(key, args[0]))
     with torch.no_grad():
         model(torch.from_numpy(ids.astype(np.int64)))
     for layer in range(2):
-        for site in SITES:
+        for site in NORMED:
             x = inputs[layer, site].reshape(ids.size, -1)
             expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
             found = torch.from_numpy(seen.site(layer, site).astype(np.float32))
             assert (found - expected).abs().max() < 0.01  # stored as halves
             assert torch.allclose(found.square().mean(-1), torch.ones(ids.size), atol=1e-2)
+            assert np.abs(seen.channels(layer, site) / expected.square().mean(0).sqrt().numpy() - 1).max() < 1e-4
+        for site, norm, name in (
+            ("attention-output", "attention", "self_attn.o_proj"), ("ffn-output", "ffn", "mlp.down_proj")
+        ):  # fmt: skip
+            # what a writer adds counts by the residual stream's size there
+            importance = 1 / (inputs[layer, norm].square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
+            expected = (inputs[layer, site].square() * importance).flatten(0, 1).mean(0).sqrt()
+            assert np.abs(seen.channels(layer, site) / expected.numpy() - 1).max() < 1e-4
+            columns = model.model.layers[layer].get_submodule(name).weight.norm(dim=0)
+            assert np.abs(seen.columns(layer, site) / columns.detach().numpy() - 1).max() < 1e-5
         values = inputs[layer, "value"].reshape(ids.size, 2, -1)
         assert np.abs(seen.values(layer) - values.numpy()).max() < 1e-4
     assert recorder.stages == [["capture activations", 2, 2]]

@@ -27,6 +27,7 @@ SUMMARY = {
     "path": "x.gguf", "architecture": "llama", "name": "Tiny | Model", "parameters": 1_500_000, "bits_per_weight": 4.9,
     "block_bits_per_weight": 4.25, "types": {"kt4": {"tensors": 14, "values": 64, "bytes": 34_000}},
     "tensor_activation_bits": {"blk.0.ffn_down.weight": 8}, "kurtail": asdict(PROVENANCE),
+    "online": {"blk.0.attn_q.weight": 64, "blk.0.ffn_up.weight": 64, "blk.0.ffn_down.weight": 512},
 }  # fmt: skip
 MMLU = MmluResult(5, 2, Accuracy(0.25, 0.01, 40), Accuracy(0.3, 0.02, 40), {"us_history": Accuracy(0.5, None, 1)})
 WHEN = datetime(2026, 11, 24, 9, 30, tzinfo=timezone(timedelta(hours=1)))
@@ -66,7 +67,7 @@ def test_a_card_with_everything(places):
     assert rows["runs as"] == ["W4A4KV8, weights gptq, scales tuned for 64 steps"]
     assert rows["method"] == ["rotation kurtail, objective kurtosis, seed 7"]
     assert "R1 (residual stream, folded) learned 576" in rows["rotations"][0]
-    assert rows["rotations"][0].endswith("R4 (FFN, online) none")
+    assert rows["Hadamard of inputs, online"] == ["attn_q, ffn_up 64; ffn_down 512"]
     assert rows["calibration"] == [f"c4.txt, 8192 tokens, sha256 of their ids `{'ab' * 32}`"]
     assert rows["activations of blk.0.ffn_down.weight"] == ["8 bits"]
     assert rows["made by"] == ["`kurtail-gguf convert smollm2 x.gguf --seed 7`"]

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from kurtail_gguf import tuning
+from kurtail_gguf.arch.sites import ATTENTION, ATTENTION_OUTPUT, FFN, FFN_OUTPUT, SITES
 from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
 from kurtail_gguf.distill.damage import DamageMeter, measure
 from kurtail_gguf.distill.scales import divergence
@@ -20,7 +21,7 @@ from kurtail_gguf.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.layerwise import fold_and_quantize
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.fold.transforms import Transforms
 from kurtail_gguf.simulation import attention
 from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
 from kurtail_gguf.simulation.rounding import round_to
@@ -29,8 +30,10 @@ from kurtail_gguf.simulation.runtime import RuntimeRounding
 CPU = torch.device("cpu")
 IDS = np.random.default_rng(0).integers(3, 320, (2, 24)).astype(np.int32)
 FORMAT = BLOCK_FORMATS["kurtail"]
+#: A size of its own for each site.
+ONLINE = dict(zip(SITES, (64, 32, 16, 8), strict=True))
 CACHE = CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False)
-ROUNDING = RuntimeRounding(4, 64, 64, CACHE)
+ROUNDING = RuntimeRounding(4, 64, ONLINE, CACHE)
 ONE_EIGHT = "model.layers.0.mlp.down_proj.weight"
 
 pytestmark = pytest.mark.usefixtures("plain_embedding")
@@ -44,7 +47,7 @@ def quantize(tiny_checkpoint, tmp_path):
         checkpoint = open_checkpoint(tiny_checkpoint(kind))
         target = tmp_path / "quantized"
         return checkpoint, fold_and_quantize(
-            checkpoint, Rotations(), 64, FORMAT, None, target, CPU, NullProgress()
+            checkpoint, Transforms(online=ONLINE), FORMAT, None, target, CPU, NullProgress()
         )
 
     return make
@@ -76,7 +79,7 @@ class _Frozen:
             config, dtype=torch.float32, attn_implementation=use_simulated_attention()
         )
         state = {"model.embed_tokens.weight": np.load(quantized / tables.EMBEDDING)}
-        state["lm_head.weight"] = np.load(quantized / tables.HEAD)
+        state["lm_head.weight"] = np.load(next(p for p in (quantized / tables.HEAD, quantized / tables.EMBEDDING) if p.exists()))
         for path in quantized.glob("*.safetensors"):
             for name, value in load_file(path).items():
                 state[name] = FORMAT.dequantize(*FORMAT.unpack(value)) if value.dtype == np.uint8 else value
@@ -103,10 +106,11 @@ class _Frozen:
         self._errors.clear()
 
     def _hook(self, weight: str, rounding: RuntimeRounding):
-        r4 = rounding.r4 if "down_proj" in weight else 0
+        parts = (("o_proj", ATTENTION_OUTPUT), ("down_proj", FFN_OUTPUT), ("self_attn", ATTENTION), ("mlp", FFN))
+        size = rounding.online[next(kind for part, kind in parts if part in weight)]
 
         def hook(_module, inputs):
-            x = rotated(inputs[0], r4) if r4 else inputs[0]
+            x = rotated(inputs[0], size)
             return (self._round(x, weight, rounding.exceptions.get(weight, 4), 64),)
 
         return hook
@@ -126,7 +130,7 @@ class _Frozen:
 def test_damage_is_how_fast_the_divergence_falls_with_the_error(quantize, tmp_path, monkeypatch, kind, exceptions):
     """d KL / dε of (1 − ε) times the rounding error at one linear's input, every other error kept."""
     checkpoint, quantized = quantize(kind)
-    rounding = RuntimeRounding(4, 64, 64, CACHE, exceptions)
+    rounding = RuntimeRounding(4, 64, ONLINE, CACHE, exceptions)
     damages, mean = _measure(checkpoint, quantized, rounding, tmp_path)
     directory = checkpoint.directory
     teacher = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -194,9 +198,9 @@ def test_exceptions_for_all_linears_are_the_other_general_rule(quantize, tmp_pat
     checkpoint, quantized = quantize("llama")
     names = checkpoint.spec.linears
     every = {f"model.layers.{layer}.{name}.weight": 8 for layer in range(2) for name in names}
-    embedded = torch.from_numpy(tuning.EmbeddingRows(quantized / tables.EMBEDDING)(IDS.astype(np.int64)))
+    embedded = torch.from_numpy(tuning.EmbeddingRows(quantized, checkpoint.spec)(IDS.astype(np.int64)))
     hidden = []
-    for rounding in (RuntimeRounding(8, 64, 64, CACHE), RuntimeRounding(4, 64, 64, CACHE, every), ROUNDING):
+    for rounding in (RuntimeRounding(8, 64, ONLINE, CACHE), RuntimeRounding(4, 64, ONLINE, CACHE, every), ROUNDING):
         student, _ = tuning.open_student(checkpoint, quantized, FORMAT, rounding, CPU, IDS.shape[1])
         hidden.append(student.hidden(embedded.clone()).detach())
     assert torch.equal(hidden[0], hidden[1]) and not torch.allclose(hidden[0], hidden[2], rtol=0.01)
@@ -204,9 +208,9 @@ def test_exceptions_for_all_linears_are_the_other_general_rule(quantize, tmp_pat
 
 def test_quantization_knows_no_exceptions(quantize, tmp_path):
     checkpoint, quantized = quantize("llama")
-    rounding = RuntimeRounding(4, 64, 64, CACHE, {ONE_EIGHT: 8})
+    rounding = RuntimeRounding(4, 64, ONLINE, CACHE, {ONE_EIGHT: 8})
     with pytest.raises(ValueError, match="after quantization"):
-        QuantizedPrefix(checkpoint, IDS, tuning.EmbeddingRows(quantized / tables.EMBEDDING), rounding, tmp_path, CPU)
+        QuantizedPrefix(checkpoint, IDS, tuning.EmbeddingRows(quantized, checkpoint.spec), rounding, tmp_path, CPU)
 
 
 def test_a_divergence_that_is_not_finite_is_said(quantize, tmp_path):

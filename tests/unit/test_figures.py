@@ -21,7 +21,7 @@ from kurtail_gguf.figures import _Meter
 from kurtail_gguf.formats import kt4
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.rotation.store import load_rotations
+from kurtail_gguf.fold.transforms import load_transforms
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
@@ -56,7 +56,7 @@ def test_errors_of_weights_by_numpy(tiny_checkpoint, config):
     model = tiny_checkpoint("llama")
     one = config(model)
     figures = pipeline.convert(one, NullProgress()).figures
-    checkpoint, rotations = open_checkpoint(model), load_rotations(one.work_dir / "rotations.safetensors")
+    checkpoint, rotations = open_checkpoint(model), load_transforms(one.work_dir / "transforms.safetensors")
     keys = load_file(one.work_dir / "cache.safetensors")["scales"]  # [layers, 2 heads, 32]; 4 query heads
     assert list(figures.weight_errors) == [
         f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in checkpoint.spec.linears
@@ -123,7 +123,7 @@ def test_outliers_are_those_of_what_was_captured(tiny_checkpoint, config):
     sites = [np.load(one.work_dir / "capture" / name).astype(np.float32) for name in names]
     assert (figures.text, figures.layers) == ("text.txt", 2)
     assert figures.before == measure_outliers(sites)
-    r1 = load_rotations(one.work_dir / "rotations.safetensors").r1
+    r1 = load_transforms(one.work_dir / "transforms.safetensors").r1
     rotated = measure_outliers([site.astype(np.float64) @ r1 for site in sites])
     assert figures.after.kurtosis == pytest.approx(rotated.kurtosis, rel=1e-4)
     assert figures.after.block_maxima == pytest.approx(rotated.block_maxima, rel=1e-4)

@@ -7,11 +7,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.linalg import hadamard
 from scipy.stats import kurtosis
 
+from kurtail_gguf.fold.activations import transformed
 from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.evaluate.outliers import Outliers, check_picture, draw, figure, measure_outliers
 from kurtail_gguf.rotation.hadamard import random_rotation
+from kurtail_gguf.fold.transforms import Transforms
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed (extra eval)"
@@ -40,14 +43,22 @@ def test_block_maxima_by_a_loop(sites):
         assert found == pytest.approx(np.mean(blocks), rel=1e-5)
 
 
-def test_after_a_rotation(sites):
+def test_after_transforms(sites):
+    """R1, a diagonal and Hadamard blocks one after the other, as plain matrices do them."""
     _, r1 = random_rotation(192, np.random.default_rng(1))
-    rotated = [(x.astype(np.float64) @ r1) for x in sites]
-    found = measure_outliers(sites, r1)
-    assert found.kurtosis == pytest.approx(measure_outliers(rotated).kurtosis, rel=1e-4)
-    assert found.block_maxima == pytest.approx(measure_outliers(rotated).block_maxima, rel=1e-4)
+    scale = np.exp(np.random.default_rng(2).normal(size=(1, 192)))
+    transforms = Transforms("random", r1=r1, scales={"ffn": scale}, online={"attention": 64, "ffn": 32})
+    found = transformed(sites, transforms)
+    expected = [
+        sites[0].astype(np.float64) @ r1 @ np.kron(np.eye(3), hadamard(64) / 8),
+        (sites[1].astype(np.float64) @ r1 * scale) @ np.kron(np.eye(6), hadamard(32) / 32**0.5),
+    ]
+    assert len(found) == 2
+    for x, y in zip(found, expected, strict=True):
+        assert np.abs(x - y).max() < 1e-3
     # what rotations are for
-    assert found.kurtosis[1] < measure_outliers(sites).kurtosis[1] / 5
+    assert measure_outliers(found).kurtosis[1] < measure_outliers(sites).kurtosis[1] / 5
+    assert transformed(sites, Transforms(online={"ffn-output": 64})) is None
 
 
 @needs_matplotlib
@@ -61,7 +72,7 @@ def test_the_picture_shows_every_method(sites, tmp_path, suffix):
         assert data.startswith(b"\x89PNG") and len(data) > 10_000
     else:
         # matplotlib draws text as outlines and names what they say in comments
-        assert all(f"<!-- {name} -->".encode() in data for name in ("a title", "before rotation", "one+rtn", "two+rtn"))
+        assert all(f"<!-- {name} -->".encode() in data for name in ("a title", "before", "one+rtn", "two+rtn"))
 
 
 @needs_matplotlib

@@ -14,16 +14,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from kurtail_gguf import pipeline, rotation_choice, tuning
+from kurtail_gguf import ggml, pipeline, rotation_choice, tuning
 from kurtail_gguf.config import ConvertConfig, Provenance
 from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer
+from kurtail_gguf.arch.sites import FFN_OUTPUT
+from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
 from kurtail_gguf.formats import kt4, q4_0
 from kurtail_gguf.loading import weight_files
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.quantize.rtn import quantize_rtn
-from kurtail_gguf.rotation.store import load_rotations
+from kurtail_gguf.fold.transforms import load_transforms
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_spinquant_starts_from_quarot_and_says_so(tiny_checkpoint, tmp_path, exp
             model, tmp_path / "o.gguf", rotation=rotation, calibration=(str(text),), work_dir=tmp_path / rotation
         )
         provenance = pipeline.convert(config, recorder).provenance
-        made[rotation] = load_rotations(tmp_path / rotation / "rotations.safetensors")
+        made[rotation] = load_transforms(tmp_path / rotation / "transforms.safetensors")
     assert (provenance.rotation, provenance.objective) == ("spinquant", "cross-entropy")
     assert (provenance.r1_kind, provenance.r2_kind, provenance.r3_kind) == ("learned", "learned", "hadamard")
     assert (provenance.calibration_name, provenance.calibration_tokens) == ("text.txt", 1024)
@@ -115,6 +116,7 @@ def test_layers_hold_packed_linears_unit_norms_and_biases(tiny_checkpoint, tmp_p
     model = tiny_checkpoint("qwen2")
     config = _config(model, tmp_path / "o.gguf", rotation="none", kv=16, work_dir=tmp_path / "w")
     pipeline.convert(config, NullProgress())
+    assert exported[0].tables == {"embed_tokens.npy": ggml.Q8_0} and exported[0].online == {}
     spec = open_checkpoint(model).spec
     layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
     assert set(layer) == {f"model.layers.1.{name}" for name in spec.layer_shapes()}
@@ -134,8 +136,9 @@ def test_layers_hold_packed_linears_unit_norms_and_biases(tiny_checkpoint, tmp_p
     expected = (original["self_attn.q_proj.weight"] * gain).numpy()
     assert np.square(weight - expected).mean() < 0.02 * np.square(expected).mean()
     final = load_file(tmp_path / "w" / "quantized" / "final.safetensors")
-    assert np.array_equal(final["model.norm.weight"], np.ones(128, np.float32))
-    assert np.load(tmp_path / "w" / "quantized" / "lm_head.npy").shape == (320, 128)
+    assert np.array_equal(final["model.norm.weight"], open_checkpoint(model).tensor("model.norm.weight").float().numpy())
+    # qwen2 is tied, and nothing is folded into its head
+    assert not (tmp_path / "w" / "quantized" / "lm_head.npy").exists()
 
 
 def test_for_stock_the_linears_are_q4_0_and_nothing_is_left_online(tiny_checkpoint, tmp_path, exported):
@@ -148,8 +151,8 @@ def test_for_stock_the_linears_are_q4_0_and_nothing_is_left_online(tiny_checkpoi
     assert kinds == ("hadamard", "hadamard", "none", "none")
     checkpoint = open_checkpoint(model)
     layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
-    rotations = load_rotations(tmp_path / "w" / "rotations.safetensors")
-    folding = LayerRotations(torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]), 0)
+    rotations = load_transforms(tmp_path / "w" / "transforms.safetensors")
+    folding = LayerTransforms(torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]))
     folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
     for name in checkpoint.spec.linears:
         packed = layer[f"model.layers.1.{name}.weight"]
@@ -391,25 +394,32 @@ def test_options_outside_what_is_offered(changes, word):
         ConvertConfig(**({"model": "m", "out": Path("o")} | changes))
 
 
-def test_the_default_is_gptq_with_rotations_by_output_error(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
+def test_the_default_is_gptq_with_a_diagonal_at_every_site(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
     model = tiny_checkpoint("mistral")
     config = ConvertConfig(
         str(model), tmp_path / "o.gguf", calibration=(str(text),), calibration_tokens=1024, device="cpu",
         work_dir=tmp_path / "w",
     )  # fmt: skip
     provenance = pipeline.convert(config, recorder).provenance
-    assert (provenance.rotation, provenance.objective, provenance.weights) == ("output", "output-error", "gptq")
-    assert (provenance.r4_kind, provenance.r4_size) == ("hadamard", 64)
+    assert (provenance.rotation, provenance.objective, provenance.weights) == ("diagonal", "output-error", "gptq")
+    assert (provenance.r1_kind, provenance.r4_kind, provenance.r4_size) == ("none", "hadamard", 64)
+    assert provenance.diagonal == "attention,ffn,ffn-output"
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    assert exported[0].online == {f"blk.{layer}.{part}.weight": 64 for layer in (0, 1) for part in parts}
     assert all(done == total for _, total, done in recorder.stages)
     assert not list((tmp_path / "w").glob("prefix-*"))
     checkpoint = open_checkpoint(model)
-    rotations = load_rotations(tmp_path / "w" / "rotations.safetensors")
-    assert rotations.ffn_scales.shape == (2, 192)
-    folding = LayerRotations(
-        torch.from_numpy(rotations.r1), torch.from_numpy(rotations.r2[1]), 64, torch.from_numpy(rotations.ffn_scales[1])
-    )
+    transforms = load_transforms(tmp_path / "w" / "transforms.safetensors")
+    assert {kind: scale.shape for kind, scale in transforms.scales.items()} == {
+        "attention": (2, 128), "ffn": (2, 128), "ffn-output": (2, 192)
+    }  # fmt: skip
+    keys = load_file(tmp_path / "w" / "cache.safetensors")["scales"]
+    folding = dataclasses.replace(transforms, key_scales=keys).layer(1, None, torch.device("cpu"))
     folded = fold_layer(checkpoint.layer(1), checkpoint.spec, folding)
     layer = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
+    for norm, kind in (("input_layernorm", "attention"), ("post_attention_layernorm", "ffn")):
+        gain = layer[f"model.layers.1.{norm}.weight"]
+        assert np.array_equal(gain, transforms.scales[kind][1].astype(np.float32)) and gain.std() > 0.01
     for name in checkpoint.spec.linears:
         found = kt4.dequantize(*kt4.unpack(layer[f"model.layers.1.{name}.weight"]))
         expected = folded[f"{name}.weight"].numpy()
@@ -500,9 +510,9 @@ def test_unquantized_layers_are_the_folded_ones(tiny_checkpoint, tmp_path, expor
     provenance = pipeline.convert(config, recorder).provenance
     assert (provenance.weights, provenance.activation_bits, provenance.kv_bits) == ("f32", 32, 16)
     assert (provenance.r3_kind, provenance.r4_size, provenance.runs_as) == ("none", 64, "f32")
-    checkpoint, rotations = open_checkpoint(model), load_rotations(tmp_path / "w" / "rotations.safetensors")
+    checkpoint, rotations = open_checkpoint(model), load_transforms(tmp_path / "w" / "transforms.safetensors")
     r1, r2 = (torch.from_numpy(value) for value in (rotations.r1, rotations.r2[1]))
-    folded = fold_layer(checkpoint.layer(1), checkpoint.spec, LayerRotations(r1, r2, 64))
+    folded = fold_layer(checkpoint.layer(1), checkpoint.spec, LayerTransforms(r1, r2, {FFN_OUTPUT: 64}))
     found = load_file(tmp_path / "w" / "quantized" / "layer-00001.safetensors")
     assert found.keys() == {f"model.layers.1.{name}" for name in checkpoint.spec.layer_shapes()}
     for name, value in folded.items():
@@ -541,8 +551,9 @@ def test_rotations_are_kept_where_asked_for(tiny_checkpoint, tmp_path, exported)
     kept = tmp_path / "kept"
     config = _config(tiny_checkpoint("qwen3"), tmp_path / "o.gguf", rotation="hadamard", keep_rotations=kept)
     provenance = pipeline.convert(config, NullProgress()).provenance
-    assert load_rotations(kept).sha256(provenance.r4_size) == provenance.rotations_sha256
-    assert load_rotations(kept).sha256(0) != provenance.rotations_sha256
+    transforms = load_transforms(kept)
+    assert transforms.sha256() == provenance.rotations_sha256
+    assert dataclasses.replace(transforms, online={}).sha256() != provenance.rotations_sha256
 
 
 @pytest.mark.parametrize("kind", ["granite", "phi3", "smollm3", "mixtral"])
@@ -554,7 +565,7 @@ def test_the_default_goes_through_for_other_families(kind, tiny_checkpoint, tmp_
     )  # fmt: skip
     provenance = pipeline.convert(config, NullProgress()).provenance
     assert provenance.tune_steps == (0 if kind == "mixtral" else 2)
-    assert (provenance.rotation, provenance.weights) == ("output", "gptq")
+    assert (provenance.rotation, provenance.weights) == ("diagonal", "gptq")
 
 
 def test_heads_that_no_cache_type_divides_are_refused_before_any_work(save_tiny, tmp_path, exported):

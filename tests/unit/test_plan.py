@@ -81,7 +81,7 @@ def test_a_70b_model_fits_into_16_gib_whatever_its_layers(tmp_path, room):
         found = plan(ConvertConfig(str(model), tmp_path / "o.gguf", calibration=("text.txt",), tune=0, device="cpu"))
         assert found.refused == ()
         assert found.layers == layers
-        assert found.rotations["R1"].startswith("8192,") and found.rotations["R3"].startswith("128 ")
+        assert found.rotations["R1"] == "none" and found.rotations["R3"].startswith("128 ")
         peaks.append(found.peak_bytes)
         assert max(found.memory, key=found.memory.get) == "quantize by GPTQ"
     assert peaks[0] < peaks[1] < 16 * GIB

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from kurtail_gguf.arch.sites import SITES
 from kurtail_gguf.calibration import expert_tokens
 from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
 from kurtail_gguf.calibration.runner import LayerRunner
-from kurtail_gguf.fold.layer import LayerRotations, fold_layer
+from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.rotation.hadamard import random_orthogonal
 from kurtail_gguf.simulation.attention import CacheSettings, rotated
@@ -28,23 +29,29 @@ def _prefix(checkpoint, rounding, directory) -> QuantizedPrefix:
     return QuantizedPrefix(checkpoint, IDS, lambda ids: table[ids] * scale, rounding, directory, CPU)
 
 
-def _layers(checkpoint, r4):
-    """Folded layers with R2 and R4 but no R1, so that the residual stream stays the checkpoint's own."""
+#: A size of its own for each site.
+ONLINE = dict(zip(SITES, (64, 32, 16, 8), strict=True))
+
+
+def _layers(checkpoint, online, scaled=True):
+    """Folded layers with all but R1, so that the residual stream stays the checkpoint's own."""
     spec = checkpoint.spec
     rng = np.random.default_rng(1)
+    diagonals = [site for site in spec.sites if site.norm or site.source] if scaled else []
     for layer in range(spec.layers):
         r2 = torch.from_numpy(np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.kv_heads)]))
-        yield layer, fold_layer(checkpoint.layer(layer), spec, LayerRotations(None, r2, r4))
+        scales = {site.kind: torch.from_numpy(np.exp(0.3 * rng.standard_normal(site.scale_size))) for site in diagonals}
+        yield layer, fold_layer(checkpoint.layer(layer), spec, LayerTransforms(None, r2, online, scales))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_rounding_it_is_the_model(kind, tiny_checkpoint, tmp_path):
     """Activations of 16 bits are halves: the residual stream is transformers' own to that precision."""
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
-    prefix = _prefix(checkpoint, RuntimeRounding(16, 64, 64, HALVES), tmp_path)
+    prefix = _prefix(checkpoint, RuntimeRounding(16, 64, ONLINE, HALVES), tmp_path)
     runner = LayerRunner(checkpoint, CPU, IDS.shape[1])
     hidden = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
-    for layer, folded in _layers(checkpoint, 64):
+    for layer, folded in _layers(checkpoint, ONLINE):
         prefix.run_layer(layer, folded, lambda names, hessian: {})
         hidden = runner.run(layer, checkpoint.layer(layer), hidden, runner.rotary(0, IDS.shape[1]))
         found = np.load(tmp_path / "prefix-hidden.npy")
@@ -57,7 +64,7 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
     """At each stop Σ w x̂ x̂ᵀ of what transformers' layer, with hooks that round, feeds the linear."""
     checkpoint = open_checkpoint(tiny_checkpoint("llama"))
     family = checkpoint.spec.family
-    rounding = RuntimeRounding(4, 64, 64, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=True))
+    rounding = RuntimeRounding(4, 64, ONLINE, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=True))
     prefix = _prefix(checkpoint, rounding, tmp_path)
     halved, stops = {}, []
 
@@ -66,7 +73,7 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
         halved.update({name: folded[f"{name}.weight"].float() * 0.5 for name in names})
         return {name: halved[name] for name in names}
 
-    layer, folded = next(_layers(checkpoint, 64))
+    layer, folded = next(_layers(checkpoint, ONLINE))
     prefix.run_layer(layer, folded, quantize)
     assert [names for names, _ in stops] == [
         family.attention_readers, (family.attention_writer,), family.ffn_readers, (family.ffn_writer,)
@@ -76,11 +83,9 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
     runner = LayerRunner(checkpoint, CPU, IDS.shape[1], rounding.cache)
     module = runner.module(layer)
     for name in checkpoint.spec.linears:
-        r4 = 64 if name == family.ffn_writer else 0
 
-        def hook(_module, inputs, name=name, r4=r4):
-            x = rotated(inputs[0], r4) if r4 else inputs[0]
-            seen[name] = round_to(x, 4, 64)
+        def hook(_module, inputs, name=name, size=ONLINE[checkpoint.spec.site_of(name).kind]):
+            seen[name] = round_to(rotated(inputs[0], size), 4, 64)
             return (seen[name],)
 
         module.get_submodule(name).register_forward_pre_hook(hook)
@@ -106,8 +111,8 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
 
 def _expert_stops(checkpoint, directory):
     """Of the first layer: names and Hessian of every stop, and how many experts saw too few tokens."""
-    prefix, stops = _prefix(checkpoint, RuntimeRounding(16, 64, 0, HALVES), directory), {}
-    layer, folded = next(_layers(checkpoint, 0))
+    prefix, stops = _prefix(checkpoint, RuntimeRounding(16, 64, {}, HALVES), directory), {}
+    layer, folded = next(_layers(checkpoint, {}, scaled=False))
 
     def quantize(names, hessian):
         stops[names] = hessian()

@@ -111,7 +111,7 @@ def test_plots_hold_a_line_for_every_curve(tree):
     plots = tree.findall(f".//figure/{svg}svg")
     assert len(plots) == 3
     words = [{_text(text) for text in plot.iter(f"{svg}text")} for plot in plots]
-    assert {"before rotation", "after rotation", "mean kurtosis of a token", "layer: inputs of attention and FFN"} <= words[0]
+    assert {"before", "after", "mean kurtosis of a token", "layer: inputs of attention and FFN"} <= words[0]
     assert {"q_proj", "v_proj", "down_proj", "relative error of the weights", "layer"} <= words[1]
     # q and v read the same
     assert {"q_proj, v_proj", "down_proj", "relative error of the input"} <= words[2]

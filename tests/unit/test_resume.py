@@ -37,7 +37,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(scales, "SAVE_EVERY", 2)
     monkeypatch.setattr(pipeline, "check_vocabulary", lambda source: None)
 
-    def write_gguf(source, quantized, out, provenance, progress, bits, k_offset):
+    def write_gguf(source, quantized, out, provenance, progress, tables, online, bits, k_offset):
         content = [f"{path.name} {path.read_bytes().hex()}" for path in sorted(quantized.iterdir())]
         write_atomically(out, "\n".join([*content, repr(provenance), repr(bits)]))
 
@@ -97,7 +97,7 @@ def test_killed_at_any_file_operation_it_ends_with_the_same_bytes(config, tmp_pa
 def test_a_full_disk_is_one_line_and_the_same_run_goes_on(config, tmp_path, monkeypatch):
     expected = _expected(config)
     original = workdir.publish
-    for refused in ("capture", "rotations.safetensors", "cache.json", "layer-00001.safetensors", "state.safetensors", "tuned"):
+    for refused in ("capture", "transforms.safetensors", "cache.json", "layer-00001.safetensors", "state.safetensors", "tuned"):
 
         def publish(scratch, target, refused=refused):
             if target.name == refused:

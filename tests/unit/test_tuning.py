@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from kurtail_gguf import tuning
+from kurtail_gguf.arch.sites import SITES
 from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
 from kurtail_gguf.distill import scales as distill_scales
 from kurtail_gguf.distill.student import Student, _Scaled
@@ -22,14 +23,16 @@ from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
 from kurtail_gguf.rotation.hadamard import random_orthogonal
-from kurtail_gguf.rotation.store import Rotations
+from kurtail_gguf.fold.transforms import Transforms
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 
 CPU = torch.device("cpu")
 IDS = np.random.default_rng(0).integers(3, 320, (8, 24)).astype(np.int32)
 FORMAT = BLOCK_FORMATS["kurtail"]
-ROUNDING = RuntimeRounding(4, 64, 64, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
+#: A size of its own for each site.
+ONLINE = dict(zip(SITES, (64, 32, 16, 8), strict=True))
+ROUNDING = RuntimeRounding(4, 64, ONLINE, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
 
 pytestmark = pytest.mark.usefixtures("plain_embedding")
 
@@ -39,10 +42,10 @@ def _quantized(checkpoint, directory: Path) -> Path:
     rng = np.random.default_rng(2)
     r2 = np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.layers * spec.kv_heads)])
     shape = (spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
-    rotations = Rotations("random", "random", random_orthogonal(spec.hidden_size, rng), r2.reshape(shape))
+    transforms = Transforms("random", "random", random_orthogonal(spec.hidden_size, rng), r2.reshape(shape), online=ONLINE)
     target = directory / "quantized"
     return fold_and_quantize(
-        checkpoint, rotations, 64, FORMAT, CalibratedOn(IDS, ROUNDING), target, CPU, NullProgress()
+        checkpoint, transforms, FORMAT, CalibratedOn(IDS, ROUNDING), target, CPU, NullProgress()
     )
 
 
@@ -63,7 +66,7 @@ def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_p
     """The same layers, run by the prefix one linear after the other and by the student whole."""
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
     quantized = _quantized(checkpoint, tmp_path)
-    embed = tuning.EmbeddingRows(quantized / tables.EMBEDDING)
+    embed = tuning.EmbeddingRows(quantized, checkpoint.spec)
     prefix = QuantizedPrefix(checkpoint, IDS, embed, ROUNDING, tmp_path, CPU)
     for layer in range(checkpoint.spec.layers):
         above = checkpoint.spec.layer_prefix(layer)
@@ -84,7 +87,7 @@ def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_p
 def test_recomputation_changes_no_gradient(tiny_checkpoint, tmp_path):
     checkpoint = open_checkpoint(tiny_checkpoint("llama"))
     quantized = _quantized(checkpoint, tmp_path)
-    rows = torch.from_numpy(tuning.EmbeddingRows(quantized / tables.EMBEDDING)(IDS[:2].astype(np.int64)))
+    rows = torch.from_numpy(tuning.EmbeddingRows(quantized, checkpoint.spec)(IDS[:2].astype(np.int64)))
     found = []
     for recompute in (True, False):
         student = _student(checkpoint, quantized, recompute)
@@ -176,10 +179,10 @@ def test_tuning_lowers_the_divergence_and_leaves_codes_alone(tiny_checkpoint, tm
 def _divergence(checkpoint, directory: Path, tmp_path: Path) -> float:
     run_teacher(checkpoint, IDS, tmp_path / "t.npy", CPU, NullProgress())
     right = Teacher(checkpoint, np.load(tmp_path / "t.npy"), CPU).log_probabilities(np.arange(len(IDS)))
-    rows = tuning.EmbeddingRows(directory / tables.EMBEDDING)
+    rows = tuning.EmbeddingRows(directory, checkpoint.spec)
     hidden = _student(checkpoint, directory).hidden(torch.from_numpy(rows(IDS.astype(np.int64)))).flatten(0, 1)
     hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
-    found = torch.log_softmax(hidden @ torch.from_numpy(np.load(directory / tables.HEAD)).T, -1)
+    found = torch.log_softmax(hidden @ torch.from_numpy(tables.read_head(directory)).T, -1)
     return float(torch.nn.functional.kl_div(found, right, reduction="batchmean", log_target=True).detach())
 
 

@@ -1,0 +1,59 @@
+"""Sites: the activations that a layer's linears read, and what may be done to each so that little is lost in rounding it.
+
+What is exact at a site, whatever the architecture, is to multiply what is read by an invertible matrix and the columns of
+everything that reads it by the inverse. A diagonal costs nothing where it can be moved into what produces the activation:
+the gain of a norm, or the rows of a linear that the activation is a multiple of. A Hadamard transform of the blocks is
+applied by the runtime, and R1 of the residual stream is folded into the norm's readers and the stream's writers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: The kinds of sites, in the order of the forward pass. Transforms are chosen by kind, and are a layer's own.
+ATTENTION, ATTENTION_OUTPUT, FFN, FFN_OUTPUT = SITES = ("attention", "attention-output", "ffn", "ffn-output")
+#: Where the residual stream is read, behind a norm.
+NORMED = (ATTENTION, FFN)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What some linears of a layer read; names are below the layer's prefix.
+
+    Args:
+        kind: one of :data:`SITES`; experts have one ``ffn-output`` each.
+        readers: the block linears that read it.
+        size: values of a token.
+        norm: the RMSNorm whose output it is, which reads the residual stream; empty where it is none's.
+        unrounded: what else reads the norm's output, as it is: the router of a mixture of experts.
+        source: where there is no norm, a linear and those of its rows that the channels are multiples of: values in
+            attention's output, up in the FFN's. None where no diagonal is offered.
+        groups: with ``source``, heads of the source; each head's rows stand for ``repeats`` neighbouring pieces of the site.
+        repeats: query heads of a KV head in attention's output, 1 elsewhere.
+    """
+
+    kind: str
+    readers: tuple[str, ...]
+    size: int
+    norm: str = ""
+    unrounded: tuple[str, ...] = ()
+    source: tuple[str, slice] | None = None
+    groups: int = 1
+    repeats: int = 1
+
+    @property
+    def scale_size(self) -> int:
+        """Values of a diagonal that can be folded into what produces the site."""
+        return self.size // self.repeats
+
+    def channels(self, scale: torch.Tensor) -> torch.Tensor:
+        """A diagonal ``[scale_size]`` as the site's channels have it, ``[size]``."""
+        if self.repeats == 1:
+            return scale
+        return scale.reshape(self.groups, 1, -1).expand(-1, self.repeats, -1).reshape(-1)
+
+    def shared(self, values: torch.Tensor) -> torch.Tensor:
+        """Squares of channels ``[size]`` summed over those that have one entry of the diagonal, ``[scale_size]``."""
+        return values.reshape(self.groups, self.repeats, -1).sum(1).reshape(-1)
