@@ -313,6 +313,26 @@ def test_what_it_cannot_do_is_refused(program, plain, tmp_path, keys, told):
 
 
 @pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"kurtail.r4.size": ("UINT32", 96)}, "kurtail.r4.size is 96, needs a power of two from 2 to 8192"),
+        ({"kurtail.r4.size": ("UINT32", 128)}, "kurtail.r4.size is 128, which does not divide the 192 inputs of blk.0.ffn_down.weight"),
+        ({"kurtail.r4.kind": ("STRING", "slanting")}, "kurtail.r4.kind is 'slanting', this runtime knows none, hadamard"),
+        ({"kurtail.r4.kind": None}, "key kurtail.r4.kind is missing"),
+    ],
+)
+def test_what_it_cannot_do_in_version_2_is_refused(program, plain, tmp_path, keys, told):
+    version = {"kurtail.format_version": ("UINT32", 2)}
+    assert told in refusal(program, rewritten(plain("mistral"), tmp_path / "wrong.gguf", BARE | version | R4 | keys))
+
+
+def test_version_2_has_its_architectures(program, gemma, tmp_path):
+    version = {"kurtail.format_version": ("UINT32", 2), "kurtail.r4.kind": ("STRING", "none")}
+    line = refusal(program, rewritten(gemma, tmp_path / "wrong.gguf", BARE | version))
+    assert "architecture gemma3 has kurtail keys" in line
+
+
+@pytest.mark.parametrize(
     ("kind", "name", "operation"),
     [
         ("mistral", "token_embd.weight", "GET_ROWS"),
