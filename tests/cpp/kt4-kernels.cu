@@ -1,4 +1,4 @@
-// Every kernel that src/cuda/kt4-cuda.cu launches, and nothing else: what ptxas says about them (test_cuda_compile.py).
+// Every kernel that src/cuda/*.cu launch, and nothing else: what ptxas says about them (test_cuda_compile.py).
 #include "kt4-kernels.cuh"
 
 namespace ggml::cuda::kt4 {

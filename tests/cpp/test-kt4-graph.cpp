@@ -185,7 +185,7 @@ class layers {
     static constexpr int N_LAYERS = 2;
 
   private:
-    static constexpr int64_t K = 256, KV = 128, FFN = 384, EXPERTS = 5, USED = 2, RANK = 8;
+    static constexpr int64_t K = 256, KV = 128, FFN = 384, EXPERTS = 3, USED = 2, RANK = 8;
 
     const layer_kind kind;
     const int64_t    cols;
@@ -208,7 +208,7 @@ class layers {
 
     ggml_tensor * floats(int64_t ne0, int64_t ne1) {
         auto & values = random.floats[++seed];
-        if (values.empty()) {
+        if ((int64_t) values.size() != ne0*ne1) { // as many as there are columns, perhaps
             values = random_values(ne0*ne1, seed);
         }
         return given(GGML_TYPE_F32, ne0, ne1, 1, values.data());
@@ -293,17 +293,17 @@ static void test_layers(const layer_kind & kind, int64_t cols, layout where, ran
 
     for (int threads : { 1, 3 }) {
         check(layers(kind, cols, random).run(threads, where, false, whole) == want, what + "memory shared along the graph, " + std::to_string(threads) + " threads");
-        for (int piece : { 2, 3, 7 }) {
-            const auto got = layers(kind, cols, random).run(threads, where, false, [&](int i) { return i % piece == 0; });
-            check(got == want, what + "pieces of " + std::to_string(piece) + " nodes");
-        }
+    }
+    for (int piece : { 2, 3, 7 }) {
+        const auto got = layers(kind, cols, random).run(1, where, false, [&](int i) { return i % piece == 0; });
+        check(got == want, what + "pieces of " + std::to_string(piece) + " nodes");
     }
     layers joined(kind, cols, random);
     check(joined.run(2, where, true, whole) == want, what + "memory of its own");
     check(joined.untouched == kind.passed_over*layers::N_LAYERS, what + std::to_string(joined.untouched) + " transforms without a pass of their own");
     // who wants to see a product sees its input, too
     layers seen(kind, cols, random);
-    check(seen.run(2, where, true, [&](int i) { return seen.is_product(i); }) == want, what + "pieces that end with a product");
+    check(seen.run(1, where, true, [&](int i) { return seen.is_product(i); }) == want, what + "pieces that end with a product");
     check(seen.untouched == 0, what + "a product at the end of a graph has an input");
 }
 
@@ -325,10 +325,10 @@ void test_graphs() {
         { "experts chosen late", 4, 4, false, true, true, 3 },
     };
     for (const layer_kind & kind : kinds) {
-        std::map<int64_t, random_tensors> random; // by the number of columns
+        random_tensors random;
         for (layout where : { AS_IN_FILE, REPACKED }) {
             for (int64_t cols : { 1, 21 }) {
-                test_layers(kind, cols, where, random[cols]);
+                test_layers(kind, cols, where, random);
             }
         }
     }

@@ -45,7 +45,7 @@ def test_the_runtime_says_and_does_so(auto, program, text):
     done = program("llama-completion", "-m", auto, "-no-cnv", "-p", "a", "-n", "1", "-c", "64", "-lv", "4")
     assert done.status == 0, done.stderr[-3000:]
     count = len(read_gguf(auto).metadata["general.tensor_extra.name"])
-    assert f"W4A4 (A8 in {count} of 14 tensors) KV4, R3 64, R4 128×3" in done.stdout + done.stderr
+    assert f"W4A4 (A8 in {count} of 14 tensors) KV4, R3 64, Hadamard 128 before 2 tensors" in done.stdout + done.stderr
 
 
 def test_the_commands_say_so(cli, auto, text, tmp_path):

@@ -48,9 +48,9 @@ def with_value(path: Path, target: Path, key: str, value: int | str) -> Path:
 @pytest.mark.parametrize(
     ("options", "summary"),
     [
-        (("--kv", "4"), "W4A4KV4, R3 64, R4 128×3"),
-        (("--activations", "8", "--kv", "8"), "W4A8KV8, R3 64, R4 128×3"),
-        (("--kv", "16"), "W4A4KV16, no R3, R4 128×3"),
+        (("--kv", "4"), "W4A4KV4, R3 64, Hadamard 128 before 2 tensors"),
+        (("--activations", "8", "--kv", "8"), "W4A8KV8, R3 64, Hadamard 128 before 2 tensors"),
+        (("--kv", "16"), "W4A4KV16, no R3, Hadamard 128 before 2 tensors"),
     ],
 )
 def test_says_what_it_will_run(converted, tiny_spm, program, options, summary) -> None:
@@ -62,7 +62,7 @@ def test_says_what_it_will_run(converted, tiny_spm, program, options, summary) -
 
 def test_no_rotation_asked_for_is_none_online(converted, tiny_spm, program) -> None:
     log = load_log(program, converted(tiny_spm, "--rotation", "none", "--weights", "rtn", "--kv", "4"))
-    assert "W4A4KV4, no R3, no R4" in log
+    assert "W4A4KV4, no R3, no online transforms" in log
     assert "attn_rot_k = 0" in log and "attn_rot_v = 0" in log
 
 
@@ -85,14 +85,11 @@ def test_flash_attention_switched_off_wins(tiny, program) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("kurtail.format_version", 3, "kurtail.format_version is 3, this runtime reads up to 2"),
+        ("kurtail.format_version", 4, "kurtail.format_version is 4, this runtime reads up to 3"),
         ("kurtail.kv_bits", 3, "kurtail.kv_bits is 3, this runtime knows 4, 8, 16"),
         ("kurtail.activation_bits", 6, "kurtail.activation_bits is 6, this runtime knows 4, 8"),
         ("kurtail.activation_bits", 32, "is kt4, whose inputs are rounded to 4 or 8 bits"),
-        ("kurtail.r4.size", 96, "kurtail.r4.size is 96, needs a power of two from 2 to 8192"),
-        ("kurtail.r4.size", 256, "kurtail.r4.size is 256, which does not divide the 384 inputs of blk.0.ffn_down.weight"),
         ("kurtail.r3.size", 128, "kurtail.r3.size is 128, head_dim is 64"),
-        ("kurtail.r4.kind", "slanting", "kurtail.r4.kind is 'slanting', this runtime knows none, hadamard"),
         ("kurtail.target", "slanted", "kurtail.target is 'slanted', this runtime knows kurtail, stock"),
         ("kurtail.r1.kind", "slanting", "kurtail.r1.kind is 'slanting', this runtime knows none, hadamard, random, learned"),
     ],
@@ -131,9 +128,9 @@ def test_a_truncated_file_is_refused(tiny, program, tmp_path, share) -> None:
         pytest.param(b"GGUF", 9, id="number of tensors"),
         pytest.param(b"GGUF", 17, id="number of keys"),
         pytest.param(b"general.architecture", 8, id="a key of upstream's"),
-        pytest.param(b"kurtail.r4.size", -8, id="length of a key of ours"),
-        pytest.param(b"kurtail.r4.size", 15, id="type of its value"),
-        pytest.param(b"kurtail.r4.size", 19, id="its value"),
+        pytest.param(b"kurtail.r3.size", -8, id="length of a key of ours"),
+        pytest.param(b"kurtail.r3.size", 15, id="type of its value"),
+        pytest.param(b"kurtail.r3.size", 19, id="its value"),
     ],
 )
 def test_a_flipped_bit_in_the_header_never_crashes(tiny, program, tmp_path, before, offset, bit) -> None:

@@ -28,6 +28,11 @@ ROTATED = {
 }  # fmt: skip
 #: layers of one key head of WIDTH
 LAYERS = {"kv.k_bits": [8], "kv.v_bits": [4], "kv.k_offset": [0.5] * WIDTH}
+#: inputs that differ in the size of their transform
+SITES = {"blk.0.attn_q.weight": 64, "blk.0.attn_output.weight": 32, "blk.0.ffn_up.weight": 64, "blk.0.ffn_down.weight": 16}
+ONLINE = {
+    "format_version": 3, "online.name": list(SITES), "online.kind": ["hadamard"] * len(SITES), "online.size": list(SITES.values()),
+}  # fmt: skip
 PLAIN = ROTATED | {"r1.kind": "none", "r2.kind": "none", "r3.kind": "none", "r4.kind": "none"}
 
 LAYER = {
@@ -47,7 +52,7 @@ class Seed:
         kinds = gguf.GGUFValueType
         for name, value in kurtail.items():
             if isinstance(value, list):
-                kind = kinds.UINT32 if isinstance(value[0], int) else kinds.FLOAT32
+                kind = {int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}[type(value[0])]
                 self.writer.add_key_value(f"kurtail.{name}", value, kinds.ARRAY, kind)
             else:
                 self.writer.add_key_value(f"kurtail.{name}", value, kinds.UINT32 if isinstance(value, int) else kinds.STRING)
@@ -68,7 +73,7 @@ class Seed:
         self.writer.close()
 
 
-def model(path: Path, *, arch: str = "llama", kurtail: dict[str, int | str] | None = None, kind: gguf.GGMLQuantizationType | None = KT4,
+def model(path: Path, *, arch: str = "llama", kurtail: dict[str, int | str | list] | None = None, kind: gguf.GGMLQuantizationType | None = KT4,
           eight_bit: tuple[str, ...] = (), experts: int = 0, embedding: gguf.GGMLQuantizationType | None = None) -> None:  # fmt: skip
     """Write a model of one layer.
 
@@ -143,6 +148,7 @@ def write(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     model(directory / "base.gguf", kurtail=ROTATED)
     model(directory / "layers.gguf", kurtail=ROTATED | LAYERS)
+    model(directory / "online.gguf", kurtail=ROTATED | LAYERS | ONLINE)
     model(directory / "unrotated.gguf", kurtail=PLAIN | {"kv_bits": 16})
     model(directory / "mixed.gguf", kurtail=ROTATED | {"kv_bits": 8}, eight_bit=("blk.0.ffn_down.weight", "blk.0.attn_v.weight"))
     model(directory / "a8-biases.gguf", arch="qwen2", kurtail=ROTATED | {"activation_bits": 8})

@@ -1,4 +1,4 @@
-// kt4 products on cards: quantize the activations into a temporary buffer, then multiply integers. Up to 8 columns go to
+// kt4 products on cards: quantize the activations (kt4-input.cu), then multiply integers. Up to 8 columns go to
 // the kernel that reads weights at memory speed (kt4-gemv.h), more to the matrix units (kt4-gemm.h): int4 ones from Turing
 // to Ada, where they are twice as fast as int8; int8 ones on Hopper and later, which have no int4, and for 8 bits. Both are
 // made for weights in groups of 16 rows, as kt4-buffer.cu holds them. Where they are as in the file (any other buffer), few
@@ -8,24 +8,16 @@
 #include "ggml-cuda/mmid.cuh"
 
 #include "kt4-cuda.cuh"
+#include "kt4-input.cuh"
 
 #if GGML_CUDA_HAS_KT4
 
 #include "kt4-kernels.cuh"
 
-#include "ggml-impl.h"
-
 #include <algorithm>
 #include <climits>
 
 using namespace ggml::cuda::kt4;
-
-static int activation_bits(const ggml_tensor * dst) {
-    const int32_t prec = ggml_get_op_params_i32(dst, 2 + 1);
-    return prec == GGML_PREC_UNDEFINED || prec == GGML_PREC_Q4 ? 4 : 8;
-}
-
-static bool has_int4_units(int cc) { return cc >= GGML_CUDA_CC_TURING && cc < GGML_CUDA_CC_HOPPER; }
 
 bool ggml_cuda_kt4_supports_mul_mat(const ggml_tensor * dst, int cc) {
     const ggml_tensor * src0 = dst->src[0];
@@ -35,60 +27,6 @@ bool ggml_cuda_kt4_supports_mul_mat(const ggml_tensor * dst, int cc) {
            src1->ne[2]*src1->ne[3] <= USHRT_MAX && src0->ne[2]*src0->ne[3] <= USHRT_MAX &&
            ggml_nrows(src1)*padded_blocks((int) (src0->ne[0]/BLOCK))*WIDE_BYTES <= UINT_MAX; // offsets in kt4-gemm.h
 }
-
-// --- activations
-
-// x: rows of src1, perhaps before a Hadamard transform that is still to be done
-struct input {
-    const ggml_tensor * shape;
-    const char        * data;
-    int                 hadamard;
-};
-
-static activation_rows rows_of(const input & in) {
-    const ggml_tensor * t = in.shape;
-    activation_rows a = {};
-    a.x   = in.data;
-    a.nb1 = t->nb[1];
-    a.nb2 = t->nb[2];
-    a.nb3 = t->nb[3];
-    a.ne1 = (int) t->ne[1];
-    a.ne2 = (int) t->ne[2];
-    a.values   = (int) t->ne[0];
-    a.vectors  = (((uintptr_t) in.data | t->nb[1] | t->nb[2] | t->nb[3]) & 15) == 0;
-    a.hadamard = in.hadamard;
-    a.scale    = in.hadamard > 0 ? 1.0f/sqrtf((float) in.hadamard) : 0.0f;
-    return a;
-}
-
-static dim3 pieces(int64_t rows, int64_t values, int threads) {
-    return dim3((unsigned) rows, (unsigned) ((values + threads*THREAD_VALUES - 1)/(threads*THREAD_VALUES)), 1);
-}
-
-struct quantized {
-    ggml_cuda_pool_alloc<char>       codes;
-    ggml_cuda_pool_alloc<two_floats> scales;
-
-    quantized(ggml_backend_cuda_context & ctx, const input & in, int bits, bool packed) : codes(ctx.pool()), scales(ctx.pool()) {
-        const activation_rows a = rows_of(in);
-        const int64_t blocks = ggml_nrows(in.shape)*padded_blocks(a.values/BLOCK);
-        codes.alloc(blocks*(packed ? PACKED_BYTES : WIDE_BYTES));
-        scales.alloc(blocks);
-
-        const int    threads = quantize_threads(in.hadamard);
-        const size_t shared  = quantize_shared(in.hadamard);
-        const dim3   grid    = pieces(ggml_nrows(in.shape), padded_blocks(a.values/BLOCK)*BLOCK, threads);
-        const quantized_rows out = { codes.get(), scales.get() };
-        if (bits == 8) {
-            kt4_quantize<8, false><<<grid, threads, shared, ctx.stream()>>>(a, out);
-        } else if (packed) {
-            kt4_quantize<4, true ><<<grid, threads, shared, ctx.stream()>>>(a, out);
-        } else {
-            kt4_quantize<4, false><<<grid, threads, shared, ctx.stream()>>>(a, out);
-        }
-        CUDA_CHECK(cudaGetLastError());
-    }
-};
 
 // --- products
 
@@ -197,39 +135,36 @@ static gemm_args gemm_arguments(const ggml_tensor * dst, const quantized & x, gg
     return a;
 }
 
-static void mul_mat(ggml_backend_cuda_context & ctx, const input & in, ggml_tensor * dst) {
+static void mul_mat(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     if (ggml_is_empty(dst)) {
         return;
     }
-    const int     cc      = ggml_cuda_info().devices[ctx.device].cc;
-    const int     bits    = activation_bits(dst);
     const int     columns = (int) src1->ne[1];
     const int64_t planes  = src1->ne[2]*src1->ne[3];
-    const bool    few     = columns <= GEMV_COLUMNS;
-    const bool    packed  = !few && bits == 4 && has_int4_units(cc);
-    const quantized x(ctx, in, bits, packed);
+    const activation_layout layout(ctx, dst);
+    const activations x(ctx, dst, layout);
 
     const auto broadcast = [&](auto & a) {
         a.ne2    = (int) src1->ne[2];
         a.ratio2 = (int) (src1->ne[2]/src0->ne[2]);
         a.ratio3 = (int) (src1->ne[3]/src0->ne[3]);
     };
-    if (few) {
-        gemv_args a = gemv_arguments(dst, x);
+    if (layout.few) {
+        gemv_args a = gemv_arguments(dst, *x);
         broadcast(a);
         launch_gemv(a, ggml_cuda_kt4_in_groups(src0), columns, planes, ctx.stream());
     } else {
         ggml_cuda_pool_alloc<char> copy(ctx.pool());
-        gemm_args a = gemm_arguments(dst, x, copy, ctx.stream());
+        gemm_args a = gemm_arguments(dst, *x, copy, ctx.stream());
         a.columns = columns;
         broadcast(a);
-        launch_gemm(a, packed, columns, columns, planes, ctx.stream());
+        launch_gemm(a, layout.packed, columns, columns, planes, ctx.stream());
     }
 }
 
-static void mul_mat_id(ggml_backend_cuda_context & ctx, const input & in, ggml_tensor * dst) {
+static void mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->src[2];
@@ -237,17 +172,14 @@ static void mul_mat_id(ggml_backend_cuda_context & ctx, const input & in, ggml_t
         return;
     }
     GGML_ASSERT(ids->nb[0] == sizeof(int32_t) && ids->nb[1] % sizeof(int32_t) == 0);
-    const int  cc      = ggml_cuda_info().devices[ctx.device].cc;
-    const int  bits    = activation_bits(dst);
     const int  tokens  = (int) src1->ne[2];
     const int  slots   = (int) ids->ne[0];
     const int  experts = (int) src0->ne[2];
-    const bool few     = tokens <= GEMV_COLUMNS;
-    const bool packed  = !few && bits == 4 && has_int4_units(cc);
-    const quantized x(ctx, in, bits, packed);
+    const activation_layout layout(ctx, dst);
+    const activations x(ctx, dst, layout);
 
-    if (few) { // each pair of token and slot reads its expert's weights
-        gemv_args a = gemv_arguments(dst, x);
+    if (layout.few) { // each pair of token and slot reads its expert's weights
+        gemv_args a = gemv_arguments(dst, *x);
         a.out_plane = a.out_column;
         a.ids       = (const int *) ids->data;
         a.ids_token = ids->nb[1]/sizeof(int32_t);
@@ -265,65 +197,17 @@ static void mul_mat_id(ggml_backend_cuda_context & ctx, const input & in, ggml_t
     CUDA_CHECK(cudaGetLastError());
 
     ggml_cuda_pool_alloc<char> copy(ctx.pool());
-    gemm_args a = gemm_arguments(dst, x, copy, ctx.stream());
+    gemm_args a = gemm_arguments(dst, *x, copy, ctx.stream());
     a.out_plane = 0;
     a.bounds = bounds.get();
     a.from   = from.get();
     a.to     = to.get();
-    launch_gemm(a, packed, std::max(1, (int) ((int64_t) tokens*slots/experts)), tokens, experts, ctx.stream());
+    launch_gemm(a, layout.packed, std::max(1, (int) ((int64_t) tokens*slots/experts)), tokens, experts, ctx.stream());
 }
 
 // --- hooks
 
-static input plain_input(const ggml_tensor * dst) { return { dst->src[1], (const char *) dst->src[1]->data, 0 }; }
-
-void ggml_cuda_kt4_mul_mat   (ggml_backend_cuda_context & ctx, ggml_tensor * dst) { mul_mat   (ctx, plain_input(dst), dst); }
-void ggml_cuda_kt4_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst) { mul_mat_id(ctx, plain_input(dst), dst); }
-
-static bool is_transform(const ggml_tensor * t) {
-    const int64_t n = t->src[1]->ne[0];
-    return t->op == GGML_OP_MUL_MAT && ggml_get_op_params_i32(t, 1) == GGML_HINT_SRC0_IS_HADAMARD &&
-           t->src[1]->type == GGML_TYPE_F32 && t->type == GGML_TYPE_F32 && ggml_is_contiguous(t->src[1]) && ggml_is_contiguous(t) &&
-           ggml_are_same_shape(t->src[1], t) && n >= 2 && n <= HADAMARD_MAX && (n & (n - 1)) == 0;
-}
-
-bool ggml_cuda_kt4_hadamard(ggml_backend_cuda_context & ctx, const ggml_tensor * x, ggml_tensor * dst) {
-    if (!is_transform(dst)) {
-        return false;
-    }
-    const int n = (int) x->ne[0];
-    const int threads = quantize_threads(n);
-    kt4_hadamard<<<pieces(ggml_nrows(x), n, threads), threads, quantize_shared(n), ctx.stream()>>>(
-        rows_of({ x, (const char *) x->data, n }), (float *) dst->data);
-    CUDA_CHECK(cudaGetLastError());
-    return true;
-}
-
-int ggml_cuda_kt4_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
-    const ggml_tensor * node = graph->nodes[i];
-    // a graph that ends with the product is one of an eval callback that wants to see it, and its input
-    if (node->op != GGML_OP_MUL_MAT || i + 3 >= graph->n_nodes || !is_transform(node)) {
-        return 0;
-    }
-    const ggml_tensor * rows    = graph->nodes[i + 1];
-    ggml_tensor       * product = graph->nodes[i + 2];
-    const bool chain = rows->op == GGML_OP_RESHAPE && rows->src[0] == node && product->src[1] == rows &&
-                       (product->op == GGML_OP_MUL_MAT || product->op == GGML_OP_MUL_MAT_ID) &&
-                       product->src[0]->type == GGML_TYPE_KT4 && (product->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 &&
-                       rows->ne[0] % node->ne[0] == 0 && ggml_is_contiguous(rows) &&
-                       ggml_node_has_n_uses(graph, i, 1) && ggml_node_get_use_count(graph, i + 1) == 1 &&
-                       (rows->flags & GGML_TENSOR_FLAG_OUTPUT) == 0;
-    if (!chain) {
-        return 0;
-    }
-    // Safe where the result takes the memory of the transform's input: that is read before the result is written.
-    const input in = { rows, (const char *) node->src[1]->data, (int) node->ne[0] };
-    if (product->op == GGML_OP_MUL_MAT) {
-        mul_mat(ctx, in, product);
-    } else {
-        mul_mat_id(ctx, in, product);
-    }
-    return 2;
-}
+void ggml_cuda_kt4_mul_mat   (ggml_backend_cuda_context & ctx, ggml_tensor * dst) { mul_mat   (ctx, dst); }
+void ggml_cuda_kt4_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst) { mul_mat_id(ctx, dst); }
 
 #endif // GGML_CUDA_HAS_KT4

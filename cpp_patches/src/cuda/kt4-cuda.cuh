@@ -46,7 +46,8 @@ void ggml_cuda_kt4_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst
 // A product that is marked as a Hadamard transform, of sizes upstream has no kernel for. Returns false for any other.
 bool ggml_cuda_kt4_hadamard(ggml_backend_cuda_context & ctx, const ggml_tensor * x, ggml_tensor * dst);
 
-// R4 at node i and the product that alone reads it: computed together. Returns how many further nodes are done, 0 for none.
+// Quantizes what several products of the graph read, from node i on, once for all of them, a Hadamard transform with it: the
+// products then find it (ggml_backend_cuda_context::kt4_shared). Returns how many further nodes are done, with node i; else 0.
 int ggml_cuda_kt4_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
 // The buffer type that holds weights in groups of 16 rows: what ggml_backend_dev_get_extra_bufts is for a device; whether a

@@ -23,6 +23,12 @@ ggml_tensor * kurtail_graph::transformed(ggml_context * ctx, const ggml_tensor *
     return result;
 }
 
+void kurtail_graph::place(ggml_cgraph * gf, ggml_tensor * product) const {
+    if (model && model->active && product->src[0]->type == GGML_TYPE_KT4) {
+        ggml_build_forward_expand(gf, product);
+    }
+}
+
 ggml_tensor * kurtail_graph::without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const {
     ggml_tensor * offset = model && k_cur ? model->cache.offset(il) : nullptr;
     return offset ? ggml_sub(ctx, k_cur, offset) : k_cur;

@@ -18,6 +18,10 @@ class kurtail_graph {
     // cur (q, k and v; gate and up) get the same tensor.
     ggml_tensor * transformed(ggml_context * ctx, const ggml_tensor * w, ggml_tensor * cur);
 
+    // Puts a product into the graph where it is made, if its weight is kt4. So q, k and v follow each other, not each with
+    // its RoPE, and none has the memory that another's result is freed from: the CPU can compute them in one go.
+    void place(ggml_cgraph * gf, ggml_tensor * product) const;
+
     // k_cur (after RoPE, before R3) as layer il's cache holds it; nullptr where a layer reads the cache of another
     ggml_tensor * without_offset(ggml_context * ctx, ggml_tensor * k_cur, int il) const;
 
