@@ -86,17 +86,38 @@ def test_licences_are_installed_with_the_programs(runtime) -> None:
         assert "Permission is hereby granted" in (runtime / "licenses" / f"LICENSE-{name}").read_text(encoding="utf-8")
 
 
-def test_a_control_vector_is_taken_with_a_warning(program, model, tmp_path) -> None:
-    path = tmp_path / "vector.gguf"
-    width = read_gguf(model).metadata["llama.embedding_length"]
+def _control_vector(path: Path, direction: np.ndarray) -> Path:
     writer = gguf.GGUFWriter(path, "controlvector")
-    writer.add_tensor("direction.1", np.zeros(width, np.float32))
+    writer.add_tensor("direction.1", direction)
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         write()
+    return path
+
+
+def test_a_control_vector_is_taken_with_a_warning(program, model, tmp_path) -> None:
+    width = read_gguf(model).metadata["llama.embedding_length"]
+    path = _control_vector(tmp_path / "vector.gguf", np.zeros(width, np.float32))
     options = ("-no-cnv", "-p", "a", "-n", "2", "-c", "64")
     done = program("llama-completion", "-m", model, *options, "--control-vector", path)
     assert done.status == 0 and "this file is rotated: a control vector fits that was made with it" in done.stderr
     assert "control vector" not in program("llama-completion", "-m", model, *options).stderr
+
+
+def test_a_control_vector_of_the_original_fits_where_the_residual_stream_is_left(
+    program, converted, tiny_spm, tiny_reference, text, tmp_path
+) -> None:
+    """With a diagonal at every site and no R1 the stream is the original's own."""
+    ours = converted(tiny_spm, "--weights", "f32", "--calibration", str(text))
+    direction = np.random.default_rng(0).normal(size=128).astype(np.float32)
+    path = _control_vector(tmp_path / "vector.gguf", direction)
+    found = {}
+    for name, file in (("original", tiny_reference), ("ours", ours)):
+        for steered in ((), ("--control-vector", path)):
+            done = program("llama-perplexity", "-m", file, "-f", text, "-c", "64", "--chunks", "8", *steered)
+            assert done.status == 0 and "this file is rotated" not in done.stderr, done.stderr[-2000:]
+            found[name, bool(steered)] = float(re.search(r"Final estimate: PPL = (\S+)", done.stdout + done.stderr)[1])
+    assert found["ours", True] == pytest.approx(found["original", True], rel=1e-3)
+    assert abs(found["original", True] / found["original", False] - 1) > 0.01
 
 
 def test_quantize_offers_the_type(program, tiny_reference, tmp_path) -> None:

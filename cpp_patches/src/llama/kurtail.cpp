@@ -56,6 +56,7 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     if (k.has("kurtail.rotations.sha256")) {
         rotations = k.str("kurtail.rotations.sha256");
     }
+    residual_rotated = k.str_of("kurtail.r1.kind", { "none", "hadamard", "random", "learned" }) != "none";
     cache_weights = kurtail_cache_weights(ml);
     // written for stock llama.cpp: it runs as it does there, with an explicit -ctk or -ctv too
     if (k.has("kurtail.target") && k.str_of("kurtail.target", { "kurtail", "stock" }) == "stock") {
@@ -67,7 +68,6 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     }
     const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8, UNROUNDED_BITS });
     cache.load(k, model, constants);
-    k.str_of("kurtail.r1.kind", { "none", "hadamard", "random", "learned" });
     k.str_of("kurtail.r2.kind", { "none", "hadamard", "random", "learned" });
     load_r3(k, model);
 
@@ -151,7 +151,7 @@ void kurtail_model::check_adapter(const gguf_context * adapter) const {
 }
 
 void kurtail_model::warn_of_control_vector() const {
-    if (!rotations.empty()) {
+    if (residual_rotated) {
         LLAMA_LOG_WARN("%s: this file is rotated: a control vector fits that was made with it, none that was made with the original checkpoint\n", __func__);
     }
 }

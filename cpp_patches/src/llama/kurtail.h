@@ -23,7 +23,7 @@ struct kurtail_model {
     // Throws std::runtime_error with key, value and limit where the runtime cannot do what the file asks.
     void load(const llama_model_loader & ml, llama_model & model);
 
-    // Says that a control vector is taken as it is: whether it was made with a rotated file nobody can see from it
+    // Says where R1 is folded in that a control vector is taken as it is: which basis it was made in nobody can see from it
     void warn_of_control_vector() const;
 
     // Throws std::runtime_error where a LoRA adapter (its GGUF keys) is not in the basis of this model's weights
@@ -51,6 +51,7 @@ struct kurtail_model {
 
 private:
     bool r3 = false;
+    bool residual_rotated = false; // R1 is folded in
     std::string rotations; // sha256 of what was folded; empty in a file without the key
     std::string cache_weights; // kurtail_cache_weights
 
