@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from kurtail_gguf.calibration.capture import SITES, capture, choose_tokens
 from kurtail_gguf.calibration.generate import generate
@@ -15,6 +16,7 @@ from kurtail_gguf.calibration.runner import LayerRunner
 from kurtail_gguf.calibration.texts import read_texts
 from kurtail_gguf.calibration.tokens import (
     CalibrationTokens,
+    as_contexts,
     calibration_name,
     cut_sequences,
     load_tokenizer,
@@ -33,6 +35,19 @@ def test_text_and_jsonl(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "drei"}\n\n{"text": "vier", "id": 1}\n', encoding="utf-8")
     found = read_texts((str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")))
     assert list(found) == ["eins\nzwei", "drei", "vier"]
+
+
+def test_contexts_begin_with_bos_where_the_tokenizer_puts_it_there(tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint("llama"))
+    ids = tokenize(["one two three four " * 100], tokenizer, 64)[:, :64]
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    assert np.array_equal(as_contexts(ids, tokenizer), ids[:, 1:])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert as_contexts(ids, tokenizer) is ids
+    tokenizer.bos_token = None
+    assert as_contexts(ids, tokenizer) is ids
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
