@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from kurtail_gguf.activation_choice import choose, measure_damage
 from kurtail_gguf.cache.plan import CachePlan, plan_cache
 from kurtail_gguf.calibration.generate import generate
-from kurtail_gguf.calibration.prose import prose_tokens
+from kurtail_gguf.calibration.prose import prose_contexts
 from kurtail_gguf.calibration.texts import read_texts
 from kurtail_gguf.calibration.tokens import (
     CalibrationTokens,
@@ -392,7 +392,7 @@ def _cache_text(
     if config.cache_bits == 16:
         return np.empty((0, 0), np.int32)
     tokenizer = load_tokenizer(checkpoint.directory)
-    return as_contexts(prose_tokens(tokenizer) if calibration is None else calibration.ids, tokenizer)
+    return prose_contexts(tokenizer) if calibration is None else as_contexts(calibration.ids, tokenizer)
 
 
 def check_family(config: ConvertConfig, checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from kurtail_gguf.calibration.capture import SITES, capture, choose_tokens
 from kurtail_gguf.calibration.generate import generate
 from kurtail_gguf.calibration.runner import LayerRunner
+from kurtail_gguf.calibration.prose import PROSE, TOKENS, prose_contexts
 from kurtail_gguf.calibration.texts import read_texts
 from kurtail_gguf.calibration.tokens import (
     CalibrationTokens,
@@ -48,6 +49,22 @@ def test_contexts_begin_with_bos_where_the_tokenizer_puts_it_there(tiny_checkpoi
     assert as_contexts(ids, tokenizer) is ids
     tokenizer.bos_token = None
     assert as_contexts(ids, tokenizer) is ids
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_prose_is_read_in_contexts_that_begin_differently(bos, tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint("llama"))
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    text = tokenizer.encode(PROSE, add_special_tokens=False)[: TOKENS - 1]
+    found = prose_contexts(tokenizer).tolist()
+    assert len(found) == 8
+    assert all((row[0] == tokenizer.bos_token_id) == bos for row in found)
+    rows = [row[bos:] for row in found]
+    assert rows[:4] == [text[start : start + 124] for start in range(4)]
+    assert rows[4:] == [text[127 + start : 127 + start + 124] for start in range(4)]
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
