@@ -26,10 +26,11 @@ from kurtail_gguf.arch.sites import ATTENTION, FFN, FFN_OUTPUT
 from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.cache.plan import CachePlan, plan_cache
 from kurtail_gguf.calibration.generate import generate
-from kurtail_gguf.calibration.prose import prose_tokens
+from kurtail_gguf.calibration.prose import prose_contexts
 from kurtail_gguf.calibration.texts import read_texts
 from kurtail_gguf.calibration.tokens import (
     CalibrationTokens,
+    as_contexts,
     calibration_name,
     load_tokenizer,
     tokenize,
@@ -396,11 +397,10 @@ def _cache_text(
     config: ConvertConfig, checkpoint: Checkpoint, calibration: CalibrationTokens | None
 ) -> npt.NDArray[np.int32]:
     """Tokens that the cache is decided on: calibration's, else prose; none, and no tokenizer, where nothing is decided."""
-    if calibration is not None:
-        return calibration.ids
     if config.cache_bits == 16:
         return np.empty((0, 0), np.int32)
-    return prose_tokens(load_tokenizer(checkpoint.directory))
+    tokenizer = load_tokenizer(checkpoint.directory)
+    return prose_contexts(tokenizer) if calibration is None else as_contexts(calibration.ids, tokenizer)
 
 
 def check_family(config: ConvertConfig, checkpoint: Checkpoint) -> None:

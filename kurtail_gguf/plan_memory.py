@@ -18,6 +18,7 @@ from kurtail_gguf.calibration.capture import MAX_SAMPLE
 from kurtail_gguf.calibration.generate import BATCH as GENERATED_TOGETHER
 from kurtail_gguf.calibration.generate import GENERATED_LENGTH
 from kurtail_gguf.calibration.precision import forward_dtype
+from kurtail_gguf.calibration.prose import STARTS
 from kurtail_gguf.calibration.prose import TOKENS as PROSE_TOKENS
 from kurtail_gguf.calibration.tokens import SEQ_LEN
 from kurtail_gguf.config import ConvertConfig
@@ -98,7 +99,7 @@ def learns_r1(config: ConvertConfig) -> bool:
 def cache_text(spec: ModelSpec, config: ConvertConfig) -> tuple[int, int]:
     """Sequences that the cache is decided on and tokens of one; as many others it is measured on."""
     if not config.needs_calibration:
-        sequences, length = 1, PROSE_TOKENS // 2
+        sequences, length = STARTS, PROSE_TOKENS // 2 - STARTS + 1
     else:
         length = GENERATED_LENGTH if config.calibration == ("self",) else SEQ_LEN
         sequences = min(SEQUENCES, -(-config.calibration_tokens // length) // 2)

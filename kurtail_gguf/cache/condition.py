@@ -1,4 +1,4 @@
-"""Two exact changes of keys that leave less to round: a scale of each RoPE pair, and a constant offset.
+"""Exact changes of keys that leave less to round: a scale of each RoPE pair, and a constant offset.
 
 A score is q·k, so both values of a RoPE pair may be divided by s in k and multiplied by it in q. In a block that shares a
 scale, rounding k costs about (Σ m_p² / s_p²)(Σ w_p² s_p²) with the root mean squares m of k's pairs and w of q's, which
@@ -9,6 +9,10 @@ position may be taken off all keys after RoPE: q·(k − c) = q·k − q·c. Mod
 gains of k's norm have most of it in pairs that RoPE turns by a fraction of a degree a token. There the mean key hardly
 moves over thousands of tokens; c is its mean over the first :data:`POSITIONS`. SmoothQuant's smoothing and SageAttention's
 mean of K (arXiv:2211.10438, 2410.02367) are the same algebra; here both are known before the file is written.
+
+The offset has a second use. Most attention goes to the first token of a context, whose key is the same whatever the token is
+in all but the first layers, and several times as large as others. Its rounding error would be the same in all scores of all
+texts. So c is moved by that error: what is left of the first key then stands for itself in the cache (:func:`exact_first`).
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_gguf.arch.spec import ModelSpec
+from kurtail_gguf.simulation.attention import CacheSettings, in_cache, out_of_cache
+from kurtail_gguf.simulation.rounding import CACHE_BLOCK, round_to
 
 #: Positions that the offset is the mean over. Pairs that turn more than that lose less, for as long as they turn less.
 POSITIONS = 2048
@@ -38,11 +44,13 @@ class KeyStatistics:
         mean: of the keys.
         energy: mean of their squares.
         queries: mean of the squares of the queries that read them, over the query heads of the group as well.
+        first: the key of each sequence's first token, ``[sequences, kv_heads, head_dim]``; the others are without it.
     """
 
     mean: Tensor
     energy: Tensor
     queries: Tensor
+    first: Tensor
 
 
 class KeyWatcher:
@@ -57,6 +65,7 @@ class KeyWatcher:
         self._spec = spec
         self._tokens = 0
         self._sums: list[Tensor | float] = [0.0, 0.0, 0.0]
+        self._first: list[Tensor] = []
         family = spec.family
         if family.key_norm:
             names = {family.query_norm: self._add_queries, family.key_norm: self._add_keys}
@@ -79,7 +88,7 @@ class KeyWatcher:
     def statistics(self) -> KeyStatistics:
         """Of everything seen."""
         mean, energy, queries = ((total / self._tokens).cpu() for total in self._sums)
-        return KeyStatistics(mean, energy, queries)
+        return KeyStatistics(mean, energy, queries, torch.cat(self._first).cpu())
 
     def _add_both(self, output: Tensor) -> None:
         self._add_queries(output[..., self._spec.query_rows[1]])
@@ -87,6 +96,7 @@ class KeyWatcher:
 
     def _add_keys(self, output: Tensor) -> None:
         keys = self._heads(output, self._spec.kv_heads)
+        self._first.append(output.reshape(*output.shape[:2], self._spec.kv_heads, -1)[:, 0].double())
         self._tokens += len(keys)
         self._sums[0] = self._sums[0] + keys.sum(0)
         self._sums[1] = self._sums[1] + keys.square().sum(0)
@@ -116,7 +126,9 @@ class Conditioned:
     offset: Tensor
 
 
-def condition(statistics: KeyStatistics, spec: ModelSpec, turned: tuple[Tensor, Tensor], rope: bool) -> Conditioned:
+def condition(
+    statistics: KeyStatistics, spec: ModelSpec, turned: tuple[Tensor, Tensor], rope: bool, cache: CacheSettings
+) -> Conditioned:
     """Scale and offset of a layer's keys.
 
     Args:
@@ -125,6 +137,7 @@ def condition(statistics: KeyStatistics, spec: ModelSpec, turned: tuple[Tensor, 
         turned: cosines and sines of the first :data:`POSITIONS` positions, ``[positions, rotary_dim]`` each, attention
             factors of YaRN and the like included.
         rope: whether the layer has RoPE.
+        cache: how the runtime stores keys.
     """
     rotary = spec.rotary_dim if rope else 0
     pairs = spec.rotary_dim // 2
@@ -138,11 +151,34 @@ def condition(statistics: KeyStatistics, spec: ModelSpec, turned: tuple[Tensor, 
         energy[:, :rotary] = energy[:, :rotary] * (cosine.square() + sine.square()).mean(0).repeat(2)
     left = (_paired(energy, pairs) - _paired(offset.square(), pairs)).clamp(min=0)
     queries = _paired(statistics.queries, pairs)
-    with_offset = _scales(left, queries, spec)
     worth = 1 - _cost(left, queries) / _cost(_paired(energy, pairs), queries).clamp(min=1e-300)
     if not worth > _WORTH:
-        return Conditioned(_scales(_paired(energy, pairs), queries, spec), torch.zeros_like(offset, dtype=torch.float32))
-    return Conditioned(with_offset, (offset / with_offset).float())
+        offset, left = torch.zeros_like(offset), _paired(energy, pairs)
+    scale = _scales(left, queries, spec)
+    first = statistics.first.clone()
+    if rotary:
+        # position 0 is not turned, but YaRN and the like scale it
+        first[..., :rotary] *= turned[0][0].double()
+    return Conditioned(scale, exact_first(first / scale, (offset / scale).float(), cache))
+
+
+def exact_first(first: Tensor, offset: Tensor, cache: CacheSettings) -> Tensor:
+    """The offset, moved so that 4 bits hold the first key exactly where it hardly depends on the token.
+
+    Args:
+        first: scaled first keys after RoPE, float64 ``[sequences, kv_heads, head_dim]``.
+        offset: of the scaled keys, float32 ``[kv_heads, head_dim]``.
+        cache: how the runtime stores keys.
+
+    Returns:
+        float32, as ``offset``; heads whose first keys differ among each other by more than rounding changes them are left alone.
+    """
+    if len(first) < 2:
+        return offset
+    stored = in_cache((first.mean(0) - offset).float()[None, :, None], cache)
+    error = out_of_cache(stored - round_to(stored, 4, CACHE_BLOCK), cache)[0, :, 0]
+    constant = first.var(0).sum(-1, keepdim=True) < error.double().square().sum(-1, keepdim=True)
+    return torch.where(constant, offset + error, offset)
 
 
 def _paired(energy: Tensor, pairs: int) -> Tensor:

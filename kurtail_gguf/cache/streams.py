@@ -109,7 +109,7 @@ class Streams:
                     plain = self._run(self._plain, layer, weights, plain)
                 if conditioned is None:
                     rope = getattr(module.self_attn, "use_rope", True)
-                    found.append(condition(watcher.statistics(), spec, self._turned, bool(rope)))
+                    found.append(condition(watcher.statistics(), spec, self._turned, bool(rope), self._cache))
                 else:
                     found.append(conditioned[layer])
                 inputs[layer : layer + 1] = rounded[None].cpu().numpy()

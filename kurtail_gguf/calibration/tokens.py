@@ -107,3 +107,16 @@ def tokenize(texts: Iterable[str], tokenizer: object, n_tokens: int, at_most: in
                 yield np.asarray(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     return cut_sequences(documents(), n_tokens, tokenizer.bos_token_id, at_most=at_most)
+
+
+def as_contexts(ids: npt.NDArray[np.int32], tokenizer: object) -> npt.NDArray[np.int32]:
+    """Sequences that begin as the runtime's contexts do: without BOS where the tokenizer does not put it before a text.
+
+    Attention looks at a context's first key most, and BOS may have another than text: Qwen2.5's has.
+
+    Args:
+        ids: behind BOS, where the model has one, as :func:`tokenize` gives them: int32 ``[sequences, seq_len]``.
+        tokenizer: the checkpoint's.
+    """
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or tokenizer("a")["input_ids"][:1] == [bos] else ids[:, 1:]

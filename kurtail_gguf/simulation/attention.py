@@ -102,9 +102,7 @@ def simulated_attention(
     if own.offset is not None:
         key = key - own.offset.to(key)[None, :, None]
     if cache.rotates_k:
-        if cache.paired:
-            query, key = _halves_to_pairs(query), _halves_to_pairs(key)
-        query, key = rotated(query, cache.rotation), rotated(key, cache.rotation)
+        query, key = in_cache(query, cache), in_cache(key, cache)
     if cache.rotates_v:
         value = rotated(value, V_ROTATION)
     if own.k_bits < 16:
@@ -136,6 +134,17 @@ class _Rotated(torch.autograd.Function):
 def rotated(x: Tensor, size: int) -> Tensor:
     """``x`` with each of its pieces of ``size`` multiplied by the normalised Sylvester matrix; as it is for 0 or 1."""
     return _Rotated.apply(x, size) if size > 1 else x
+
+
+def in_cache(x: Tensor, cache: CacheSettings) -> Tensor:
+    """Queries or keys ``[..., head_dim]`` in the order and rotation that a quantized cache has them in."""
+    return rotated(_halves_to_pairs(x) if cache.paired else x, cache.rotation)
+
+
+def out_of_cache(x: Tensor, cache: CacheSettings) -> Tensor:
+    """The inverse of :func:`in_cache`."""
+    x = rotated(x, cache.rotation)
+    return x.reshape(*x.shape[:-1], -1, 2).transpose(-1, -2).reshape(x.shape) if cache.paired else x
 
 
 def _halves_to_pairs(x: Tensor) -> Tensor:

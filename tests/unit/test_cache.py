@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kurtail_gguf.cache.choice import GOOD_ENOUGH, LIMIT, CacheBits, choose_bits, uniform
-from kurtail_gguf.cache.condition import KeyStatistics, condition
+from kurtail_gguf.cache.condition import KeyStatistics, condition, exact_first
 from kurtail_gguf.cache.plan import CachePlan, plan_cache
 from kurtail_gguf.cache.streams import Streams
 from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.loading.checkpoint import open_checkpoint
 from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.simulation.attention import CacheSettings, LayerCache
+from kurtail_gguf.simulation.attention import CacheSettings, LayerCache, in_cache, out_of_cache
+from kurtail_gguf.simulation.rounding import CACHE_BLOCK, round_to
 
 CPU = torch.device("cpu")
 ROUNDED = CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False)
@@ -41,8 +42,8 @@ def test_scores_change_by_a_constant_of_each_query_alone(kind, tiny_checkpoint):
     keys = mean[None, :, None] + torch.randn(1, spec.kv_heads, length, dim, generator=generator, dtype=torch.float64)
     queries = torch.randn(1, spec.heads, length, dim, generator=generator, dtype=torch.float64)
     tables = _tables(length, dim)
-    statistics = KeyStatistics(keys.mean((0, 2)), keys.square().mean((0, 2)), queries.square().mean((0, 2)).reshape(spec.kv_heads, group, -1).mean(1))
-    found = condition(statistics, spec, tables, rope=True)
+    statistics = KeyStatistics(keys.mean((0, 2)), keys.square().mean((0, 2)), queries.square().mean((0, 2)).reshape(spec.kv_heads, group, -1).mean(1), keys[:, :, 0])
+    found = condition(statistics, spec, tables, rope=True, cache=ROUNDED)
     assert found.offset.any()
     q, k = apply_rotary_pos_emb(queries, keys, tables[0][None], tables[1][None])
     # scaled before RoPE, as weights are
@@ -63,11 +64,11 @@ def test_the_offset_is_the_mean_key_over_the_positions(tiny_checkpoint):
     mean = torch.randn(spec.kv_heads, spec.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tables = _tables(100, spec.head_dim)
     ones = torch.ones_like(mean)
-    found = condition(KeyStatistics(mean, mean.square() + 0.01 * ones, ones), spec, tables, rope=True)
+    found = condition(KeyStatistics(mean, mean.square() + 0.01 * ones, ones, mean[None]), spec, tables, True, ROUNDED)
     _, turned = apply_rotary_pos_emb(mean[None, :, None], mean[None, :, None].expand(-1, -1, 100, -1), tables[0][None], tables[1][None])
     assert torch.allclose(found.offset.double() * found.scale, turned[0].mean(1), atol=1e-6)
     # without RoPE it is the mean itself
-    found = condition(KeyStatistics(mean, mean.square() + 0.01 * ones, ones), spec, tables, rope=False)
+    found = condition(KeyStatistics(mean, mean.square() + 0.01 * ones, ones, mean[None]), spec, tables, False, ROUNDED)
     assert torch.allclose(found.offset.double() * found.scale, mean, atol=1e-6)
 
 
@@ -76,7 +77,8 @@ def test_scales_balance_keys_and_queries_pair_by_pair(tiny_checkpoint):
     shape = (spec.kv_heads, spec.head_dim)
     generator = torch.Generator().manual_seed(2)
     keys, queries = (torch.rand(shape, generator=generator, dtype=torch.float64).add(0.1) for _ in range(2))
-    found = condition(KeyStatistics(torch.zeros(shape, dtype=torch.float64), keys, queries), spec, _tables(10, spec.head_dim), rope=True)
+    mean = torch.zeros(shape, dtype=torch.float64)
+    found = condition(KeyStatistics(mean, keys, queries, mean[None]), spec, _tables(10, spec.head_dim), True, ROUNDED)
     assert not found.offset.any()
     half = spec.head_dim // 2
     assert torch.equal(found.scale[:, :half], found.scale[:, half:])
@@ -84,6 +86,64 @@ def test_scales_balance_keys_and_queries_pair_by_pair(tiny_checkpoint):
     k, q = (energy[:, :half] + energy[:, half:] for energy in (keys, queries))
     balanced = (k / found.scale[:, :half] ** 2) / (q * found.scale[:, :half] ** 2)
     assert torch.allclose(balanced / balanced[:, :1], torch.ones_like(balanced))
+
+
+@pytest.mark.parametrize(("rotation", "paired"), [(0, False), (64, False), (64, True), (32, True)])
+def test_a_first_key_that_is_always_the_same_is_not_rounded(rotation, paired):
+    """Through the attention that simulates the runtime: the offset may not change what it computes otherwise."""
+    cache = CacheSettings(4, rotation, rotate_v=False, paired=paired)
+    generator = torch.Generator().manual_seed(3)
+    first = 8 * torch.randn(1, 2, 64, generator=generator, dtype=torch.float64)
+    # the second head's depends on the token
+    spread = torch.tensor([0.01, 2.0], dtype=torch.float64)[None, :, None] * torch.randn(6, 2, 64, generator=generator, dtype=torch.float64)
+    offset = torch.randn(2, 64, generator=generator)
+    found = exact_first(first + spread, offset, cache)
+    assert torch.equal(found[1], offset[1]) and not torch.equal(found[0], offset[0])
+    assert (found - offset).norm() < 0.2 * first[0, 0].norm()
+    # one sequence does not tell whether others begin alike
+    assert exact_first((first + spread)[:1], offset, cache) is offset
+
+    def error(of: torch.Tensor, keys: torch.Tensor) -> float:
+        stored = in_cache((keys - of).float(), cache)
+        return float((round_to(stored, 4, CACHE_BLOCK) - stored).norm())
+
+    keys = first[0, 0] + 0.01 * torch.randn(64, generator=generator, dtype=torch.float64)
+    assert error(found[0], keys) < 0.2 * error(offset[0], keys)
+    other = torch.randn(64, generator=generator, dtype=torch.float64)
+    assert torch.allclose(out_of_cache(in_cache(other, cache), cache), other, atol=1e-12)
+
+
+def test_the_first_key_is_scaled_as_rope_scales_position_0(tiny_checkpoint):
+    spec = open_checkpoint(tiny_checkpoint("llama")).spec
+    tables = tuple(1.25 * table for table in _tables(10, spec.head_dim))
+    first = torch.randn(spec.kv_heads, spec.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    zeros, ones = torch.zeros_like(first), torch.ones_like(first)
+    found = condition(KeyStatistics(zeros, ones, ones, first.expand(3, -1, -1)), spec, tables, True, ROUNDED)
+    stored = 1.25 * first / found.scale - found.offset
+    assert torch.allclose(round_to(stored.float(), 4, CACHE_BLOCK).double(), stored, atol=1e-6)
+
+
+def test_the_first_key_of_the_rounded_model_is_exact(tiny_checkpoint, tmp_path):
+    """Where one token begins every sequence, all layers' are the same."""
+    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+    layers = checkpoint.spec.layers
+    ids = IDS.copy()
+    ids[:, 0] = 1
+    seen = {}
+
+    def rounded(x, name, bits, block):
+        result = round_to(x, bits, block)
+        seen[name] = (x, result)
+        return result
+
+    settings = dataclasses.replace(ROUNDED, rotation=32, rounded=rounded)
+    streams = Streams(checkpoint, ids, None, settings, tmp_path, CPU)
+    found = _found(streams, layers)
+    assert all(one.offset.any() for one in found)
+    keys, kept = (x[0, :, 0] for x in seen["k0"])
+    assert torch.allclose(keys, kept, atol=1e-5 * float(keys.abs().max()))
+    keys, kept = (x[0, :, 1:] for x in seen["k0"])
+    assert not torch.allclose(keys, kept, atol=1e-2 * float(keys.abs().max()))
 
 
 @given(

@@ -8,14 +8,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from kurtail_gguf.arch.sites import NORMED
 from kurtail_gguf.calibration.capture import capture, choose_tokens
 from kurtail_gguf.calibration.generate import generate
 from kurtail_gguf.calibration.runner import LayerRunner
+from kurtail_gguf.calibration.prose import PROSE, TOKENS, prose_contexts
 from kurtail_gguf.calibration.texts import read_texts
 from kurtail_gguf.calibration.tokens import (
     CalibrationTokens,
+    as_contexts,
     calibration_name,
     cut_sequences,
     load_tokenizer,
@@ -34,6 +37,35 @@ def test_text_and_jsonl(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "drei"}\n\n{"text": "vier", "id": 1}\n', encoding="utf-8")
     found = read_texts((str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")))
     assert list(found) == ["eins\nzwei", "drei", "vier"]
+
+
+def test_contexts_begin_with_bos_where_the_tokenizer_puts_it_there(tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint("llama"))
+    ids = tokenize(["one two three four " * 100], tokenizer, 64)[:, :64]
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    assert np.array_equal(as_contexts(ids, tokenizer), ids[:, 1:])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert as_contexts(ids, tokenizer) is ids
+    tokenizer.bos_token = None
+    assert as_contexts(ids, tokenizer) is ids
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_prose_is_read_in_contexts_that_begin_differently(bos, tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint("llama"))
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    text = tokenizer.encode(PROSE, add_special_tokens=False)[: TOKENS - 1]
+    found = prose_contexts(tokenizer).tolist()
+    assert len(found) == 8
+    assert all((row[0] == tokenizer.bos_token_id) == bos for row in found)
+    rows = [row[bos:] for row in found]
+    assert rows[:4] == [text[start : start + 124] for start in range(4)]
+    assert rows[4:] == [text[127 + start : 127 + start + 124] for start in range(4)]
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])

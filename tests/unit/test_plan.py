@@ -222,9 +222,9 @@ def test_deciding_on_the_cache_has_memory_disk_and_time_of_its_own(tmp_path, roo
     for told in (none.memory, none.card, none.seconds):
         assert "decide on the cache" not in told
     assert "inputs of layers, while the cache is measured" not in none.disk
-    # a page of prose where no text is read, half of it for each
+    # a page of prose where no text is read, half of it for each, in four contexts
     alone = plan(ConvertConfig(str(model), tmp_path / "o.gguf", rotation="hadamard", weights="rtn"))
-    assert alone.disk["inputs of layers, while the cache is measured"] == 4 * 2 * 128 * 8192
+    assert alone.disk["inputs of layers, while the cache is measured"] == 4 * 2 * 4 * 125 * 8192
 
 
 def test_what_cannot_be_planned_is_one_line(tiny_checkpoint, tmp_path):
