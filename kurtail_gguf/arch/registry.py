@@ -10,11 +10,10 @@ FAMILIES: dict[str, Family] = {
     module.FAMILY.architecture: module.FAMILY for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3, granite, phi3)
 }
 
-#: Architectures that are asked for, and why no rotation of the residual stream is exact for them.
+#: Architectures that are asked for, and why they are not converted.
 REFUSED: dict[str, str] = dict.fromkeys(
     ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-    "what attention and FFN write is normed with a gain of its own before it is added to the residual stream, and a "
-    "gain with unequal entries does not commute with R1; R2, R3 and R4 alone would leave the stream's outliers in place",
+    "its layers are not described yet: norms behind attention and FFN, a gain of 1 + weight, GELU, and two RoPE bases",
 )
 
 
