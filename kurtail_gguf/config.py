@@ -83,7 +83,8 @@ class ConvertConfig:
         out: the GGUF file to write.
         rotation: ``diagonal`` (each input of a linear scaled channel by channel and transformed by a Hadamard matrix of 64
             at run time; no R1, R2 by kurtosis), ``output`` (R1 learned by what rounding does to the linears' outputs, R2 by kurtosis), ``kurtail``
-            (both by kurtosis), ``spinquant`` (learned end to end), ``hadamard`` (R1, R2 random) or ``none``.
+            (both by kurtosis), ``spinquant`` (learned end to end), ``hadamard`` (R1, R2 random) or ``none``. None is
+            ``diagonal``, and ``output`` for stock llama.cpp, which transforms nothing online; it is never None afterwards.
         weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales; ``f32``: rotations
             are folded and nothing is quantized, activations and cache included.
         activations: bits of the activations that enter the block linears, or ``auto``: 8 for those where 4 do most
@@ -110,7 +111,7 @@ class ConvertConfig:
 
     model: str
     out: Path
-    rotation: str = "diagonal"
+    rotation: str | None = None
     weights: str = "gptq"
     activations: int | str = 4
     budget: float | None = None
@@ -129,6 +130,8 @@ class ConvertConfig:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
+        if self.rotation is None:
+            object.__setattr__(self, "rotation", "output" if self.target == "stock" else "diagonal")
         _one_of("--rotation", self.rotation, ROTATIONS)
         _one_of("--weights", self.weights, WEIGHTS)
         _one_of("--activations", self.activations, ACTIVATIONS)

@@ -65,10 +65,11 @@ Examples:
 @click.argument("model")
 @click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option(
-    "--rotation", type=click.Choice(ROTATIONS), default=_DEFAULTS["rotation"], show_default=True,
+    "--rotation", type=click.Choice(ROTATIONS), default=None,
     help="diagonal: every input is scaled channel by channel and goes through a Hadamard transform of 64 while it is rounded; "
     "output: R1 of the residual stream learned by the rounding error at the outputs that read it; kurtail: R1 and R2 by "
-    "kurtosis, as the paper; spinquant: learned end to end, with the whole model in memory; hadamard: at random; none.",
+    "kurtosis, as the paper; spinquant: learned end to end, with the whole model in memory; hadamard: at random; none.  "
+    "[default: diagonal; output with --target stock]",
 )
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default=_DEFAULTS["weights"], show_default=True,

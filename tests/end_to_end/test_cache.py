@@ -83,7 +83,9 @@ def test_outliers_of_keys_do_no_harm(kind, outliers, tmp_path, monkeypatch):
 
 def test_the_offset_changes_nothing_but_rounding(outliers, tmp_path):
     """With an exact cache it may be anything."""
-    path = _converted(outliers("qwen2"), tmp_path / "out.gguf")
+    path = tmp_path / "out.gguf"
+    # inputs of linears stay as they are: rounded ones flip, and then more is seen than the offset
+    convert(ConvertConfig(str(outliers("qwen2")), path, rotation="hadamard", weights="f32", kv="auto"), NullProgress())
     data = bytearray(path.read_bytes())
     count = len(read_gguf(path).metadata[K_OFFSET])
     # key, type array, element type, length
@@ -91,8 +93,7 @@ def test_the_offset_changes_nothing_but_rounding(outliers, tmp_path):
     data[at : at + 4 * count] = np.random.default_rng(0).standard_normal(count).astype("<f4").tobytes()
     (tmp_path / "other.gguf").write_bytes(data)
     one, other = (runtime_log_probabilities(file, TOKENS, exact_cache=True) for file in (path, tmp_path / "other.gguf"))
-    assert np.abs(one - other).max() < 2e-2  # inputs of the linears are rounded to 8 bits, and flip
-    assert mean_divergence(one, other) < 1e-5
+    assert 0 < np.abs(one - other).max() < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_inspect(cli, converted, tiny_spm):
     path = converted(tiny_spm, *STOCK)
     shown = cli("inspect", path)
     assert shown.status == 0
-    for part in ("q4_0", "4.50 in the linears", "runs as stock W4, weights rtn", "R4, input of ffn_down, online: none"):
+    for part in ("q4_0", "4.50 in the linears", "runs as stock W4, weights rtn", "Hadamard of inputs, online: none"):
         assert part in shown.stdout
     assert "kt4" not in shown.stdout and "activations of" not in shown.stdout
     assert json.loads(cli("inspect", path, "--json").stdout)["kurtail"]["target"] == "stock"

@@ -577,3 +577,8 @@ def test_heads_that_no_cache_type_divides_are_refused_before_any_work(save_tiny,
     assert not out.exists() and exported == []
     pipeline.convert(_config(model, out, rotation="hadamard", kv=16), NullProgress())
     assert len(exported) == 1
+
+
+@pytest.mark.parametrize(("target", "rotation"), [("kurtail", "diagonal"), ("stock", "output")])
+def test_the_default_rotation_is_the_targets(target, rotation):
+    assert ConvertConfig("m", Path("o"), target=target).rotation == rotation
