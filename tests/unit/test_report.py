@@ -45,6 +45,7 @@ def converted(tmp_path) -> tuple[ConvertConfig, ConvertResult, dict]:
     summary = {
         "name": "tiny", "architecture": "llama", "parameters": 1_500_000, "bits_per_weight": 4.5, "block_bits_per_weight": 4.25,
         "types": {"kt4": {"tensors": 9, "bytes": 1234, "values": 5}}, "kurtail": asdict(provenance), "tensor_activation_bits": {},
+        "online": {},
     }  # fmt: skip
     return config, result, summary
 
