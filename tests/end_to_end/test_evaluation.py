@@ -42,13 +42,15 @@ def _assert_within_one_percent(checked: CrossCheck) -> None:
         ("hadamard", "4", "8", 8),
         ("hadamard", "4", "16", 8),
         ("hadamard", "8", "4", 8),
+        ("diagonal", "4", "4", 8),
         # unrotated outliers make one layer chaotic already: 8 chunks know the ratio to half a percent only
         ("none", "4", "4", 32),
         ("none", "8", "16", 8),
     ],
 )
-def test_one_real_layer_agrees(converted, one_layer, wiki, rotation, activations, kv, chunks):
-    path = converted(one_layer, "--rotation", rotation, "--weights", "rtn", "--kv", kv, "--activations", activations)
+def test_one_real_layer_agrees(converted, one_layer, wiki, text, rotation, activations, kv, chunks):
+    learned = ("--calibration", str(text), "--calibration-tokens", "4096") if rotation == "diagonal" else ()
+    path = converted(one_layer, "--rotation", rotation, "--weights", "rtn", "--kv", kv, "--activations", activations, *learned)
     _assert_within_one_percent(cross_check(path, wiki, 256, chunks))
 
 
