@@ -129,10 +129,28 @@ def multiplied_bytes(path: Path, kind: int, values: int, size: int) -> int:
     return total
 
 
+def _elements(data: mmap.mmap, value: Value) -> list[str] | list[bytes]:
+    """An array's elements: strings, or the bytes of anything else of a fixed size."""
+    reader = _Reader(data)
+    reader.at = value.begin + 12
+    if value.kind == STRING:
+        return [reader.text() for _ in range(value.count or 0)]
+    size = SIZES[value.kind]
+    return [bytes(data[reader.at + i * size : reader.at + (i + 1) * size]) for i in range(value.count or 0)]
+
+
+def _encoded(element: str | bytes) -> bytes:
+    if isinstance(element, bytes):
+        return element
+    text = element.encode()
+    return struct.pack("<Q", len(text)) + text
+
+
 def first_layers(path: Path, out: Path, layers: int) -> None:
     """Write a file without the layers from `layers` on: the same weights, too few of them for roundings to add up.
 
-    Arrays of numbers whose length is a multiple of the layers', other than the vocabulary's, are cut alike.
+    Arrays of numbers whose length is a multiple of the layers', other than the vocabulary's, are cut alike. Of arrays that tell
+    something of tensors by name (`kurtail.online.name` and its neighbours) what is told of the other tensors is left out.
 
     Raises:
         ToolError: when the file's header does not count its layers.
@@ -146,9 +164,19 @@ def first_layers(path: Path, out: Path, layers: int) -> None:
     with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         whole = struct.unpack_from("<I", data, header.values[counts[0]].begin)[0]
         head = bytearray(data[:8]) + struct.pack("<QQ", len(kept), len(header.values))
+        lists = {
+            key.removesuffix("name"): [name in kept for name in _elements(data, value)]
+            for key, value in header.values.items()
+            if key.endswith(".name") and value.count is not None and value.kind == STRING
+        }
         for key, value in header.values.items():
             head += struct.pack("<Q", len(key.encode())) + key.encode()
             content = data[value.begin : value.end]
+            chosen = lists.get(key.rpartition(".")[0] + ".")
+            if chosen is not None and value.count == len(chosen):
+                left = [element for element, keep in zip(_elements(data, value), chosen, strict=True) if keep]
+                head += struct.pack("<IIQ", ARRAY, value.kind, len(left)) + b"".join(map(_encoded, left))
+                continue
             if value.count is None:
                 head += struct.pack("<I", value.kind) + (struct.pack("<I", layers) if key in counts else content)
                 continue
