@@ -21,11 +21,11 @@ from kurtail_gguf.errors import KurtailError
 from kurtail_gguf.export import write_adapter
 from kurtail_gguf.files import check_apart
 from kurtail_gguf.fold.lora import fold_pair
+from kurtail_gguf.fold.transforms import Transforms, load_transforms
 from kurtail_gguf.gguf_info import read_gguf
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.loading.source import resolve_source
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.fold.transforms import Transforms, load_transforms
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_(A|B)(?:\.default)?\.weight")

@@ -8,13 +8,15 @@ not for converting.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_norm, file_rows, file_tensor
 from kurtail_gguf.arch.sites import FFN_OUTPUT
 from kurtail_gguf.arch.spec import ModelSpec
-from kurtail_gguf.config import Provenance
+from kurtail_gguf.config import OWN_ROTATIONS, Provenance
 from kurtail_gguf.errors import Differs
 from kurtail_gguf.evaluate.file_tensors import FileTensors
 from kurtail_gguf.fold.layer import LayerTransforms, fold_layer, fold_reader
@@ -45,6 +47,7 @@ def find_layer_transforms(
     layer: int,
     weights: dict[str, torch.Tensor],
     r1: torch.Tensor | None,
+    online: Mapping[str, int],
 ) -> LayerTransforms:
     """All that is folded into a layer.
 
@@ -55,9 +58,9 @@ def find_layer_transforms(
         layer: its number.
         weights: as :meth:`Checkpoint.layer` gives them.
         r1: what :func:`find_r1` found.
+        online: what :func:`find_online` found.
     """
     spec = checkpoint.spec
-    online = find_online(checkpoint, file)
     scales = {site.kind: _gain(file, spec, layer, site.norm) for site in spec.sites if site.norm}
     # all that is folded into the columns of what reads the residual stream
     folded = fold_layer(weights, spec, LayerTransforms(r1, None, online, scales))
@@ -69,7 +72,7 @@ def find_layer_transforms(
         found = _stored(file, checkpoint, layer, linear)[rows].reshape(shape)
         r2 = _nearest_rotation(value @ found.mT)
     for site in spec.sites:
-        if site.kind == FFN_OUTPUT and site.source and provenance.rotation in ("output", "diagonal"):
+        if site.kind == FFN_OUTPUT and site.source and provenance.rotation in OWN_ROTATIONS:
             scales[site.kind] = _row_scale(folded, file, checkpoint, layer, *site.source)
     return LayerTransforms(r1, r2, online, scales, _key_scale(checkpoint, file, layer, weights, folded))
 

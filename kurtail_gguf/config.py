@@ -15,6 +15,8 @@ from kurtail_gguf.files import check_apart
 ROTATIONS = ("diagonal", "output", "kurtail", "spinquant", "hadamard", "none")
 #: Those that are learned, and so need calibration text.
 LEARNED_ROTATIONS = ("diagonal", "output", "kurtail", "spinquant")
+#: Our own recipes, not the papers': FFN channels are scaled, online transforms have a block's size, scales are tuned.
+OWN_ROTATIONS = ("diagonal", "output")
 #: ``f32``: not quantized at all, so that nothing but the folding can be wrong.
 WEIGHTS = ("gptq", "rtn", "f32")
 ACTIVATION_BITS = (4, 8)
@@ -82,9 +84,9 @@ class ConvertConfig:
         model: an HF directory, a GGUF file that transformers can read, or the name of a recipe.
         out: the GGUF file to write.
         rotation: ``diagonal`` (each input of a linear scaled channel by channel and transformed by a Hadamard matrix of 64
-            at run time; no R1, R2 by kurtosis), ``output`` (R1 learned by what rounding does to the linears' outputs, R2 by kurtosis), ``kurtail``
-            (both by kurtosis), ``spinquant`` (learned end to end), ``hadamard`` (R1, R2 random) or ``none``. None is
-            ``diagonal``, and ``output`` for stock llama.cpp, which transforms nothing online; it is never None afterwards.
+            at run time; no R1, R2 by kurtosis), ``output`` (R1 learned by what rounding does to the linears' outputs, R2 by
+            kurtosis), ``kurtail`` (both by kurtosis), ``spinquant`` (learned end to end), ``hadamard`` (R1, R2 random) or
+            ``none``. None is ``diagonal``, and ``output`` for stock llama.cpp, which transforms nothing online; it is never None afterwards.
         weights: weight quantization; ``gptq``, or ``rtn``: round-to-nearest with searched scales; ``f32``: rotations
             are folded and nothing is quantized, activations and cache included.
         activations: bits of the activations that enter the block linears, or ``auto``: 8 for those where 4 do most
@@ -228,7 +230,7 @@ class ConvertConfig:
         """``tune``, or by default :data:`DEFAULT_TUNE` for our own recipe; the papers' methods come without."""
         if self.tune is not None:
             return self.tune
-        return DEFAULT_TUNE if self.rotation in ("diagonal", "output") and self.weights == "gptq" else 0
+        return DEFAULT_TUNE if self.rotation in OWN_ROTATIONS and self.weights == "gptq" else 0
 
 
 @dataclass(frozen=True, slots=True)

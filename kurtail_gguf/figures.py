@@ -20,15 +20,15 @@ from safetensors.numpy import load_file
 from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix, remove_files
 from kurtail_gguf.calibration.tokens import CalibrationTokens
-from kurtail_gguf.fold.activations import transformed
 from kurtail_gguf.evaluate.outliers import Outliers, measure_outliers
 from kurtail_gguf.files import write_atomically
+from kurtail_gguf.fold.activations import transformed
 from kurtail_gguf.fold.tables import EmbeddingRows
+from kurtail_gguf.fold.transforms import Transforms
 from kurtail_gguf.formats.targets import BlockFormat
 from kurtail_gguf.layerwise import folded_layer, layer_path, replay
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
-from kurtail_gguf.fold.transforms import Transforms
 from kurtail_gguf.rotation_choice import captured
 from kurtail_gguf.simulation.rounding import round_to
 from kurtail_gguf.simulation.runtime import RuntimeRounding

@@ -36,6 +36,7 @@ from kurtail_gguf.calibration.tokens import (
     tokenize,
 )
 from kurtail_gguf.config import (
+    OWN_ROTATIONS,
     STOCK_ACTIVATION_BITS,
     TOOL,
     ConvertConfig,
@@ -49,6 +50,7 @@ from kurtail_gguf.export import check_vocabulary, write_gguf
 from kurtail_gguf.figures import MEASURED_TOKENS, measure_figures
 from kurtail_gguf.files import file_sha256, replacing, write_atomically
 from kurtail_gguf.fold.tables import is_tied, table_types
+from kurtail_gguf.fold.transforms import Transforms
 from kurtail_gguf.formats.hadamard import MAX_R4, hadamard_size
 from kurtail_gguf.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
@@ -65,7 +67,6 @@ from kurtail_gguf.memory import (
 )
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.resources import peak_memory
-from kurtail_gguf.fold.transforms import Transforms
 from kurtail_gguf.rotation_choice import choose_transforms
 from kurtail_gguf.simulation.attention import CacheSettings
 from kurtail_gguf.simulation.rounding import CACHE_BLOCK
@@ -302,9 +303,9 @@ def _online(rotation: str, spec: ModelSpec, block: int) -> dict[str, int]:
     # Spreading an outlier over more values than share a scale only carries it into more blocks: with one Hadamard a
     # block the divergence that rounding FFN outputs causes was a third lower than with 512 (docs/quality.md). The
     # papers' methods have R4 as they describe it, and nothing else. R2 does for attention's output what a transform would.
-    ours = rotation in ("diagonal", "output")
+    limit = block if rotation in OWN_ROTATIONS else MAX_R4
     kinds = (ATTENTION, FFN, FFN_OUTPUT) if rotation == "diagonal" else (FFN_OUTPUT,)
-    sizes = {site.kind: hadamard_size(site.size, block if ours else MAX_R4) for site in spec.sites if site.kind in kinds}
+    sizes = {site.kind: hadamard_size(site.size, limit) for site in spec.sites if site.kind in kinds}
     return {kind: size for kind, size in sizes.items() if size > 1}
 
 

@@ -27,7 +27,7 @@ from kurtail_gguf.errors import KurtailError, SourceError
 from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.memory import card_module, is_card, memory_available
 from kurtail_gguf.pipeline import check_family, check_out, pick_device, runtime_rounding
-from kurtail_gguf.plan_memory import Sizes, cache_text, learns, memory_by_stage, rotation_bytes
+from kurtail_gguf.plan_memory import Sizes, cache_text, has_r1, learns, memory_by_stage, rotation_bytes
 from kurtail_gguf.rotation.learn import OUTPUT_STEPS, R1_STEPS
 from kurtail_gguf.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
 from kurtail_gguf.rotation_choice import CAPTURED_TOKENS
@@ -276,8 +276,7 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
 def _rotations(checkpoint: Checkpoint, config: ConvertConfig) -> dict[str, str]:
     """Size and place of each rotation, by name."""
     spec, rounding = checkpoint.spec, runtime_rounding(config, checkpoint)
-    rotated, r3 = config.rotation != "none", rounding.cache.rotation
-    r1 = rotated and config.rotation != "diagonal"
+    rotated, r1, r3 = config.rotation != "none", has_r1(config), rounding.cache.rotation
     online = {size: [kind for kind, own in rounding.online.items() if own == size] for size in rounding.online.values()}
     return {
         "R1": f"{spec.hidden_size}, folded into embedding, head and every linear of the residual stream" if r1 else "none",

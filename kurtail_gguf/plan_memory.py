@@ -91,9 +91,14 @@ def learns(config: ConvertConfig) -> bool:
     return config.rotation in ("diagonal", "output", "kurtail")
 
 
+def has_r1(config: ConvertConfig) -> bool:
+    """Whether the residual stream is rotated."""
+    return config.rotation not in ("none", "diagonal")
+
+
 def learns_r1(config: ConvertConfig) -> bool:
-    """Whether R1 is among them."""
-    return config.rotation in ("output", "kurtail")
+    """Whether R1 is learned from captured activations."""
+    return has_r1(config) and learns(config)
 
 
 def cache_text(spec: ModelSpec, config: ConvertConfig) -> tuple[int, int]:
@@ -133,7 +138,7 @@ def rotation_bytes(spec: ModelSpec, config: ConvertConfig, layers: int) -> tuple
     """Bytes of R1, and of so many layers' R2 and channel scales, all in double precision; 0 without rotations."""
     if config.rotation == "none":
         return 0, 0
-    r1 = 0 if config.rotation == "diagonal" else 8 * spec.hidden_size**2
+    r1 = 8 * spec.hidden_size**2 if has_r1(config) else 0
     return r1, 8 * layers * (spec.kv_heads * spec.head_dim**2 + spec.intermediate_size)
 
 

@@ -15,13 +15,13 @@ from kurtail_gguf.calibration.capture import Capture, capture
 from kurtail_gguf.calibration.tokens import CalibrationTokens
 from kurtail_gguf.config import ConvertConfig
 from kurtail_gguf.fold.layer import balance_channels
+from kurtail_gguf.fold.transforms import Transforms, load_transforms
 from kurtail_gguf.loading.checkpoint import Checkpoint
 from kurtail_gguf.progress import Progress
 from kurtail_gguf.rotation.hadamard import random_rotation
 from kurtail_gguf.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
 from kurtail_gguf.rotation.objectives import OBJECTIVES
 from kurtail_gguf.rotation.spinquant import learn_spinquant
-from kurtail_gguf.fold.transforms import Transforms, load_transforms
 from kurtail_gguf.simulation.runtime import RuntimeRounding
 from kurtail_gguf.workdir import filling
 
@@ -93,7 +93,7 @@ def _learn(
 
 def _scales(spec: ModelSpec, samples: Capture, kind: str) -> npt.NDArray[np.float64] | None:
     """Diagonals of every layer's site of a kind, ``[layers, Site.scale_size]``; None for experts', which few tokens see."""
-    site = next(one for one in spec.sites if one.kind == kind)
+    site = spec.site(kind)
     if not site.norm and site.source is None:
         return None
 

@@ -18,7 +18,7 @@ import torch
 
 from kurtail_gguf import ggml
 from kurtail_gguf.arch.names import EMBEDDING, HEAD, file_norm, file_rows, file_tensor
-from kurtail_gguf.basis import find_layer_transforms, find_r1
+from kurtail_gguf.basis import find_layer_transforms, find_online, find_r1
 from kurtail_gguf.calibration.tokens import load_tokenizer
 from kurtail_gguf.config import Provenance
 from kurtail_gguf.errors import Differs, KurtailError
@@ -144,7 +144,7 @@ def _tensors(
     worst = (0.0, "")
     unrounded = BOUNDS[ggml.F32] if provenance.weights == "f32" else FOUND_AGAIN
     with progress.stage("compare tensors", spec.layers + 1) as stage:
-        r1 = find_r1(checkpoint, file, provenance)
+        r1, online = find_r1(checkpoint, file, provenance), find_online(checkpoint, file)
         gain = checkpoint.tensor(f"{family.final_norm}.weight").double()
         none = torch.ones_like(gain)
         worst = max(worst, _compare_table(checkpoint, file, f"{family.embedding}.weight", EMBEDDING, none, r1))
@@ -157,7 +157,7 @@ def _tensors(
         layers = []
         for layer in range(spec.layers):
             weights = checkpoint.layer(layer, check=True)
-            transforms = find_layer_transforms(checkpoint, file, provenance, layer, weights, r1)
+            transforms = find_layer_transforms(checkpoint, file, provenance, layer, weights, r1, online)
             folded = fold_layer(weights, spec, transforms)
             # keys first: what they were divided by is found from them, and queries are multiplied by it
             for linear in dict.fromkeys((family.key, *spec.linears, *spec.unquantized_readers)):

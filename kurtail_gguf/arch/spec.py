@@ -182,6 +182,10 @@ class ModelSpec:
         """Block linears that add to the residual stream."""
         return (self.family.attention_writer, *self.ffn_writers)
 
+    def site(self, kind: str) -> Site:
+        """The first site of a kind; of an expert, where every one has its own."""
+        return next(site for site in self.sites if site.kind == kind)
+
     def site_of(self, linear: str) -> Site:
         """The site that a block linear reads.
 

@@ -163,7 +163,7 @@ def capture(
                 np.save(directory / _name(layer, kind, _CHANNELS), (squares / ids.size).sqrt().cpu().numpy())
             kurtosis = []
             for number, (sample, kind) in enumerate(zip(samples, NORMED, strict=False)):
-                site = next(one for one in spec.sites if one.kind == kind)
+                site = spec.site(kind)
                 rows = sample.rows()
                 kurtosis.append(_kurtosis(rows))
                 np.save(directory / _name(layer, kind), rows.astype(np.float16))

@@ -27,6 +27,7 @@ class FileTensors:
         self._info = info
         self._data = np.memmap(info.path, dtype=np.uint8, mode="r")
         self._tensors = {tensor.name: tensor for tensor in info.tensors}
+        self._online = info.online
         self._library = ggml.GgmlBase()
 
     def __contains__(self, name: str) -> bool:
@@ -44,7 +45,7 @@ class FileTensors:
 
     def online(self, name: str) -> int:
         """Size of the Hadamard blocks that the runtime multiplies the tensor's input by, 0 for none."""
-        return self._info.online.get(name, 0)
+        return self._online.get(name, 0)
 
     def values(self, name: str, expert: int | None = None) -> npt.NDArray[np.float32]:
         """A matrix, float32 ``[out, in]``, or a vector; of one expert where all are one tensor."""

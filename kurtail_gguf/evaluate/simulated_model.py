@@ -103,7 +103,7 @@ def _layer_caches(info: GgufInfo, paired: bool) -> tuple[LayerCache, ...]:
 
 def _simulate_linears(model: PreTrainedModel, info: GgufInfo) -> None:
     online = info.online
-    head = "output.weight" if any(tensor.name == "output.weight" for tensor in info.tensors) else "token_embd.weight"
+    head = "token_embd.weight" if model.config.tie_word_embeddings else "output.weight"
     for tensor in info.tensors:
         if tensor.type_id == ggml.KT4:
             bits, block = info.activation_bits_of(tensor.name), ACTIVATION_BLOCK

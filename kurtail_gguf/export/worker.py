@@ -76,7 +76,8 @@ class RowsToWrite:
 class QuantizedFiles:
     """The directory of quantized tensors that the pipeline leaves for the export.
 
-    Tables (.npy) are float32 ``[vocab, hidden]``; the safetensors files hold HF names: uint8 ``[out, row_bytes]`` is a packed linear, anything else float32.
+    Tables (.npy) are float32 ``[vocab, hidden]``; the safetensors files hold HF names: uint8 ``[out, row_bytes]`` is a packed
+    linear, anything else float32.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -30,7 +30,7 @@ import torch
 
 from kurtail_gguf.arch.sites import Site
 from kurtail_gguf.arch.spec import ModelSpec
-from kurtail_gguf.formats.hadamard import walsh_hadamard_
+from kurtail_gguf.simulation.attention import rotated
 
 #: A channel is scaled by at most e^±3, 20 times.
 _MAX_LOG_SCALE = 3.0
@@ -82,9 +82,8 @@ def fold_layer(
     for site in spec.sites:
         if site.kind in transforms.scales:
             _fold_scale(folded, site, transforms.scales[site.kind])
-        if (size := transforms.online.get(site.kind, 0)) > 1:
-            for weight in (f"{name}.weight" for name in site.readers):
-                folded[weight] = walsh_hadamard_(folded[weight].clone(memory_format=torch.contiguous_format), size)
+        for weight in (f"{name}.weight" for name in site.readers):
+            folded[weight] = rotated(folded[weight], transforms.online.get(site.kind, 0))
     if transforms.r1 is not None:
         for name in spec.writers:
             folded[f"{name}.weight"] = transforms.r1.T @ folded[f"{name}.weight"]

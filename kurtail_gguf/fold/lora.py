@@ -10,7 +10,7 @@ import torch
 from kurtail_gguf.arch.sites import ATTENTION_OUTPUT, Site
 from kurtail_gguf.arch.spec import ModelSpec
 from kurtail_gguf.fold.layer import LayerTransforms, fold_reader, query_scale, rotate_heads, rotate_values
-from kurtail_gguf.formats.hadamard import walsh_hadamard_
+from kurtail_gguf.simulation.attention import rotated
 
 
 def fold_pair(
@@ -42,8 +42,7 @@ def _inputs(
         a = rotate_heads(a, spec, transforms.r2)
     if site.kind in transforms.scales:
         a = a / site.channels(transforms.scales[site.kind])
-    size = transforms.online.get(site.kind, 0)
-    return walsh_hadamard_(a.clone(memory_format=torch.contiguous_format), size) if size > 1 else a
+    return rotated(a, transforms.online.get(site.kind, 0))
 
 
 def _outputs(b: torch.Tensor, linear: str, spec: ModelSpec, transforms: LayerTransforms) -> torch.Tensor:

@@ -60,7 +60,7 @@ def fold_tables(checkpoint: Checkpoint, r1: torch.Tensor | None, target: Path, p
     """
     spec = checkpoint.spec
     norm = f"{spec.family.final_norm}.weight"
-    gain = final_gain(checkpoint)
+    gain = checkpoint.tensor(norm, check=True)
     folds: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
         EMBEDDING: (f"{spec.family.embedding}.weight", lambda rows: rows if r1 is None else rows @ r1)
     }
@@ -76,11 +76,6 @@ def fold_tables(checkpoint: Checkpoint, r1: torch.Tensor | None, target: Path, p
     kept = np.ones(spec.hidden_size, np.float32) if r1 is not None else gain.float().numpy()
     with replacing(target / FINAL) as scratch:
         save_file({norm: kept}, scratch)
-
-
-def final_gain(checkpoint: Checkpoint) -> torch.Tensor:
-    """The final norm's gain, ``[hidden]``."""
-    return checkpoint.tensor(f"{checkpoint.spec.family.final_norm}.weight", check=True)
 
 
 def read_head(directory: Path) -> npt.NDArray[np.float32]:

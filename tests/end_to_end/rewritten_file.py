@@ -13,14 +13,7 @@ import sys
 
 import gguf
 import numpy as np
-
-
-def hadamard(n: int) -> np.ndarray:
-    """The normalised Sylvester matrix, float64 ``[n, n]``."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < n:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / n**0.5
+from scipy.linalg import hadamard
 
 
 def main(source: str, target: str) -> None:
@@ -40,7 +33,7 @@ def main(source: str, target: str) -> None:
         data = tensor.data
         if n := changes["transformed"].get(tensor.name):
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
-            data = (data.astype(np.float64).reshape(-1, n) @ hadamard(n)).astype(np.float32).reshape(data.shape)
+            data = (data.astype(np.float64).reshape(-1, n) @ hadamard(n) / n**0.5).astype(np.float32).reshape(data.shape)
         writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
