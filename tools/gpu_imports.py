@@ -10,7 +10,7 @@ import sys
 import torch
 
 import kurtail_gguf
-from kurtail_gguf import vendored
+from kurtail_gguf.runtime import vendored
 
 # what the package does without: only what is asked for by name needs it
 OPTIONAL = {"lm_eval", "llama_cpp", "matplotlib", "datasets"}

@@ -17,7 +17,7 @@ static_assert(sizeof(block_kt4) == 34, "kt4 is 34 bytes for 64 values");
 // (docs/format.md). In quarters: R maps that value to -R/4. The first is the plain rule, "largest value to -8"; each
 // next one lowers the error of rotated activations most. All eight: 0.90 of the plain rule's; the first four: 0.915.
 // Any 1 to 8 of them; 16 <= |R| <= 56 keeps the search's arithmetic within 16 bits and its squares exact in float32.
-// kurtail_gguf/formats/kt4.py has the same table.
+// kurtail_gguf/numerics/formats/kt4.py has the same table.
 #define KT4_LEVELS { 32, 35, 33, 36, 34, 31, 29, 37 }
 #define KT4_UNIT 1024 // the search sees a block in whole numbers, 1024 to a step of the plain rule
 #define KT4_STEP(R) ((R) > 0 ? (32*KT4_UNIT + (R)/2)/(R) : -((32*KT4_UNIT - (R)/2)/-(R))) // a step of level R, in those

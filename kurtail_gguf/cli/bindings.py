@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kurtail_gguf.bindings import install_bindings
+from kurtail_gguf.runtime.bindings import install_bindings
 
 
 @click.command("install-bindings")

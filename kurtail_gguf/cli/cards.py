@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from kurtail_gguf.cli.inspect import summary
-from kurtail_gguf.gguf_info import read_gguf
+from kurtail_gguf.runtime.gguf_info import read_gguf
 
 if TYPE_CHECKING:
-    from kurtail_gguf.measurement import ModelResult, Request
+    from kurtail_gguf.measure.evaluate import ModelResult, Request
 
 
 def check_cards(files: Iterable[Path]) -> None:
     """Refuse cards that cannot be written, before any work."""
-    from kurtail_gguf.card import check_card
+    from kurtail_gguf.measure.card import check_card
 
     for file in files:
         check_card(file)
@@ -35,7 +35,7 @@ def write_cards(
         reference: what was measured of the reference.
         request: what was measured.
     """
-    from kurtail_gguf.card import Circumstances, describe_machine, render, write_card
+    from kurtail_gguf.measure.card import Circumstances, describe_machine, render, write_card
 
     command = ("kurtail-gguf", *sys.argv[1:])
     circumstances = Circumstances(request, command, describe_machine(), datetime.now().astimezone())

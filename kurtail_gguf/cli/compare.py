@@ -12,7 +12,7 @@ from kurtail_gguf.cli.cards import write_cards
 from kurtail_gguf.cli.convert import convert_command
 from kurtail_gguf.cli.output import check_writable, write_json
 from kurtail_gguf.cli.progress import make_progress
-from kurtail_gguf.errors import ConfigError
+from kurtail_gguf.messages.errors import ConfigError
 
 #: Options of convert that are the same for all methods.
 _PASSED = (
@@ -62,8 +62,8 @@ def compare_command(
             check_writable(path, option)
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.cli.tables import print_comparison
-    from kurtail_gguf.comparison import CompareConfig, compare, parse_methods
-    from kurtail_gguf.measurement import Request, TextRequest
+    from kurtail_gguf.measure.compare import CompareConfig, compare, parse_methods
+    from kurtail_gguf.measure.evaluate import Request, TextRequest
 
     request = TextRequest(text, context, chunks)
     config = CompareConfig(model, parse_methods(methods), options, request, out_dir, plot)

@@ -18,24 +18,24 @@ from kurtail_gguf.cli.inspect import cache_layers, summary
 from kurtail_gguf.cli.options import allow_pickle
 from kurtail_gguf.cli.plan import show_plan
 from kurtail_gguf.cli.progress import format_seconds, make_progress
-from kurtail_gguf.config import (
+from kurtail_gguf.convert.settings import (
     ACTIVATIONS,
     DEFAULT_BUDGET,
+    DEFAULT_KV_BUDGET,
     DEFAULT_TUNE,
     DEVICES,
-    DEFAULT_KV_BUDGET,
     KV_CHOICES,
     ROTATIONS,
     TARGETS,
     WEIGHTS,
     ConvertConfig,
     ConvertResult,
-    Provenance,
     not_with_stock,
 )
-from kurtail_gguf.loading.recipes import prefer_original
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.resources import peak_memory
+from kurtail_gguf.machine.resources import peak_memory
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.model.loading.recipes import prefer_original
+from kurtail_gguf.runtime.provenance import Provenance
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(ConvertConfig)}
 
@@ -149,8 +149,8 @@ def convert_command(
     model (smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b). An interrupted run goes on where it was when the same line is typed again.
     """
     # click takes seconds to start where torch is imported, so --help does without
-    from kurtail_gguf.export import read_gguf
-    from kurtail_gguf.pipeline import convert
+    from kurtail_gguf.convert.pipeline import convert
+    from kurtail_gguf.runtime.export import read_gguf
 
     _refuse_with_stock(options["target"])
     config = ConvertConfig(model=model, out=out, calibration=calibration, **options)
@@ -159,7 +159,7 @@ def convert_command(
         return
     result = convert(config, NullProgress() if quiet else make_progress(Console(stderr=True)))
     if config.report is not None:
-        from kurtail_gguf.report.page import write_report
+        from kurtail_gguf.measure.report.page import write_report
 
         info = read_gguf(result.out)
         write_report(config, result, summary(info), info.runs_as, ("kurtail-gguf", *sys.argv[1:]))

@@ -9,11 +9,11 @@ import click
 from rich.console import Console
 
 from kurtail_gguf.cli.cards import check_cards, write_cards
-from kurtail_gguf.cli.output import check_writable, write_json
 from kurtail_gguf.cli.options import allow_pickle, comma_list
+from kurtail_gguf.cli.output import check_writable, write_json
 from kurtail_gguf.cli.progress import make_progress
-from kurtail_gguf.errors import ConfigError
-from kurtail_gguf.evaluate.cache import CACHE_BITS, CACHE_TYPES, FILE
+from kurtail_gguf.messages.errors import ConfigError
+from kurtail_gguf.runtime.cache_types import CACHE_BITS, CACHE_TYPES, FILE
 
 
 def _cache_type(name: str) -> str:
@@ -117,11 +117,11 @@ def eval_command(
         check_cards(files)
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.cli.tables import print_report, retrieval_panels
-    from kurtail_gguf.evaluate.harness import TasksRequest
-    from kurtail_gguf.evaluate.outliers import check_picture
-    from kurtail_gguf.evaluate.retrieval import RetrievalRequest
-    from kurtail_gguf.evaluate.retrieval_plot import draw_retrieval
-    from kurtail_gguf.measurement import MmluRequest, Request, TextRequest, measure
+    from kurtail_gguf.measure.evaluate import MmluRequest, Request, TextRequest, measure
+    from kurtail_gguf.measure.harness import TasksRequest
+    from kurtail_gguf.measure.outliers import check_picture
+    from kurtail_gguf.measure.retrieval import RetrievalRequest
+    from kurtail_gguf.measure.retrieval_plot import draw_retrieval
 
     if plot is not None:
         check_picture(plot)

@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from kurtail_gguf.config import Provenance
-from kurtail_gguf.gguf_info import GgufInfo, TensorInfo, online_parts, read_gguf
+from kurtail_gguf.runtime.gguf_info import GgufInfo, TensorInfo, online_parts, read_gguf
+from kurtail_gguf.runtime.provenance import Provenance
 
 
 @click.command("inspect")

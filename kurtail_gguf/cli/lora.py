@@ -34,8 +34,8 @@ def convert_lora_command(
     llama-cli -m out.gguf --lora lora.gguf
     """
     # click takes seconds to start where torch is imported, so --help does without
-    from kurtail_gguf.adapters import convert_lora
-    from kurtail_gguf.pipeline import check_out
+    from kurtail_gguf.convert.adapters import convert_lora
+    from kurtail_gguf.files.destinations import check_out
 
     check_out(out)
     with tempfile.TemporaryDirectory(prefix="kurtail-lora-") as directory:

@@ -18,7 +18,7 @@ from kurtail_gguf.cli.eval import eval_command
 from kurtail_gguf.cli.inspect import inspect_command
 from kurtail_gguf.cli.lora import convert_lora_command
 from kurtail_gguf.cli.verify import verify_command
-from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.messages.errors import KurtailError
 
 #: What a shell reports for a program ended by SIGINT.
 _INTERRUPTED = 130

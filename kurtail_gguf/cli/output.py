@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.messages.errors import KurtailError
 
 
 def check_writable(path: Path, option: str) -> None:

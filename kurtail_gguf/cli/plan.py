@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from kurtail_gguf.cli.progress import format_seconds
-from kurtail_gguf.config import ConvertConfig
+from kurtail_gguf.convert.settings import ConvertConfig
 
 if TYPE_CHECKING:
-    from kurtail_gguf.plan import CacheSize, Plan
+    from kurtail_gguf.convert.plan import CacheSize, Plan
 
 
 def show_plan(config: ConvertConfig, as_json: bool) -> None:
     """Print the plan; the status is 1 where the conversion would be refused."""
     # imports torch, as convert itself does
-    from kurtail_gguf.plan import plan
+    from kurtail_gguf.convert.plan import plan
 
     found = plan(config)
     if as_json:

@@ -12,15 +12,17 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as Bars,
     TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import (
+    Progress as Bars,
+)
 
-from kurtail_gguf.progress import Progress, Stage
+from kurtail_gguf.messages.progress import Progress, Stage
 
 #: Seconds of the past that a bar's ETA rests on: the whole stage. Rich's 30 show none where a unit takes longer.
 _ETA_PERIOD = 1e9
@@ -41,7 +43,7 @@ class BarProgress:
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
-        """Open a stage; see kurtail_gguf.progress."""
+        """Open a stage; see kurtail_gguf.messages.progress."""
         bars = Bars(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(),
             TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
@@ -74,7 +76,7 @@ class PlainProgress:
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
-        """Open a stage; see kurtail_gguf.progress."""
+        """Open a stage; see kurtail_gguf.messages.progress."""
         line = _PlainStage(self._console, name, total)
         self._print(f"{name} …")
         yield line

@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kurtail_gguf.comparison import Comparison
-from kurtail_gguf.evaluate.mmlu import Accuracy
-from kurtail_gguf.evaluate.retrieval import GUESS, Cell, RetrievalResult
-from kurtail_gguf.measurement import ModelResult, Report
+from kurtail_gguf.measure.compare import Comparison
+from kurtail_gguf.measure.evaluate import ModelResult, Report
+from kurtail_gguf.measure.mmlu import Accuracy
+from kurtail_gguf.measure.retrieval import GUESS, Cell, RetrievalResult
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kurtail_gguf.cli.options import allow_pickle
 from kurtail_gguf.cli.progress import make_progress
-from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.messages.errors import KurtailError
 
 
 @click.command("verify")
@@ -25,7 +25,7 @@ def verify_command(file: Path, reference: str, allow_pickle: bool) -> None:
     and that with what it says with the cache it asks for. Ends with "pass", or with the first thing that differs and status 1.
     """
     # click takes seconds to start where torch is imported, so --help does without
-    from kurtail_gguf.verification import verify
+    from kurtail_gguf.check.verify import verify
 
     with tempfile.TemporaryDirectory(prefix="kurtail-verify-") as directory:
         for check in verify(file, reference, Path(directory), make_progress(Console(stderr=True)), allow_pickle):

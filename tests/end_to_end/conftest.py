@@ -28,12 +28,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kurtail_gguf import native
-from kurtail_gguf.bindings import BindingsError, require_bindings
-from kurtail_gguf.errors import SourceError
-from kurtail_gguf.export import export_reference
-from kurtail_gguf.loading.source import resolve_source
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.model.loading.source import resolve_source
+from kurtail_gguf.runtime import native
+from kurtail_gguf.runtime.bindings import BindingsError, require_bindings
+from kurtail_gguf.runtime.export import export_reference
 
 ROOT = Path(__file__).parents[2]
 #: Where the texts are that quality is measured on; KURTAIL_DATA names another directory.

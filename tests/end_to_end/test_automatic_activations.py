@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kurtail_gguf.evaluate import reference
-from kurtail_gguf.evaluate.perplexity import scored_losses, scored_tokens
-from kurtail_gguf.evaluate.simulate import chunk_losses
-from kurtail_gguf.gguf_info import GgufInfo, read_gguf
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.check.simulate import chunk_losses
+from kurtail_gguf.measure.perplexity import reference, scored_losses, scored_tokens
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.runtime.gguf_info import GgufInfo, read_gguf
 
 BUDGET = 0.3
 RTN = ("--rotation", "hadamard", "--weights", "rtn")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kurtail_gguf.gguf_info import read_gguf
+from kurtail_gguf.runtime.gguf_info import read_gguf
 
 ROOT = Path(__file__).parents[2]
 

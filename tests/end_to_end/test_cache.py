@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kurtail_gguf.cache import streams
-from kurtail_gguf.cache.condition import Conditioned
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities
-from kurtail_gguf.gguf_info import K_OFFSET, read_gguf
-from kurtail_gguf.pipeline import convert
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.convert.pipeline import convert
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.cache import streams
+from kurtail_gguf.method.cache.condition import Conditioned
+from kurtail_gguf.runtime.gguf_info import K_OFFSET, read_gguf
+from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 #: Families whose keys can have them, by what makes them.
 BIASED, GAINED = ("llama-biases", "qwen2"), ("qwen3", "qwen3-moe")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_gguf.evaluate import perplexity
-from kurtail_gguf.gguf_info import read_gguf
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.measure.perplexity import perplexity
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.runtime.gguf_info import read_gguf
 
 METHODS = [f"{rotation}+rtn" for rotation in ("none", "hadamard", "kurtail")]
 MEASURED = ("--context", "128", "--chunks", "4")

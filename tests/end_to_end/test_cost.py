@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kurtail_gguf.resources import run_measured
+from kurtail_gguf.machine.resources import run_measured
 
 
 def _save_wide(directory: Path, layers: int, tokenizer: Path) -> Path:

@@ -18,11 +18,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kurtail_gguf.evaluate import perplexity, reference
-from kurtail_gguf.evaluate.perplexity import scored_losses, scored_tokens
-from kurtail_gguf.evaluate.simulate import CrossCheck, cross_check
-from kurtail_gguf.gguf_info import read_gguf
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.check.simulate import CrossCheck, cross_check
+from kurtail_gguf.measure.perplexity import perplexity, reference, scored_losses, scored_tokens
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.runtime.gguf_info import read_gguf
 
 HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")
 ONE_PERCENT = math.log(1.01)
@@ -159,7 +158,7 @@ def test_what_the_cache_alone_costs(cli, converted, tiny_spm, text, tmp_path):
 
 def test_a_stock_file_beside_ours(cli, converted, tiny_spm, text, tmp_path, program):
     """llama-quantize's Q4_0 of the plain export: evaluated the same way, told apart in the report."""
-    from kurtail_gguf.export import export_reference
+    from kurtail_gguf.runtime.export import export_reference
 
     plain, stock, report = tmp_path / "plain.gguf", tmp_path / "q4_0.gguf", tmp_path / "r.json"
     export_reference(tiny_spm, plain)

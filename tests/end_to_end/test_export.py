@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from kurtail_gguf import ggml
-from kurtail_gguf.export.writer import read_metadata
-from kurtail_gguf.formats import kt4
-from kurtail_gguf.gguf_info import PROVENANCE_KEYS, read_gguf
+from kurtail_gguf.numerics.formats import kt4
+from kurtail_gguf.runtime import ggml
+from kurtail_gguf.runtime.export.writer import read_metadata
+from kurtail_gguf.runtime.gguf_info import PROVENANCE_KEYS, read_gguf
 
 FAST = ("--rotation", "hadamard", "--weights", "rtn")
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kurtail_gguf.arch.registry import FAMILIES
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities
-from kurtail_gguf.gguf_info import read_gguf
-from kurtail_gguf.pipeline import convert
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.convert.pipeline import convert
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.model.families.registry import FAMILIES
+from kurtail_gguf.runtime.gguf_info import read_gguf
+from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 KINDS = (
     "llama2", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite",

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from kurtail_gguf import native
+from kurtail_gguf.runtime import native
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.harness import TasksRequest, check_tasks
+from kurtail_gguf.measure.harness import TasksRequest, check_tasks
+from kurtail_gguf.messages.errors import KurtailError
 
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 pytestmark = pytest.mark.usefixtures("bindings")

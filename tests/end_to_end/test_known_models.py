@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from kurtail_gguf.evaluate.file_tensors import FileTensors
-from kurtail_gguf.gguf_info import GgufInfo, read_gguf
-from kurtail_gguf.loading.recipes import fetch_recipe, find_recipe
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.model.loading.recipes import fetch_recipe, find_recipe
+from kurtail_gguf.runtime.file_tensors import FileTensors
+from kurtail_gguf.runtime.gguf_info import GgufInfo, read_gguf
 
 ROOT = Path(__file__).parents[2]
 NAME = "qwen2.5-coder-0.5b"

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kurtail_gguf.adapters import convert_lora
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities
-from kurtail_gguf.export import export_reference
-from kurtail_gguf.pipeline import convert
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.convert.adapters import convert_lora
+from kurtail_gguf.convert.pipeline import convert
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.runtime.export import export_reference
+from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 pytestmark = pytest.mark.usefixtures("bindings")
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kurtail_gguf import vendored
-from kurtail_gguf.bindings import BindingsError, require_bindings
-from kurtail_gguf.evaluate import mmlu
+from kurtail_gguf.measure import mmlu
+from kurtail_gguf.runtime import vendored
+from kurtail_gguf.runtime.bindings import BindingsError, require_bindings
 
 pytestmark = pytest.mark.usefixtures("bindings")
 #: The last is as long as any other thing a model may be asked to go on with.
@@ -59,7 +59,7 @@ def _told(path: Path, directory: Path) -> tuple[list[dict], int, list[tuple[mmlu
         "continuations": CONTINUATIONS,
     }
     messages: list[dict] = []
-    computed = vendored.run("kurtail_gguf.evaluate.mmlu_worker", request, messages.append)
+    computed = vendored.run("kurtail_gguf.measure.mmlu_worker", request, messages.append)
     return messages, computed, [(subject, question) for subject in subjects for question in subject.questions]
 
 
@@ -135,6 +135,6 @@ def test_errors_are_one_line(cli, tiny_reference, questions, tmp_path):
 
 
 def test_without_the_bindings_the_command_to_install_them_is_named(monkeypatch):
-    monkeypatch.setattr("kurtail_gguf.bindings._DISTRIBUTION", "no-such-distribution")
+    monkeypatch.setattr("kurtail_gguf.runtime.bindings._DISTRIBUTION", "no-such-distribution")
     with pytest.raises(BindingsError, match=rf"not installed in {sys.prefix}.*kurtail-gguf install-bindings"):
         require_bindings()

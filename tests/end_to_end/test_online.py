@@ -22,10 +22,10 @@ import torch
 from scipy.linalg import hadamard
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from kurtail_gguf import native
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.logits import mean_divergence, runtime_log_probabilities
-from kurtail_gguf.export import export_reference
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.runtime import native
+from kurtail_gguf.runtime.export import export_reference
+from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 #: Largest difference of a log-probability in single precision, as tests of families allow it.
 UNQUANTIZED = 1e-4

@@ -12,8 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
-from kurtail_gguf import native
-from kurtail_gguf.gguf_info import read_gguf
+from kurtail_gguf.runtime.gguf_info import read_gguf
 
 PROMPT = "The capital of France is"
 HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")

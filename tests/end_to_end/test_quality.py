@@ -9,7 +9,7 @@ from statistics import mean
 
 import pytest
 
-from kurtail_gguf.gguf_info import read_gguf
+from kurtail_gguf.runtime.gguf_info import read_gguf
 
 from .conftest import DATA, ROOT
 

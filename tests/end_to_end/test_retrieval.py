@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kurtail_gguf import vendored
-from kurtail_gguf.evaluate import retrieval
-from kurtail_gguf.evaluate.retrieval import RetrievalRequest
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.measure import retrieval
+from kurtail_gguf.measure.retrieval import RetrievalRequest
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.runtime import vendored
 
 pytestmark = pytest.mark.usefixtures("bindings")
 HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")
@@ -48,7 +48,7 @@ def test_a_context_goes_through_the_model_once(tiny_reference, text):
     request = RetrievalRequest(text, (600,), (0.1, 0.3, 0.5, 0.7, 0.9), 2)
     contexts = retrieval.build(tiny_reference, text.read_text(encoding="utf-8"), request)
     asked = {"path": str(tiny_reference), "cache": "file", "contexts": [asdict(one) for one in contexts]}
-    computed = vendored.run("kurtail_gguf.evaluate.retrieval_worker", asked)
+    computed = vendored.run("kurtail_gguf.measure.retrieval_worker", asked)
     questions = sum(len(q.suffix) + len(q.answer) for one in contexts for q in one.questions)
     assert computed <= sum(len(one.prefix) for one in contexts) + questions
 

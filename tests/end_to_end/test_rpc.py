@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kurtail_gguf import native
+from kurtail_gguf.runtime import native
 
 OPTIONS = ("--chunks", "4", "-c", "64", "-b", "64", "-t", "1")
 

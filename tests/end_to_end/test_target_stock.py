@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 
-from kurtail_gguf.evaluate.simulate import cross_check
-from kurtail_gguf.gguf_info import PROVENANCE_KEYS, read_gguf
+from kurtail_gguf.check.simulate import cross_check
+from kurtail_gguf.runtime.gguf_info import PROVENANCE_KEYS, read_gguf
 
 STOCK = ("--rotation", "hadamard", "--weights", "rtn", "--target", "stock")
 

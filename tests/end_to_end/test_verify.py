@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.evaluate.file_tensors import FileTensors
-from kurtail_gguf.export import export_reference
-from kurtail_gguf.gguf_info import K_OFFSET, read_gguf
-from kurtail_gguf.pipeline import convert
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.verification import Check, verify
+from kurtail_gguf.check.verify import Check, verify
+from kurtail_gguf.convert.pipeline import convert
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.runtime.export import export_reference
+from kurtail_gguf.runtime.file_tensors import FileTensors
+from kurtail_gguf.runtime.gguf_info import K_OFFSET, read_gguf
 
 pytestmark = pytest.mark.usefixtures("bindings")
 

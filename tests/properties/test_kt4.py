@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kurtail_gguf.formats import kt4
+from kurtail_gguf.numerics.formats import kt4
 
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 

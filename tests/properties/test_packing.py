@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kurtail_gguf.formats import kt4, q4_0
-from kurtail_gguf.formats.targets import BLOCK_FORMATS
+from kurtail_gguf.numerics.formats import kt4, q4_0
+from kurtail_gguf.numerics.formats.targets import BLOCK_FORMATS
 
 FORMATS = pytest.mark.parametrize("form", [kt4, q4_0], ids=["kt4", "q4_0"])
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kurtail_gguf.errors import QuantizeError
-from kurtail_gguf.formats import kt4
-from kurtail_gguf.quantize import rtn
-from kurtail_gguf.quantize.rtn import quantize_rtn
+from kurtail_gguf.messages.errors import QuantizeError
+from kurtail_gguf.method.quantize import rtn
+from kurtail_gguf.method.quantize.rtn import quantize_rtn
+from kurtail_gguf.numerics.formats import kt4
 
 
 def _block_errors(weight, codes, scales):

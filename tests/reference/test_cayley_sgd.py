@@ -8,7 +8,7 @@ import scipy.linalg
 import scipy.stats
 import torch
 
-from kurtail_gguf.rotation.cayley_sgd import CONTRACTION, ITERATIONS, MAX_DEFECT, CayleySGD, defect, polar
+from kurtail_gguf.method.rotation.cayley_sgd import CONTRACTION, ITERATIONS, MAX_DEFECT, CayleySGD, defect, polar
 
 
 def _orthogonal(n: int, seed: int) -> np.ndarray:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kurtail_gguf.arch.registry import FAMILIES
-from kurtail_gguf.arch.sites import FFN, FFN_OUTPUT, SITES
-from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
-from kurtail_gguf.fold.tables import fold_tables, read_head
-from kurtail_gguf.formats.hadamard import hadamard_size, sylvester, walsh_hadamard_
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.loading.experts import module_weights
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.rotation.hadamard import random_orthogonal
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer
+from kurtail_gguf.method.fold.tables import fold_tables, read_head
+from kurtail_gguf.method.rotation.hadamard import random_orthogonal
+from kurtail_gguf.model.families.registry import FAMILIES
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.loading.experts import module_weights
+from kurtail_gguf.model.sites import FFN, FFN_OUTPUT, SITES
+from kurtail_gguf.numerics.hadamard import hadamard_size, sylvester, walsh_hadamard_
 
 KINDS = [
     "llama", "llama2", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3",

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kurtail_gguf.errors import QuantizeError
-from kurtail_gguf.formats import kt4
-from kurtail_gguf.quantize import gptq
-from kurtail_gguf.quantize.gptq import quantize_gptq
-from kurtail_gguf.quantize.rtn import quantize_rtn
+from kurtail_gguf.messages.errors import QuantizeError
+from kurtail_gguf.method.quantize import gptq
+from kurtail_gguf.method.quantize.gptq import quantize_gptq
+from kurtail_gguf.method.quantize.rtn import quantize_rtn
+from kurtail_gguf.numerics.formats import kt4
 
 
 def _problem(seed: int, rows: int = 24, columns: int = 128, tokens: int = 600) -> tuple[torch.Tensor, torch.Tensor]:

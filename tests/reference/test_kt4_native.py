@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kurtail_gguf import ggml
-from kurtail_gguf.formats import kt4
+from kurtail_gguf.numerics.formats import kt4
+from kurtail_gguf.runtime import ggml
 
 
 @pytest.fixture(scope="module")

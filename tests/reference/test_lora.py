@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kurtail_gguf.arch.sites import SITES
-from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
-from kurtail_gguf.fold.lora import fold_pair
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.rotation.hadamard import random_orthogonal
+from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer
+from kurtail_gguf.method.fold.lora import fold_pair
+from kurtail_gguf.method.rotation.hadamard import random_orthogonal
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.sites import SITES
 
 
 @pytest.mark.parametrize("kind", ["llama-biases", "llama3", "mistral", "qwen3", "phi3"])

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kurtail_gguf import ggml
-from kurtail_gguf.formats import q4_0
-from kurtail_gguf.quantize.rtn import quantize_rtn
+from kurtail_gguf.method.quantize.rtn import quantize_rtn
+from kurtail_gguf.numerics.formats import q4_0
+from kurtail_gguf.runtime import ggml
 
 
 @pytest.fixture(scope="module")

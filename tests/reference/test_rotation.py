@@ -8,20 +8,15 @@ import scipy.linalg
 import scipy.stats
 import torch
 
-from kurtail_gguf.calibration.capture import sketch_readers
-from kurtail_gguf.fold.layer import balance_channels
-from kurtail_gguf.formats.hadamard import hadamard_size, sylvester, walsh_hadamard_
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.rotation.cayley import cayley, optimise
-from kurtail_gguf.rotation.hadamard import hadamard_matrix, random_orthogonal, random_rotation
-from kurtail_gguf.rotation.learn import _some_rows, learn_r1, learn_r1_by_output_error, learn_r2
-from kurtail_gguf.rotation.objectives import (
-    absolute_kurtosis_loss,
-    kurtosis_loss,
-    output_error_loss,
-    token_kurtosis,
-)
-from kurtail_gguf.simulation.rounding import round_to
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.calibration.capture import sketch_readers
+from kurtail_gguf.method.fold.layer import balance_channels
+from kurtail_gguf.method.rotation.cayley import cayley, optimise
+from kurtail_gguf.method.rotation.hadamard import hadamard_matrix, random_orthogonal, random_rotation
+from kurtail_gguf.method.rotation.learn import _some_rows, learn_r1, learn_r1_by_output_error, learn_r2
+from kurtail_gguf.method.rotation.objectives import absolute_kurtosis_loss, kurtosis_loss, output_error_loss, token_kurtosis
+from kurtail_gguf.numerics.hadamard import hadamard_size, sylvester, walsh_hadamard_
+from kurtail_gguf.numerics.simulation.rounding import round_to
 
 CPU = torch.device("cpu")
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from kurtail_gguf.calibration.generate import generate
-from kurtail_gguf.errors import KurtailError, SourceError
-from kurtail_gguf.arch.sites import FFN_OUTPUT
-from kurtail_gguf.fold.layer import LayerTransforms, fold_layer, fold_reader
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.rotation import spinquant
-from kurtail_gguf.rotation.hadamard import random_orthogonal, random_rotation
-from kurtail_gguf.rotation.spinquant import RotatedNetwork, learn_spinquant
-from kurtail_gguf.simulation.attention import CacheSettings, rotated, use_simulated_attention
-from kurtail_gguf.simulation.rounding import round_to
-from kurtail_gguf.simulation.runtime import RuntimeRounding
-from kurtail_gguf.simulation.straight_through import round_through
+from kurtail_gguf.messages.errors import KurtailError, SourceError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.calibration.generate import generate
+from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer, fold_reader
+from kurtail_gguf.method.rotation import spinquant
+from kurtail_gguf.method.rotation.hadamard import random_orthogonal, random_rotation
+from kurtail_gguf.method.rotation.spinquant import RotatedNetwork, learn_spinquant
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.sites import FFN_OUTPUT
+from kurtail_gguf.numerics.simulation.attention import CacheSettings, rotated, use_simulated_attention
+from kurtail_gguf.numerics.simulation.rounding import round_to
+from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
+from kurtail_gguf.numerics.simulation.straight_through import round_through
 
 CPU = torch.device("cpu")
 KINDS = ["llama", "llama-tied", "llama-biases", "mistral", "qwen2"]

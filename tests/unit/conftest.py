@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kurtail_gguf import figures, layerwise, pipeline, tuning
-from kurtail_gguf.config import Provenance
-from kurtail_gguf.fold import tables
-from kurtail_gguf.fold.tables import EMBEDDING
+from kurtail_gguf.convert import pipeline
+from kurtail_gguf.measure import figures
+from kurtail_gguf.method.fold import tables
+from kurtail_gguf.method.fold.tables import EMBEDDING
+from kurtail_gguf.method.quantize import layerwise
+from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.runtime.provenance import Provenance
 
 
 @dataclass(frozen=True)

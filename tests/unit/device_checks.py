@@ -12,14 +12,15 @@ import torch
 from card_device import CARD, MEMORY, MODULE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kurtail_gguf import pipeline, rotation_choice
-from kurtail_gguf import plan as planning
-from kurtail_gguf.calibration.capture import capture
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.plan import plan
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.convert import pipeline
+from kurtail_gguf.convert import plan as planning
+from kurtail_gguf.convert.plan import plan
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.calibration.capture import capture
+from kurtail_gguf.method.rotation import choice as rotation_choice
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kurtail_gguf import activation_choice, pipeline, tuning
-from kurtail_gguf.activation_choice import choose
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.formats import kt4
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.convert import pipeline
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.activations import choice as activation_choice
+from kurtail_gguf.method.activations.choice import choose
+from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.numerics.formats import kt4
 
 _LINEARS = st.lists(st.tuples(st.integers(-40, 200), st.integers(1, 30)), min_size=1, max_size=9)
 _BUDGETS = st.integers(1, 63).map(lambda parts: parts / 64)  # exact in binary, so that sums are too

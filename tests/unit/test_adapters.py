@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kurtail_gguf.adapters import AdapterError, convert_lora, read_adapter
-from kurtail_gguf.errors import ConfigError
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.convert.adapters import AdapterError, convert_lora, read_adapter
+from kurtail_gguf.messages.errors import ConfigError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 
 PREFIX = "base_model.model.model.layers"
 

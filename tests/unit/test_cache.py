@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kurtail_gguf.cache.choice import GOOD_ENOUGH, LIMIT, CacheBits, choose_bits, uniform
-from kurtail_gguf.cache.condition import KeyStatistics, condition, exact_first
-from kurtail_gguf.cache.plan import CachePlan, plan_cache
-from kurtail_gguf.cache.streams import Streams
-from kurtail_gguf.errors import KurtailError, SourceError
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.simulation.attention import CacheSettings, LayerCache, in_cache, out_of_cache
-from kurtail_gguf.simulation.rounding import CACHE_BLOCK, round_to
+from kurtail_gguf.messages.errors import KurtailError, SourceError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.cache.choice import GOOD_ENOUGH, LIMIT, CacheBits, choose_bits, uniform
+from kurtail_gguf.method.cache.condition import KeyStatistics, condition, exact_first
+from kurtail_gguf.method.cache.plan import CachePlan, plan_cache
+from kurtail_gguf.method.cache.streams import Streams
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.numerics.simulation.attention import CacheSettings, LayerCache, in_cache, out_of_cache
+from kurtail_gguf.numerics.simulation.rounding import CACHE_BLOCK, round_to
 
 CPU = torch.device("cpu")
 ROUNDED = CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False)

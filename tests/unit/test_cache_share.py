@@ -13,14 +13,16 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kurtail_gguf import card, measurement, native
 from kurtail_gguf.cli.main import commands
 from kurtail_gguf.cli.tables import print_report
-from kurtail_gguf.errors import ConfigError
-from kurtail_gguf.evaluate import Divergence, EvaluationError, Perplexity, reference
-from kurtail_gguf.gguf_info import GgufInfo
-from kurtail_gguf.measurement import MmluRequest, ModelResult, Report, Request, TextRequest, measure
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.measure import card
+from kurtail_gguf.measure import evaluate as measurement
+from kurtail_gguf.measure.evaluate import MmluRequest, ModelResult, Report, Request, TextRequest, measure
+from kurtail_gguf.measure.perplexity import Divergence, EvaluationError, Perplexity, reference
+from kurtail_gguf.messages.errors import ConfigError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.runtime import native
+from kurtail_gguf.runtime.gguf_info import GgufInfo
 
 CACHES = ("file", "f16", "q8_0")
 
@@ -55,8 +57,8 @@ def runs(monkeypatch):
     monkeypatch.setattr(GgufInfo, "runtime_bits", property(lambda self: (4, self.metadata["bits"])))
     monkeypatch.setattr(GgufInfo, "runs_as", property(lambda self: f"W4A4KV{self.metadata['bits']}"))
     monkeypatch.setattr(GgufInfo, "bits_per_weight", 4.25)
-    monkeypatch.setattr(measurement.evaluate, "divergence", noted)
-    monkeypatch.setattr(measurement.evaluate, "reference", opened)
+    monkeypatch.setattr(measurement.perplexity, "divergence", noted)
+    monkeypatch.setattr(measurement.perplexity, "reference", opened)
     return seen
 
 
@@ -105,7 +107,7 @@ def test_an_f16_cache_of_the_files_own_is_not_run_twice(runs, words):
 
 
 def test_without_being_asked_for_nothing_is_told(runs, words, monkeypatch):
-    monkeypatch.setattr(measurement.evaluate, "perplexity", lambda *_: Perplexity(20.0, 1.0))
+    monkeypatch.setattr(measurement.perplexity, "perplexity", lambda *_: Perplexity(20.0, 1.0))
     (row,) = measure((Path("a.gguf"),), Request(TextRequest(words, 512, None)), None, NullProgress()).models
     assert runs == [] and "cache_kld" not in row.to_json()
 

@@ -10,24 +10,24 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from kurtail_gguf.arch.sites import NORMED
-from kurtail_gguf.calibration.capture import capture, choose_tokens
-from kurtail_gguf.calibration.generate import generate
-from kurtail_gguf.calibration.runner import LayerRunner
-from kurtail_gguf.calibration.prose import PROSE, TOKENS, prose_contexts
-from kurtail_gguf.calibration.texts import read_texts
-from kurtail_gguf.calibration.tokens import (
+from kurtail_gguf.messages.errors import CalibrationError, SourceError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.calibration.capture import capture, choose_tokens
+from kurtail_gguf.method.calibration.generate import generate
+from kurtail_gguf.method.calibration.prose import PROSE, TOKENS, prose_contexts
+from kurtail_gguf.method.calibration.texts import read_texts
+from kurtail_gguf.method.calibration.tokens import (
     CalibrationTokens,
     as_contexts,
     calibration_name,
     cut_sequences,
     load_tokenizer,
     tokenize,
-)
-from kurtail_gguf.errors import CalibrationError, SourceError
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.simulation.attention import CacheSettings
+)  # fmt: skip
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.runner import LayerRunner
+from kurtail_gguf.model.sites import NORMED
+from kurtail_gguf.numerics.simulation.attention import CacheSettings
 
 CPU = torch.device("cpu")
 

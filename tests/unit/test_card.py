@@ -11,12 +11,12 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from kurtail_gguf import card
-from kurtail_gguf.config import TOOL, Provenance
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.mmlu import Accuracy, MmluResult
-from kurtail_gguf.evaluate.retrieval import Cell, RetrievalRequest, RetrievalResult
-from kurtail_gguf.measurement import MmluRequest, ModelResult, Request, TextRequest
+from kurtail_gguf.measure import card
+from kurtail_gguf.measure.evaluate import MmluRequest, ModelResult, Request, TextRequest
+from kurtail_gguf.measure.mmlu import Accuracy, MmluResult
+from kurtail_gguf.measure.retrieval import Cell, RetrievalRequest, RetrievalResult
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.runtime.provenance import TOOL, Provenance
 
 PROVENANCE = Provenance(
     rotation="kurtail", objective="kurtosis", weights="gptq", tune_steps=64, seed=7, r1_kind="learned", r1_size=576, r2_kind="learned",

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kurtail_gguf.arch.registry import FAMILIES
-from kurtail_gguf.errors import KurtailError, SourceError, UnsupportedArchitecture
-from kurtail_gguf.loading.checkpoint import open_checkpoint
+from kurtail_gguf.messages.errors import KurtailError, SourceError, UnsupportedArchitecture
+from kurtail_gguf.model.families.registry import FAMILIES
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 
 
 def _refused(directory, kind=SourceError) -> str:

@@ -18,10 +18,11 @@ from click.testing import CliRunner
 from kurtail_gguf import __version__
 from kurtail_gguf.cli.main import commands, main
 from kurtail_gguf.cli.output import write_json
-from kurtail_gguf.config import ConvertConfig, ConvertResult, Provenance
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.measurement import ModelResult, Report
-from kurtail_gguf.memory import CardMemory
+from kurtail_gguf.convert.settings import ConvertConfig, ConvertResult
+from kurtail_gguf.machine.memory import CardMemory
+from kurtail_gguf.measure.evaluate import ModelResult, Report
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.runtime.provenance import Provenance
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_convert_defaults_are_the_configs(run, monkeypatch, tmp_path):
         seen.append(config)
         raise KurtailError("stop here")
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     out = tmp_path / "o.gguf"
     run("convert", "M", out)
     assert seen == [ConvertConfig(model="M", out=out)]
@@ -66,7 +67,7 @@ def test_convert_options_reach_the_config(run, monkeypatch, tmp_path):
         seen.append(config)
         raise KurtailError("stop here")
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     out = tmp_path / "o.gguf"
     options = [
         *("--rotation", "hadamard", "--weights", "rtn", "--activations", "8", "--kv", "16", "--seed", "7"),
@@ -90,7 +91,7 @@ def test_automatic_activations_reach_the_config(run, monkeypatch, tmp_path):
         seen.append(config)
         raise KurtailError("stop here")
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     out = tmp_path / "o.gguf"
     run("convert", "M", out, "--activations", "auto", "--budget", "0.25")
     run("convert", "M", out, "--activations", "auto")
@@ -133,7 +134,7 @@ def test_target_stock_leaves_activations_and_cache_to_llama_cpp(run, monkeypatch
         seen.append(config)
         raise KurtailError("stop here")
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     out = tmp_path / "o.gguf"
     refusal = _one_error_line(run("convert", "M", out, "--target", "stock", *typed))
     assert typed[0] in refusal and "--target stock" in refusal
@@ -146,7 +147,7 @@ def test_interruption_says_how_to_go_on(run, monkeypatch, tmp_path):
     def fake(config, progress):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     monkeypatch.setattr("sys.argv", ["kurtail-gguf", "convert", "M", "my file.gguf"])
     result = run("convert", "M", tmp_path / "o.gguf")
     assert result.exit_code == 130
@@ -162,7 +163,7 @@ def test_an_interruption_that_comes_out_as_another_error_is_one(monkeypatch, tmp
         except KeyboardInterrupt:
             raise ValueError("could not determine the shape") from None  # as torch has done
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     monkeypatch.setattr("sys.argv", ["kurtail-gguf", "convert", "M", str(tmp_path / "o.gguf")])
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -244,8 +245,8 @@ def test_convert_says_what_it_took(run, monkeypatch, tmp_path, resumed):
         )  # fmt: skip
         return ConvertResult(config.out, provenance, seconds, 30, 60_000_000, resumed)
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
-    monkeypatch.setattr("kurtail_gguf.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.25, runs_as="W4A4KV4"))
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.runtime.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.25, runs_as="W4A4KV4"))
     monkeypatch.setattr("kurtail_gguf.cli.convert.peak_memory", lambda: 1_500_000_000)
     lines = run("convert", "M", out).stdout.splitlines()
     assert lines[0] == f"wrote {out}: 3 MB, 4.25 bits a weight (W4A4KV4)"
@@ -267,8 +268,8 @@ def test_memory_of_a_card_is_told_beside_the_hosts(run, monkeypatch, tmp_path):
         assert config.device == "cuda:1"
         return dataclasses.replace(_converted(config.out), resumed=True, device="cuda:1", card_peak=peaks)
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
-    monkeypatch.setattr("kurtail_gguf.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.25, runs_as="W4A4KV4"))
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.runtime.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.25, runs_as="W4A4KV4"))
     monkeypatch.setattr("kurtail_gguf.cli.convert.peak_memory", lambda: 1_200_000_000)
     arguments = ("convert", "M", tmp_path / "o.gguf", "--device", "cuda:1")
     assert run(*arguments).stdout.splitlines()[1].endswith("; peak memory 1.2 GB, 3.4 GB on cuda:1")
@@ -296,7 +297,7 @@ def test_quiet_prints_nothing_and_json_the_result(run, monkeypatch, tmp_path):
             stage.advance()
         return _converted(config.out)
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     quiet = run("convert", "M", tmp_path / "o.gguf", "--quiet")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
     done = run("convert", "M", tmp_path / "o.gguf", "--json")
@@ -322,7 +323,7 @@ def test_what_to_type_after_an_interruption_does_not_restart(run, monkeypatch, t
     def fake(config, progress):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     monkeypatch.setattr(sys, "argv", ["kurtail-gguf", "convert", "M", "o.gguf", "--restart", "--seed", "3"])
     done = run("convert", "M", tmp_path / "o.gguf", "--restart")
     assert done.exit_code == 130

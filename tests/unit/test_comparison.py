@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kurtail_gguf import comparison
 from kurtail_gguf.cli.compare import compare_command
 from kurtail_gguf.cli.main import commands
-from kurtail_gguf.comparison import CompareConfig, Method, compare, convert_arguments, parse_methods
-from kurtail_gguf.config import ROTATIONS, WEIGHTS, ConvertConfig
-from kurtail_gguf.errors import ConfigError, KurtailError
-from kurtail_gguf.measurement import TextRequest
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.resources import Measured
+from kurtail_gguf.convert.settings import ROTATIONS, WEIGHTS, ConvertConfig
+from kurtail_gguf.machine.resources import Measured
+from kurtail_gguf.measure import compare as comparison
+from kurtail_gguf.measure.compare import CompareConfig, Method, compare, convert_arguments, parse_methods
+from kurtail_gguf.measure.evaluate import TextRequest
+from kurtail_gguf.messages.errors import ConfigError, KurtailError
+from kurtail_gguf.messages.progress import NullProgress
 
 DEFAULT_WEIGHTS = ConvertConfig("m", Path("o")).weights
 
@@ -58,7 +58,7 @@ def test_the_command_line_makes_the_same_conversion(config, monkeypatch):
         seen.append(config)
         raise KurtailError("stop here")
 
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", fake)
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", fake)
     CliRunner().invoke(commands, list(convert_arguments(config)))
     assert seen == [config]
 
@@ -110,7 +110,7 @@ def test_options_are_checked_before_any_conversion(text, tmp_path, monkeypatch):
 
 
 def test_the_json_of_a_row():
-    from kurtail_gguf.measurement import ModelResult
+    from kurtail_gguf.measure.evaluate import ModelResult
 
     row = comparison.MethodResult(
         Method("none", "rtn"), ("kurtail-gguf", "convert"), Measured(0, 2.5, 1000),

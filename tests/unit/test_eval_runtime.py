@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_gguf import native
-from kurtail_gguf.evaluate import EvaluationError, divergence, perplexity, reference
-from kurtail_gguf.evaluate.perplexity import Perplexity, Reference, check_scored, log_probabilities_bytes
+from kurtail_gguf.measure.perplexity import (
+    EvaluationError,
+    Perplexity,
+    Reference,
+    check_scored,
+    divergence,
+    log_probabilities_bytes,
+    perplexity,
+    reference,
+)  # fmt: skip
+from kurtail_gguf.runtime import native
 
 HEAD = """\
 0.00.268.897 I cmn          init: llama threadpool init, n_threads = 2

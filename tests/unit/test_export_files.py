@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kurtail_gguf.export.writer import ExportError, _whole_or_not_at_all
+from kurtail_gguf.runtime.export.writer import ExportError, _whole_or_not_at_all
 
 
 def test_complete(tmp_path):

@@ -13,17 +13,17 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from kurtail_gguf import pipeline
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.errors import ConfigError, KurtailError
-from kurtail_gguf.evaluate.outliers import measure_outliers
-from kurtail_gguf.figures import _Meter
-from kurtail_gguf.formats import kt4
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.fold.transforms import load_transforms
-from kurtail_gguf.simulation.attention import CacheSettings
-from kurtail_gguf.simulation.runtime import RuntimeRounding
+from kurtail_gguf.convert import pipeline
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.measure.figures import _Meter
+from kurtail_gguf.measure.outliers import measure_outliers
+from kurtail_gguf.messages.errors import ConfigError, KurtailError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.fold.transforms import load_transforms
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.numerics.formats import kt4
+from kurtail_gguf.numerics.simulation.attention import CacheSettings
+from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra eval)")
 

@@ -7,8 +7,9 @@ import os
 
 import pytest
 
-from kurtail_gguf.errors import CalibrationError, ConfigError, KurtailError
-from kurtail_gguf.files import check_apart, file_sha256, replacing, write_atomically
+from kurtail_gguf.files.atomic import file_sha256, replacing, write_atomically
+from kurtail_gguf.files.destinations import check_apart
+from kurtail_gguf.messages.errors import CalibrationError, ConfigError, KurtailError
 
 
 def test_the_hash_is_of_the_files_bytes(tmp_path):

@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_gguf import ggml
-from kurtail_gguf.config import Provenance
-from kurtail_gguf.gguf_info import ONLINE_KIND, ONLINE_NAME, ONLINE_SIZE, PROVENANCE_KEYS, GgufError, GgufInfo, TensorInfo
+from kurtail_gguf.runtime import ggml
+from kurtail_gguf.runtime.gguf_info import (
+    ONLINE_KIND,
+    ONLINE_NAME,
+    ONLINE_SIZE,
+    PROVENANCE_KEYS,
+    GgufError,
+    GgufInfo,
+    TensorInfo,
+)  # fmt: skip
+from kurtail_gguf.runtime.provenance import Provenance
 
 PROVENANCE = Provenance(
     rotation="kurtail", objective="kurtosis", weights="rtn", tune_steps=0, seed=3, r1_kind="learned", r1_size=128, r2_kind="learned",

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.haystack import CITIES, Context, Haystack, build_contexts, draw_facts
+from kurtail_gguf.measure.haystack import CITIES, Context, Haystack, build_contexts, draw_facts
+from kurtail_gguf.messages.errors import KurtailError
 
 SENTENCES = [f"Sentence {i} says that {'very ' * (i % 7)}little happened in the year {1000 + i}." for i in range(900)]
 #: A sentence's end that is none: paragraphs are broken into lines.

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kurtail_gguf.formats.hadamard import sylvester
-from kurtail_gguf.simulation.attention import CacheSettings, rotated
-from kurtail_gguf.simulation.hooks import round_cache, round_input
+from kurtail_gguf.numerics.hadamard import sylvester
+from kurtail_gguf.numerics.simulation.attention import CacheSettings, rotated
+from kurtail_gguf.numerics.simulation.hooks import round_cache, round_input
 
 
 @pytest.mark.parametrize("r4", [0, 1, 4])

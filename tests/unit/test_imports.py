@@ -1,4 +1,4 @@
-"""Imports point one way; only cli draws, only export knows gguf."""
+"""Imports point one way; only cli draws, only runtime.export knows gguf."""
 
 from __future__ import annotations
 
@@ -11,27 +11,34 @@ import kurtail_gguf
 
 ROOT = Path(kurtail_gguf.__file__).parent
 
-#: Lower layers first; a module imports only from lower layers or its own package.
+#: Lower layers first; a module imports only from lower layers or its own part. The longest name that fits says which part.
 LAYERS = (
-    ("errors", "config", "progress", "formats", "files", "row_file", "workdir", "resources", "memory"),
-    ("native", "vendored", "ggml", "gguf_info", "bindings"),  # where the runtime is, and its tables
-    ("arch",),
-    ("loading", "simulation"),
-    ("calibration", "rotation", "fold", "quantize", "export", "evaluate"),
-    ("distill",),
-    ("layerwise", "tuning", "basis", "cache"),
-    ("activation_choice", "rotation_choice", "verification_runtime"),
-    ("figures",),
-    ("pipeline", "measurement", "verification", "adapters"),
-    ("plan_memory",),
-    ("comparison", "card", "plan"),
-    ("report",),
+    ("messages", "files", "machine"),
+    ("numerics",),
+    ("runtime",),
+    ("convert.settings",),  # what the steps and reports are asked for; the rest of convert calls them
+    ("model",),
+    ("model.families",),
+    ("model.loading",),
+    ("model.runner",),
+    ("method.calibration", "method.fold"),
+    ("method.rotation", "method.quantize", "method.tuning"),
+    ("method.activations",),
+    ("method.cache",),
+    ("measure",),
+    ("convert", "check"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
 #: Third-party modules and the only packages that may import them.
-RESERVED = {"click": "cli", "rich": "cli", "gguf": "export", "conversion": "export"}
+RESERVED = {"click": "cli", "rich": "cli", "gguf": "runtime.export", "conversion": "runtime.export"}
 FILES = sorted(path for path in ROOT.rglob("*.py"))
+
+
+def _is_package(module: str) -> bool:
+    own, *names = module.split(".")
+    return own == "kurtail_gguf" and ROOT.joinpath(*names).is_dir()
 
 
 def _imports(path: Path) -> list[str]:
@@ -44,44 +51,58 @@ def _imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             base = list(package[: len(package) + 1 - node.level]) if node.level else []
             module = ".".join(filter(None, [*base, node.module]))
-            # `from kurtail_gguf import x` imports the module x where there is one.
-            found += [f"{module}.{alias.name}" if module == "kurtail_gguf" else module for alias in node.names]
+            # `from kurtail_gguf.a import b` imports the module a.b where there is one.
+            found += [f"{module}.{alias.name}" if _is_package(module) else module for alias in node.names]
     return found
 
 
 def _part(module: str) -> str | None:
-    names = module.split(".")
-    return names[1] if names[0] == "kurtail_gguf" and len(names) > 1 and names[1] in RANK else None
+    """The part that a module is of, fully named; None for what is none of ours, and for the package itself."""
+    own, _, name = module.partition(".")
+    while own == "kurtail_gguf" and name:
+        if name in RANK:
+            return name
+        name = name.rpartition(".")[0]
+    return None
 
 
-def test_every_module_has_a_layer():
-    parts = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
-    assert parts - {"__init__"} <= set(RANK)
+def _named(path: Path) -> str:
+    return ".".join(("kurtail_gguf", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_every_module_has_a_layer_and_lies_in_a_folder():
+    assert [path.name for path in ROOT.glob("*.py")] == ["__init__.py"]
+    folders = {f"method.{path.parent.name}" for path in (ROOT / "method").glob("*/__init__.py")}
+    assert folders <= set(RANK)
+    assert not [path for path in FILES if path.parent not in (ROOT, ROOT / "method") and _part(_named(path)) is None]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    own = _part(_named(path))
     for module in _imports(path):
         part = _part(module)
         if part is None or part == own:
             continue
-        assert own in RANK, f"{path} imports {module}"
-        same_base = RANK[own] == RANK[part] <= 1
-        assert RANK[part] < RANK[own] or same_base, f"{own} must not import {module}"
+        assert own is not None, f"{path} imports {module}"
+        assert RANK[part] < RANK[own] or RANK[part] == RANK[own] == 0, f"{own} must not import {module}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_reserved_modules(path):
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    own = _part(_named(path))
     for module in _imports(path):
         owner = RESERVED.get(module.split(".")[0])
-        assert owner in (None, own), f"only {owner} may import {module}, not {own}"
+        if owner is not None:
+            assert f"{_named(path)}.".startswith(f"kurtail_gguf.{owner}."), f"only {owner} may import {module}, not {own}"
 
 
 def test_the_check_sees_relative_and_nested_imports(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    (tmp_path / "fold").mkdir()
-    path = tmp_path / "fold" / "x.py"
+    path = tmp_path / "method" / "fold" / "x.py"
+    path.parent.mkdir(parents=True)
     path.write_text("def f():\n    from ..rotation import learn\nfrom kurtail_gguf import cli\nimport rich.live\n")
-    assert sorted(_imports(path)) == ["kurtail_gguf.cli", "kurtail_gguf.rotation", "rich.live"]
+    assert sorted(_imports(path)) == ["kurtail_gguf.cli", "kurtail_gguf.method.rotation", "rich.live"]
+    assert _part(_named(path)) == "method.fold"
+    assert _part("kurtail_gguf.convert.settings") == "convert.settings"
+    assert _part("kurtail_gguf.convert.plan") == "convert"

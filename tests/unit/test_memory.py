@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import torch
 
-from kurtail_gguf.memory import memory_available
+from kurtail_gguf.machine.memory import memory_available
 
 
 def test_the_cpu_has_what_the_machine_has_left(monkeypatch):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate import mmlu
-from kurtail_gguf.evaluate.mmlu import Accuracy, MmluError, Question, Subject
-from kurtail_gguf.evaluate.mmlu_worker import ask
+from kurtail_gguf.measure import mmlu
+from kurtail_gguf.measure.mmlu import Accuracy, MmluError, Question, Subject
+from kurtail_gguf.measure.mmlu_worker import ask
+from kurtail_gguf.messages.errors import KurtailError
 
 HEADER = ",".join(mmlu.HEADER) + "\n"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kurtail_gguf import bindings, native
+from kurtail_gguf.runtime import bindings, native
 
 
 class _Distribution:

@@ -10,11 +10,11 @@ import pytest
 from scipy.linalg import hadamard
 from scipy.stats import kurtosis
 
-from kurtail_gguf.fold.activations import transformed
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.outliers import Outliers, check_picture, draw, figure, measure_outliers
-from kurtail_gguf.rotation.hadamard import random_rotation
-from kurtail_gguf.fold.transforms import Transforms
+from kurtail_gguf.measure.outliers import Outliers, check_picture, draw, figure, measure_outliers
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.method.fold.activations import transformed
+from kurtail_gguf.method.fold.transforms import Transforms
+from kurtail_gguf.method.rotation.hadamard import random_rotation
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed (extra eval)"

@@ -18,16 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kurtail_gguf import pipeline, rotation_choice
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.errors import SourceError
-from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
-from kurtail_gguf.loading.pickled import MAX_PICKLE, PickledFile
-from kurtail_gguf.loading.prefetch import layer_stream
-from kurtail_gguf.loading.weight_files import WeightFiles
-from kurtail_gguf.pipeline import convert
-from kurtail_gguf.plan import plan
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.convert import pipeline
+from kurtail_gguf.convert.pipeline import convert
+from kurtail_gguf.convert.plan import plan
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.rotation import choice as rotation_choice
+from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
+from kurtail_gguf.model.loading.pickled import MAX_PICKLE, PickledFile
+from kurtail_gguf.model.loading.prefetch import layer_stream
+from kurtail_gguf.model.loading.weight_files import WeightFiles
 
 NORM = "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"

@@ -14,17 +14,21 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from kurtail_gguf import ggml, pipeline, rotation_choice, tuning
-from kurtail_gguf.config import ConvertConfig, Provenance
-from kurtail_gguf.errors import ConfigError, KurtailError, SourceError
-from kurtail_gguf.arch.sites import FFN_OUTPUT
-from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
-from kurtail_gguf.formats import kt4, q4_0
-from kurtail_gguf.loading import weight_files
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.quantize.rtn import quantize_rtn
-from kurtail_gguf.fold.transforms import load_transforms
+from kurtail_gguf.convert import pipeline
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.errors import ConfigError, KurtailError, SourceError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer
+from kurtail_gguf.method.fold.transforms import load_transforms
+from kurtail_gguf.method.quantize.rtn import quantize_rtn
+from kurtail_gguf.method.rotation import choice as rotation_choice
+from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.model.loading import weight_files
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.sites import FFN_OUTPUT
+from kurtail_gguf.numerics.formats import kt4, q4_0
+from kurtail_gguf.runtime import ggml
+from kurtail_gguf.runtime.provenance import Provenance
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ import torch
 from click.testing import CliRunner
 from transformers import LlamaConfig
 
-from kurtail_gguf import plan as planning
-from kurtail_gguf import plan_memory
-from kurtail_gguf import tuning
-from kurtail_gguf.arch.registry import find_family
-from kurtail_gguf.arch.spec import build_spec
 from kurtail_gguf.cli.main import commands
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.errors import SourceError, UnsupportedArchitecture
-from kurtail_gguf.plan import plan
-from kurtail_gguf.rotation import spinquant
+from kurtail_gguf.convert import plan as planning
+from kurtail_gguf.convert import plan_memory
+from kurtail_gguf.convert.plan import plan
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.messages.errors import SourceError, UnsupportedArchitecture
+from kurtail_gguf.method.rotation import spinquant
+from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.model.families.registry import find_family
+from kurtail_gguf.model.spec import build_spec
 
 GIB = 1 << 30
 

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from kurtail_gguf.arch.sites import NORMED, SITES
-from kurtail_gguf.calibration.capture import Capture, capture
-from kurtail_gguf.calibration.precision import forward_dtype, linear
-from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
-from kurtail_gguf.calibration.runner import LayerRunner
-from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.simulation.attention import CacheSettings
-from kurtail_gguf.simulation.runtime import RuntimeRounding
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.calibration.capture import Capture, capture
+from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer
+from kurtail_gguf.method.quantize.quantized_prefix import QuantizedPrefix
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.precision import forward_dtype, linear
+from kurtail_gguf.model.runner import LayerRunner
+from kurtail_gguf.model.sites import NORMED, SITES
+from kurtail_gguf.numerics.simulation.attention import CacheSettings
+from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 
 CPU = torch.device("cpu")
 IDS = np.random.default_rng(1).integers(3, 320, (6, 32)).astype(np.int32)

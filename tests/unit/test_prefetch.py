@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kurtail_gguf.errors import SourceError
-from kurtail_gguf.loading.checkpoint import Checkpoint, open_checkpoint
-from kurtail_gguf.loading.prefetch import layer_stream
+from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
+from kurtail_gguf.model.loading.prefetch import layer_stream
 
 CPU = torch.device("cpu")
 

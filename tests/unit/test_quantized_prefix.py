@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from kurtail_gguf.arch.sites import SITES
-from kurtail_gguf.calibration import expert_tokens
-from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
-from kurtail_gguf.calibration.runner import LayerRunner
-from kurtail_gguf.fold.layer import LayerTransforms, fold_layer
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.rotation.hadamard import random_orthogonal
-from kurtail_gguf.simulation.attention import CacheSettings, rotated
-from kurtail_gguf.simulation.rounding import round_to
-from kurtail_gguf.simulation.runtime import RuntimeRounding
+from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer
+from kurtail_gguf.method.quantize import expert_tokens
+from kurtail_gguf.method.quantize.quantized_prefix import QuantizedPrefix
+from kurtail_gguf.method.rotation.hadamard import random_orthogonal
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.runner import LayerRunner
+from kurtail_gguf.model.sites import SITES
+from kurtail_gguf.numerics.simulation.attention import CacheSettings, rotated
+from kurtail_gguf.numerics.simulation.rounding import round_to
+from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 
 CPU = torch.device("cpu")
 IDS = np.random.default_rng(0).integers(3, 320, (6, 20)).astype(np.int32)

@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from kurtail_gguf.cli.main import commands
-from kurtail_gguf.errors import SourceError
-from kurtail_gguf.loading import recipes
-from kurtail_gguf.loading.recipes import Part, Recipe, fetch_recipe, find_recipe, prefer_original, recipe_names
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.model.loading import recipes
+from kurtail_gguf.model.loading.recipes import Part, Recipe, fetch_recipe, find_recipe, prefer_original, recipe_names
 
 MODELS = Path(__file__).parents[2] / "models"
 PIECES = (b"GGUF and", b" more and", b" the rest")

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from kurtail_gguf.config import ConvertConfig, ConvertResult, Provenance
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.evaluate.outliers import Outliers
-from kurtail_gguf.figures import Figures
-from kurtail_gguf.memory import CardMemory
-from kurtail_gguf.report.page import render, write_report
-from kurtail_gguf.report.plots import by_linear
+from kurtail_gguf.convert.settings import ConvertConfig, ConvertResult
+from kurtail_gguf.machine.memory import CardMemory
+from kurtail_gguf.measure.figures import Figures
+from kurtail_gguf.measure.outliers import Outliers
+from kurtail_gguf.measure.report.page import render, write_report
+from kurtail_gguf.measure.report.plots import by_linear
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.runtime.provenance import Provenance
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra eval)")
 
@@ -152,8 +153,8 @@ def test_the_command_writes_it(converted, monkeypatch, tmp_path):
     from kurtail_gguf.cli.main import commands
 
     config, result, summary = converted
-    monkeypatch.setattr("kurtail_gguf.pipeline.convert", lambda config, progress: replace(result, resumed=True))
-    monkeypatch.setattr("kurtail_gguf.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.5, runs_as="W4A4KV4"))
+    monkeypatch.setattr("kurtail_gguf.convert.pipeline.convert", lambda config, progress: replace(result, resumed=True))
+    monkeypatch.setattr("kurtail_gguf.runtime.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.5, runs_as="W4A4KV4"))
     monkeypatch.setattr("kurtail_gguf.cli.convert.summary", lambda info: summary)
     done = CliRunner().invoke(commands, ["convert", "m", str(config.out), "--report", str(tmp_path / "p.html")])
     assert done.exit_code == 0, done.output

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kurtail_gguf.resources import peak_memory, run_measured
+from kurtail_gguf.machine.resources import peak_memory, run_measured
 
 MB = 1_000_000
 

@@ -16,12 +16,14 @@ import sys
 
 import pytest
 
-from kurtail_gguf import pipeline, rotation_choice, workdir
-from kurtail_gguf.config import ConvertConfig
-from kurtail_gguf.distill import scales
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.files import write_atomically
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.convert import pipeline, workdir
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.files import atomic
+from kurtail_gguf.files.atomic import write_atomically
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.rotation import choice as rotation_choice
+from kurtail_gguf.method.tuning import scales
 
 KILLS = 20
 #: What Python tells its hooks before it touches a file, and libraries with it.
@@ -96,7 +98,7 @@ def test_killed_at_any_file_operation_it_ends_with_the_same_bytes(config, tmp_pa
 
 def test_a_full_disk_is_one_line_and_the_same_run_goes_on(config, tmp_path, monkeypatch):
     expected = _expected(config)
-    original = workdir.publish
+    original = atomic.publish
     for refused in ("capture", "transforms.safetensors", "cache.json", "layer-00001.safetensors", "state.safetensors", "tuned"):
 
         def publish(scratch, target, refused=refused):
@@ -105,8 +107,7 @@ def test_a_full_disk_is_one_line_and_the_same_run_goes_on(config, tmp_path, monk
             original(scratch, target)
 
         with monkeypatch.context() as patched:
-            patched.setattr(workdir, "publish", publish)
-            patched.setattr("kurtail_gguf.files.publish", publish)
+            patched.setattr("kurtail_gguf.files.atomic.publish", publish)
             told = f"No space left on device: .*{refused}.*: the work directory .* type the same"
             with pytest.raises(KurtailError, match=told):
                 pipeline.convert(config, NullProgress())
@@ -149,7 +150,7 @@ def test_tuning_that_began_is_not_left_out_later(config, tmp_path, monkeypatch):
     monkeypatch.setattr(ConvertConfig, "tuning_steps", property(lambda self: 4))
     pipeline.convert(kept, NullProgress())
     shutil.rmtree(tmp_path / "w" / "tuned")
-    monkeypatch.setattr("kurtail_gguf.tuning.memory_available", lambda device: 1000)
+    monkeypatch.setattr("kurtail_gguf.method.tuning.layer_files.memory_available", lambda device: 1000)
     with pytest.raises(KurtailError, match="began with tuning of scales, which now needs about"):
         pipeline.convert(kept, NullProgress())
 
@@ -307,7 +308,7 @@ def test_tuning_that_was_left_out_is_done_where_it_is_asked_for(config, tmp_path
     kept = dataclasses.replace(config, work_dir=tmp_path / "w")
     with monkeypatch.context() as patched:
         patched.setattr(ConvertConfig, "tuning_steps", property(lambda self: 4))
-        patched.setattr("kurtail_gguf.tuning.memory_available", lambda device: 1000)
+        patched.setattr("kurtail_gguf.method.tuning.layer_files.memory_available", lambda device: 1000)
         assert pipeline.convert(dataclasses.replace(kept, tune=None), NullProgress()).provenance.tune_steps == 0
     result = pipeline.convert(kept, NullProgress())
     assert result.resumed and result.provenance == expected.provenance

@@ -13,19 +13,19 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kurtail_gguf import measurement
 from kurtail_gguf.cli.main import commands
 from kurtail_gguf.cli.tables import print_report, retrieval_panels
-from kurtail_gguf.errors import ConfigError, KurtailError
-from kurtail_gguf.evaluate import retrieval
-from kurtail_gguf.evaluate.haystack import Context, Question
-from kurtail_gguf.evaluate.perplexity import Divergence, Perplexity
-from kurtail_gguf.evaluate.retrieval import GUESS, Cell, RetrievalRequest, RetrievalResult, summarise
-from kurtail_gguf.evaluate.retrieval_plot import draw_retrieval, retrieval_figure
-from kurtail_gguf.evaluate.retrieval_worker import ask
-from kurtail_gguf.gguf_info import GgufInfo
-from kurtail_gguf.measurement import ModelResult, Report, Request, TextRequest, measure
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.measure import evaluate as measurement
+from kurtail_gguf.measure import retrieval
+from kurtail_gguf.measure.evaluate import ModelResult, Report, Request, TextRequest, measure
+from kurtail_gguf.measure.haystack import Context, Question
+from kurtail_gguf.measure.perplexity import Divergence, Perplexity
+from kurtail_gguf.measure.retrieval import GUESS, Cell, RetrievalRequest, RetrievalResult, summarise
+from kurtail_gguf.measure.retrieval_plot import draw_retrieval, retrieval_figure
+from kurtail_gguf.measure.retrieval_worker import ask
+from kurtail_gguf.messages.errors import ConfigError, KurtailError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.runtime.gguf_info import GgufInfo
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed (extra eval)"
@@ -99,7 +99,7 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path, words):
 def test_contexts_longer_than_the_models_are_refused_before_any_work(monkeypatch, words):
     monkeypatch.setattr(measurement, "read_gguf", lambda path: _info(str(path), 150))
     monkeypatch.setattr(retrieval.vendored, "run", lambda *_: pytest.fail("a worker was started"))
-    monkeypatch.setattr(measurement.evaluate, "perplexity", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(measurement.perplexity, "perplexity", lambda *_: pytest.fail("something was measured"))
     request = Request(TextRequest(words, 64, 1), retrieval=_request(words))
     told = r"m.gguf has a context of 150 tokens, --retrieval-lengths asks for 200: give lengths up to 150"
     with pytest.raises(KurtailError, match=told):
@@ -114,7 +114,7 @@ def test_a_text_that_is_too_short_is_named_before_anything_is_measured(monkeypat
 
     monkeypatch.setattr(measurement, "read_gguf", lambda path: _info(str(path)))
     monkeypatch.setattr(retrieval.vendored, "run", run)
-    monkeypatch.setattr(measurement.evaluate, "perplexity", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(measurement.perplexity, "perplexity", lambda *_: pytest.fail("something was measured"))
     request = Request(TextRequest(words, 64, 1), retrieval=_request(words))
     with pytest.raises(KurtailError, match=r"no retrieval test of m.gguf with .*words.txt: the whole text .* 180 tokens"):
         measure((Path("m.gguf"),), request, None, NullProgress())
@@ -262,10 +262,10 @@ def files(monkeypatch):
     monkeypatch.setattr(measurement, "_reference", lambda *_: _info("reference.gguf", **words))
     monkeypatch.setattr(GgufInfo, "runtime_bits", (4, 4))
     monkeypatch.setattr(GgufInfo, "runs_as", "W4A4+8KV4")
-    monkeypatch.setattr(measurement.evaluate, "perplexity", noted("perplexity", Perplexity(20.0, 1.0)))
+    monkeypatch.setattr(measurement.perplexity, "perplexity", noted("perplexity", Perplexity(20.0, 1.0)))
     divergence = Divergence(Perplexity(20.0, 1.0), 0.1, 0.01, 0.9)
-    monkeypatch.setattr(measurement.evaluate, "divergence", noted("divergence", divergence))
-    monkeypatch.setattr(measurement.evaluate, "reference", _OpenReference)
+    monkeypatch.setattr(measurement.perplexity, "divergence", noted("divergence", divergence))
+    monkeypatch.setattr(measurement.perplexity, "reference", _OpenReference)
     monkeypatch.setattr(retrieval, "build", lambda path, text, request: path)
     monkeypatch.setattr(retrieval, "retrieve", noted("retrieval", _result(-1.0)))
     return seen
@@ -369,7 +369,7 @@ def test_options_that_need_others(run, requests, words):
 
 
 def test_the_runtimes_programs_are_told_the_type():
-    from kurtail_gguf.evaluate.cache import CACHE_TYPES, cache_arguments
+    from kurtail_gguf.runtime.cache_types import CACHE_TYPES, cache_arguments
 
     assert [cache_arguments(cache) for cache in CACHE_TYPES] == [
         [], *(["-ctk", cache, "-ctv", cache] for cache in ("f16", "q8_0", "q4_0")),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kurtail_gguf.simulation.rounding import round_4bit, round_8bit, round_to
-from kurtail_gguf.formats import kt4
+from kurtail_gguf.numerics.formats import kt4
+from kurtail_gguf.numerics.simulation.rounding import round_4bit, round_8bit, round_to
 
 
 def _rows(seed: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def test_round_4bit_is_the_oracle_at_the_extremes():
 def test_blocks_are_the_same_however_many(monkeypatch):
     rows = torch.from_numpy(_rows(0))
     whole = round_4bit(rows, kt4.BLOCK)
-    monkeypatch.setattr("kurtail_gguf.simulation.rounding._CHUNK", 3)
+    monkeypatch.setattr("kurtail_gguf.numerics.simulation.rounding._CHUNK", 3)
     assert torch.equal(round_4bit(rows, kt4.BLOCK), whole)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kurtail_gguf.row_file import RowFile
+from kurtail_gguf.files.row_file import RowFile
 
 
 def test_pieces_are_those_of_a_npy_file(tmp_path):

@@ -9,13 +9,13 @@ import gguf
 import numpy as np
 import pytest
 
-from kurtail_gguf import native
-from kurtail_gguf.errors import KurtailError, SourceError
-from kurtail_gguf.export import check_vocabulary
-from kurtail_gguf.gguf_info import UNPACKED_KEYS, read_gguf
-from kurtail_gguf.loading import source as sources
-from kurtail_gguf.loading.source import resolve_source
-from kurtail_gguf.progress import NullProgress
+from kurtail_gguf.messages.errors import KurtailError, SourceError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.model.loading import source as sources
+from kurtail_gguf.model.loading.source import resolve_source
+from kurtail_gguf.runtime import native
+from kurtail_gguf.runtime.export import check_vocabulary
+from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, read_gguf
 
 
 def _has_runtime() -> bool:

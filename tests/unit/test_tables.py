@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from kurtail_gguf.cli.tables import print_report
-from kurtail_gguf.evaluate.harness import TasksResult
-from kurtail_gguf.evaluate.mmlu import Accuracy, MmluResult
-from kurtail_gguf.measurement import ModelResult, Report
+from kurtail_gguf.measure.evaluate import ModelResult, Report
+from kurtail_gguf.measure.harness import TasksResult
+from kurtail_gguf.measure.mmlu import Accuracy, MmluResult
 
 
 def _row(path: str, share: float) -> ModelResult:

@@ -10,22 +10,22 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from kurtail_gguf import tuning
-from kurtail_gguf.arch.sites import SITES
-from kurtail_gguf.calibration.quantized_prefix import QuantizedPrefix
-from kurtail_gguf.distill import scales as distill_scales
-from kurtail_gguf.distill.student import Student, _Scaled
-from kurtail_gguf.distill.teacher import Teacher, run_teacher
-from kurtail_gguf.errors import KurtailError
-from kurtail_gguf.fold import tables
-from kurtail_gguf.formats.targets import BLOCK_FORMATS
-from kurtail_gguf.layerwise import CalibratedOn, fold_and_quantize
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.progress import NullProgress
-from kurtail_gguf.rotation.hadamard import random_orthogonal
-from kurtail_gguf.fold.transforms import Transforms
-from kurtail_gguf.simulation.attention import CacheSettings
-from kurtail_gguf.simulation.runtime import RuntimeRounding
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.messages.progress import NullProgress
+from kurtail_gguf.method.fold import tables
+from kurtail_gguf.method.fold.transforms import Transforms
+from kurtail_gguf.method.quantize.layerwise import CalibratedOn, fold_and_quantize
+from kurtail_gguf.method.quantize.quantized_prefix import QuantizedPrefix
+from kurtail_gguf.method.rotation.hadamard import random_orthogonal
+from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.method.tuning import scales as distill_scales
+from kurtail_gguf.method.tuning.student import Student, _Scaled
+from kurtail_gguf.method.tuning.teacher import Teacher, run_teacher
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.sites import SITES
+from kurtail_gguf.numerics.formats.targets import BLOCK_FORMATS
+from kurtail_gguf.numerics.simulation.attention import CacheSettings
+from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 
 CPU = torch.device("cpu")
 IDS = np.random.default_rng(0).integers(3, 320, (8, 24)).astype(np.int32)

@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kurtail_gguf.calibration.runner import LayerRunner
-from kurtail_gguf.errors import SourceError
-from kurtail_gguf.loading.checkpoint import open_checkpoint
-from kurtail_gguf.loading.untrusted import REALS, SIZES, check_sizes, read_json
+from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.loading.untrusted import REALS, SIZES, check_sizes, read_json
+from kurtail_gguf.model.runner import LayerRunner
 
 
 def _refused(directory: Path) -> str:

@@ -7,8 +7,8 @@ import textwrap
 
 import pytest
 
-from kurtail_gguf import native, vendored
-from kurtail_gguf.errors import KurtailError
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.runtime import native, vendored
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def worker(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "python_dir", lambda: tmp_path)
 
     def make(body: str) -> str:
-        source = f"from kurtail_gguf import vendored\nfrom kurtail_gguf.errors import KurtailError\n{textwrap.dedent(body)}"
+        source = f"from kurtail_gguf.runtime import vendored\nfrom kurtail_gguf.messages.errors import KurtailError\n{textwrap.dedent(body)}"
         (tmp_path / "made_worker.py").write_text(source, encoding="utf-8")
         return "made_worker"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kurtail_gguf import verification_runtime
-from kurtail_gguf.config import Provenance
-from kurtail_gguf.verification_runtime import CACHE_COST, Differs, RuntimeChecks
+from kurtail_gguf.check import runtime_checks as verification_runtime
+from kurtail_gguf.check.runtime_checks import CACHE_COST, Differs, RuntimeChecks
+from kurtail_gguf.runtime.provenance import Provenance
 
 
 @pytest.fixture

@@ -1,0 +1,251 @@
+"""Is a file what the model became? Checked from the outside, with nothing but the file and the model.
+
+In this order, each said to be right or told what is not: metadata, vocabulary, scales and weights tensor by tensor, what the
+model says, from the original over the rotated weights to the file in the runtime, and what the file's cache makes of that.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kurtail_gguf.check.basis import find_layer_transforms, find_online, find_r1
+from kurtail_gguf.check.runtime_checks import RuntimeChecks
+from kurtail_gguf.messages.errors import Differs, KurtailError
+from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.method.calibration.tokens import load_tokenizer
+from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer, fold_reader
+from kurtail_gguf.method.fold.tables import is_tied
+from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
+from kurtail_gguf.model.loading.source import resolve_source
+from kurtail_gguf.model.names import EMBEDDING, HEAD, file_norm, file_rows, file_tensor
+from kurtail_gguf.runtime import ggml
+from kurtail_gguf.runtime.export import read_metadata
+from kurtail_gguf.runtime.file_tensors import FileTensors
+from kurtail_gguf.runtime.gguf_info import GgufInfo, read_gguf
+from kurtail_gguf.runtime.logits import runtime_tokens
+from kurtail_gguf.runtime.provenance import Provenance
+
+#: What the two vocabularies are compared on. Blanks at the start are left out: there transformers, reading a bare
+#: tokenizer.model, and SentencePiece itself disagree.
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "In 1969, 2 people walked on the Moon; 12 have been there since. It costs $3.50 (or 4,20 €)!",
+    "def fold(weight, gain):\n    # one line\n    return weight * gain[None, :]  # another\n",
+    "Two  blanks, a\ttab, and trailing ones  ",
+    "naïve café, Übergröße, Москва, 東京, 한국어, שלום, مرحبا, 🙂🚀",
+    "http://example.org/a?b=c&d=%20 user@example.org CamelCase snake_case ALLCAPS don't we'll",
+)
+
+#: Relative error ‖W′ − W‖ / ‖W‖ above which a tensor is not what was folded, by its type. Tensors of the wrong basis or
+#: order are at √2, one wrong head of nine at 0.47. GPTQ and tuning move weights farther than rounding does: 0.24 is the
+#: most in SmolLM2-135M.
+BOUNDS = {ggml.F32: 1e-4, ggml.Q8_0: 0.02, ggml.Q6_K: 0.05, ggml.Q4_0: 0.4, ggml.KT4: 0.4}
+#: The same for biases and routers, which are not rounded, where the basis was found again from 4-bit tensors.
+FOUND_AGAIN = 0.2
+#: Below it a weight is nothing that a half-precision scale could hold.
+_TINY = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A finished check.
+
+    Args:
+        name: of what was checked.
+        right: whether it is as it should be.
+        detail: what was found: figures, or the first thing that differs.
+    """
+
+    name: str
+    right: bool
+    detail: str
+
+
+def verify(
+    path: Path, model: str, work_dir: Path, progress: Progress, allow_pickle: bool = False
+) -> Iterator[Check]:
+    """Check a file against the model it was made of, one check after the other.
+
+    Args:
+        path: a file that ``convert`` wrote.
+        model: as ``convert`` took it.
+        work_dir: where a MODEL that is a GGUF file is unpacked to.
+        progress: a stage for tensors, one for what the model says, one for what its cache does.
+        allow_pickle: whether the model's weights may be ``.bin`` files.
+
+    Raises:
+        KurtailError: what keeps a check from being made: a file without our keys, a missing model, no bindings.
+    """
+    info = read_gguf(path)
+    provenance = info.provenance
+    if provenance is None:
+        raise KurtailError(f"{path} has no kurtail keys: there is nothing to verify; only files of convert can be")
+    source = resolve_source(model, work_dir, progress)
+    checkpoint = open_checkpoint(source, allow_pickle)
+    file = FileTensors(info)
+    yield _checked("metadata", lambda: _metadata(info, source))
+    yield _checked("tokenizer", lambda: _tokenizer(path, source))
+    try:
+        transforms, detail = _tensors(checkpoint, file, provenance, progress)
+    except Differs as difference:
+        yield Check("tensors", False, str(difference))
+        return  # what was folded is not known
+    yield Check("tensors", True, detail)
+    runtime = RuntimeChecks(checkpoint, path, provenance, progress)
+    yield _checked("logits", lambda: runtime.logits(transforms))
+    yield _checked("cache", runtime.cache)
+
+
+def _checked(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except Differs as difference:
+        return Check(name, False, str(difference))
+
+
+def _metadata(info: GgufInfo, source: Path) -> str:
+    """Hyper-parameters and vocabulary are what upstream's converter writes for the model."""
+    with tempfile.TemporaryDirectory(prefix="kurtail-verify-") as directory:
+        expected = read_metadata(source, Path(directory) / "header.gguf")
+    prefixes = ("tokenizer.", f"{expected['general.architecture']}.", "general.architecture")
+    keys = [key for key in expected if key.startswith(prefixes)]
+    for key in keys:
+        if key not in info.metadata:
+            raise Differs(f"key {key} is missing")
+        if info.metadata[key] != expected[key]:
+            raise Differs(f"key {key} is {info.metadata[key]}, the model's is {expected[key]}")
+    return f"{len(keys)} keys"
+
+
+def _tokenizer(path: Path, source: Path) -> str:
+    tokenizer = load_tokenizer(source)
+    for text, found in zip(TEXTS, runtime_tokens(path, TEXTS), strict=True):
+        expected = tokenizer.encode(text, add_special_tokens=False)
+        if found != expected:
+            same = [a == b for a, b in zip(found, expected, strict=False)]
+            at = [*same, False].index(False)
+            raise Differs(f"{text!r}: token {at} of the file's is {found[at:at + 1]}, of the model's {expected[at:at + 1]}")
+    return f"{len(TEXTS)} texts"
+
+
+def _tensors(
+    checkpoint: Checkpoint, file: FileTensors, provenance: Provenance, progress: Progress
+) -> tuple[list[LayerTransforms], str]:
+    """Every tensor against the model's folded by the rotations found; returns those, by layer, and the detail."""
+    spec, family = checkpoint.spec, checkpoint.spec.family
+    worst = (0.0, "")
+    unrounded = BOUNDS[ggml.F32] if provenance.weights == "f32" else FOUND_AGAIN
+    with progress.stage("compare tensors", spec.layers + 1) as stage:
+        r1, online = find_r1(checkpoint, file, provenance), find_online(checkpoint, file)
+        gain = checkpoint.tensor(f"{family.final_norm}.weight").double()
+        none = torch.ones_like(gain)
+        worst = max(worst, _compare_table(checkpoint, file, f"{family.embedding}.weight", EMBEDDING, none, r1))
+        if not is_tied(spec, r1):
+            worst = max(worst, _compare_table(checkpoint, file, checkpoint.head_name, HEAD, none if r1 is None else gain, r1))
+        elif HEAD in file:
+            raise Differs(f"tensor {HEAD} is there, but the model's head is its embedding")
+        _compare(file, "output_norm.weight", (gain if r1 is None else none).numpy())
+        stage.advance(1, "embedding and head")
+        layers = []
+        for layer in range(spec.layers):
+            weights = checkpoint.layer(layer, check=True)
+            transforms = find_layer_transforms(checkpoint, file, provenance, layer, weights, r1, online)
+            folded = fold_layer(weights, spec, transforms)
+            # keys first: what they were divided by is found from them, and queries are multiplied by it
+            for linear in dict.fromkeys((family.key, *spec.linears, *spec.unquantized_readers)):
+                name, expert = file_tensor(spec, layer, linear)
+                rows = file_rows(spec, linear, folded[f"{linear}.weight"].numpy())
+                worst = max(worst, (_compare(file, name, rows, expert, unrounded), name))
+                if f"{linear}.bias" in folded:
+                    bias = name.removesuffix("weight") + "bias"
+                    rows = file_rows(spec, linear, folded[f"{linear}.bias"].numpy())
+                    _compare(file, bias, rows, unrounded=unrounded)
+            for norm in (family.query_norm, family.key_norm, *(site.norm for site in spec.sites)):
+                if norm:
+                    _compare(file, f"blk.{layer}.{file_norm(spec, norm)}.weight", folded[f"{norm}.weight"].numpy())
+            layers.append(transforms)
+            stage.advance(1, f"layer {layer}")
+    return layers, f"relative error at most {worst[0]:.1e} ({worst[1]})"
+
+
+def _compare_table(
+    checkpoint: Checkpoint, file: FileTensors, name: str, stored: str, factor: torch.Tensor, r1: torch.Tensor | None
+) -> tuple[float, str]:
+    """Embedding or head, a chunk of rows at a time."""
+    shape = (checkpoint.spec.vocab_size, checkpoint.spec.hidden_size)
+    _check_shape(file, stored, shape)
+    _check_scales(file, stored, None)
+    error = total = 0.0
+    for start, rows in checkpoint.rows(name):
+        expected = fold_reader(rows, factor, r1).numpy()
+        found = file.rows(stored, start, len(rows))
+        error += float(np.square(found - expected).sum())
+        total += float(np.square(expected).sum())
+    return _bounded(file, stored, error, total), stored
+
+
+def _compare(
+    file: FileTensors, name: str, expected: npt.NDArray, expert: int | None = None, unrounded: float = BOUNDS[ggml.F32]
+) -> float:
+    """Relative error of a tensor; `Differs` where it is above its type's bound, or a scale is not usable.
+
+    ``unrounded`` is the bound of what is in single precision.
+    """
+    _check_shape(file, name, expected.shape, expert)
+    if expected.ndim == 2:
+        _check_scales(file, name, expected, expert)
+    found = file.values(name, expert).astype(np.float64)
+    return _bounded(file, name, float(np.square(found - expected).sum()), float(np.square(expected).sum()), expert, unrounded)
+
+
+def _check_shape(file: FileTensors, name: str, shape: tuple[int, ...], expert: int | None = None) -> None:
+    if name not in file:
+        raise Differs(f"tensor {name} is missing")
+    found = file.info(name).shape
+    if tuple(found if expert is None else found[1:]) != tuple(shape):
+        raise Differs(f"tensor {name} is {list(found)}, the model's is {list(shape)}")
+
+
+def _check_scales(file: FileTensors, name: str, expected: npt.NDArray | None, expert: int | None = None) -> None:
+    scales = file.scales(name, expert)
+    if scales is None:
+        return
+    where = _where(name, expert)
+    bad = np.argwhere(~np.isfinite(scales))
+    if len(bad):
+        raise Differs(f"tensor {where}: the scale of row {bad[0][0]}, block {bad[0][1]} is {scales[tuple(bad[0])]}")
+    if expected is not None:
+        largest = np.abs(expected).reshape(*scales.shape, -1).max(-1)
+        bad = np.argwhere((scales == 0) & (largest > _TINY))
+        if len(bad):
+            row, block = bad[0]
+            weight = largest[row, block]
+            raise Differs(f"tensor {where}: the scale of row {row}, block {block} is 0, its weights reach {weight:.3g}")
+
+
+def _bounded(
+    file: FileTensors, name: str, error: float, total: float, expert: int | None = None, unrounded: float = BOUNDS[ggml.F32]
+) -> float:
+    relative = math.sqrt(error / total) if total > 0 else math.sqrt(error)
+    info = file.info(name)
+    bound = unrounded if info.type_id == ggml.F32 else BOUNDS.get(info.type_id)
+    where = _where(name, expert)
+    if bound is None:
+        raise Differs(f"tensor {where} has the type {info.type_name}, which convert does not write")
+    # NaN is above every bound
+    if not relative <= bound:
+        limit = f"at most {bound:g} is expected"
+        raise Differs(f"tensor {where} ({info.type_name}) is off by {relative:.3g} of its size, {limit}")
+    return relative
+
+
+def _where(name: str, expert: int | None) -> str:
+    return name if expert is None else f"{name} (expert {expert})"

@@ -1,0 +1,1 @@
+"""How good a GGUF file is: measured by the shipped runtime, and written down in cards and reports."""

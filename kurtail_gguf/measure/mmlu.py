@@ -1,0 +1,255 @@
+"""MMLU from local CSV files: few-shot questions with four choices, scored by log-likelihood.
+
+Hendrycks et al. 2021, "Measuring Massive Multitask Language Understanding" (arXiv:2009.03300). The
+prompt is the paper's (lm-eval's wording, which has one blank before the subject where the paper's code
+had two); the answer is the likeliest of " A", " B", " C", " D". Prompts that do not fit into the model's
+context lose examples from the end, as in the paper's code.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kurtail_gguf.measure.llama_perplexity import EvaluationError
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.runtime import vendored
+from kurtail_gguf.runtime.bindings import require_bindings
+from kurtail_gguf.runtime.cache_types import FILE, stage_name
+
+LETTERS = ("A", "B", "C", "D")
+HEADER = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
+#: Examples before each question, as in the paper.
+DEFAULT_SHOTS = 5
+
+_WORKER = "kurtail_gguf.measure.mmlu_worker"
+
+
+class MmluError(KurtailError):
+    """The questions are missing or not in the expected form; the message has file and line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row of a CSV file; ``answer`` is 0…3, ``where`` its file and line."""
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A subject's examples and questions; the name has underscores, as in the files."""
+
+    name: str
+    examples: tuple[Question, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """A share of right answers.
+
+    Args:
+        accuracy: 0…1.
+        stderr: its standard error; None where a single question leaves it undefined.
+        questions: how many were asked.
+    """
+
+    accuracy: float
+    stderr: float | None
+    questions: int
+
+
+@dataclass(frozen=True, slots=True)
+class MmluResult:
+    """What a model scored.
+
+    Args:
+        shots: examples asked for.
+        shortened: questions that had to do with fewer, for the model's context is too short.
+        micro: over all questions alike.
+        macro: mean of the subjects' accuracies.
+        subjects: by name.
+    """
+
+    shots: int
+    shortened: int
+    micro: Accuracy
+    macro: Accuracy
+    subjects: dict[str, Accuracy]
+
+
+def read_mmlu(directory: Path, shots: int = DEFAULT_SHOTS, limit: int | None = None) -> tuple[Subject, ...]:
+    """Read ``dev/SUBJECT_dev.csv`` and ``test/SUBJECT_test.csv``.
+
+    Args:
+        directory: holds ``dev`` and ``test``.
+        shots: examples to take from ``dev``; with 0 it need not be there.
+        limit: only the first so many questions of a subject.
+
+    Raises:
+        MmluError: nothing there, too few examples, a bad row.
+    """
+    tests = sorted((directory / "test").glob("*_test.csv"))
+    if not tests:
+        raise MmluError(f"{directory} has no test/SUBJECT_test.csv: give the directory that holds dev and test")
+    subjects = []
+    for path in tests:
+        name = path.name.removesuffix("_test.csv")
+        examples: tuple[Question, ...] = ()
+        if shots:
+            dev = directory / "dev" / f"{name}_dev.csv"
+            examples = tuple(_read(dev))[:shots]
+            if len(examples) < shots:
+                raise MmluError(f"{dev} holds {len(examples)} examples: --shots {shots} needs more")
+        questions = tuple(_read(path))[:limit]
+        if not questions:
+            raise MmluError(f"{path} holds no question")
+        subjects.append(Subject(name, examples, questions))
+    return tuple(subjects)
+
+
+def heading(subject: str) -> str:
+    """What a prompt begins with."""
+    return f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+
+
+def block(question: Question, answered: bool) -> str:
+    """A question with its choices, up to "Answer:", or with the answer and a blank line."""
+    lines = [question.text, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True))]
+    answer = f"Answer: {LETTERS[question.answer]}\n\n" if answered else "Answer:"
+    return "\n".join([*lines, answer])
+
+
+def prompt(subject: Subject, question: Question, shots: int) -> str:
+    """The whole prompt with the first ``shots`` examples."""
+    return heading(subject.name) + "".join(block(e, True) for e in subject.examples[:shots]) + block(question, False)
+
+
+def score(model: Path, subjects: tuple[Subject, ...], progress: Progress, cache: str = FILE) -> MmluResult:
+    """Ask a GGUF file all questions, through the shipped runtime.
+
+    Args:
+        model: GGUF file.
+        subjects: as :func:`read_mmlu` gives them.
+        progress: one stage, a unit a question.
+        cache: one of :data:`kurtail_gguf.runtime.cache_types.CACHE_TYPES`.
+
+    Raises:
+        EvaluationError: the runtime refuses the file; a question does not fit into its context.
+        BindingsError: the bindings are not installed.
+    """
+    require_bindings()
+    request = {
+        "path": str(model.resolve()),
+        "cache": cache,
+        "subjects": [
+            {
+                "heading": heading(subject.name),
+                "examples": [block(example, answered=True) for example in subject.examples],
+                "questions": [block(question, answered=False) for question in subject.questions],
+                "where": [question.where for question in subject.questions],
+            }
+            for subject in subjects
+        ],
+        "continuations": [f" {letter}" for letter in LETTERS],
+    }
+    asked = [(subject, question) for subject in subjects for question in subject.questions]
+    answers: list[int] = []
+    shortened = right = 0
+    with progress.stage(stage_name("MMLU", model, cache), len(asked)) as stage:
+
+        def on_message(message: dict[str, Any]) -> None:
+            nonlocal shortened, right
+            subject, question = asked[len(answers)]
+            answers.append(likeliest(message["log_likelihoods"]))
+            shortened += message["shots"] < len(subject.examples)
+            right += answers[-1] == question.answer
+            stage.advance(1, f"{subject.name}, {100 * right / len(answers):.1f} % right")
+
+        try:
+            vendored.run(_WORKER, request, on_message)
+        except vendored.WorkerError as error:
+            raise EvaluationError(f"{model} cannot be asked: {error}") from None
+    return summarise(subjects, answers, shortened)
+
+
+def likeliest(log_likelihoods: list[float]) -> int:
+    """Number of the largest; the first of equals, as numpy's argmax in lm-eval."""
+    return max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+
+
+def summarise(subjects: tuple[Subject, ...], answers: list[int], shortened: int) -> MmluResult:
+    """Accuracies of answers given in the order of the questions."""
+    given = iter(answers)
+    by_name = {}
+    right = 0
+    for subject in subjects:
+        count = sum(next(given) == question.answer for question in subject.questions)
+        right += count
+        by_name[subject.name] = accuracy(count, len(subject.questions))
+    shots = max(len(subject.examples) for subject in subjects)
+    return MmluResult(shots, shortened, accuracy(right, len(answers)), _mean(list(by_name.values())), by_name)
+
+
+def accuracy(right: int, questions: int) -> Accuracy:
+    """A share with the standard error of a mean of zeros and ones, √(p(1 − p)/(n − 1))."""
+    share = right / questions
+    stderr = math.sqrt(share * (1 - share) / (questions - 1)) if questions > 1 else None
+    return Accuracy(share, stderr, questions)
+
+
+def _mean(subjects: list[Accuracy]) -> Accuracy:
+    errors = [subject.stderr for subject in subjects]
+    known = [error for error in errors if error is not None]
+    stderr = math.sqrt(sum(error**2 for error in known)) / len(subjects) if len(known) == len(errors) else None
+    share = sum(subject.accuracy for subject in subjects) / len(subjects)
+    return Accuracy(share, stderr, sum(subject.questions for subject in subjects))
+
+
+def _read(path: Path) -> Iterator[Question]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            try:
+                start = 1
+                for row in rows:
+                    # a quoted field may hold line breaks: the row is named by its first line
+                    where, start = f"{path}:{start}", rows.line_num + 1
+                    if rows.line_num == 1:
+                        _check_header(row, where)
+                    elif row:
+                        yield _question(row, where)
+                if rows.line_num == 0:
+                    raise MmluError(f"{path} is empty: its first line must be {','.join(HEADER)}")
+            except csv.Error as error:
+                raise MmluError(f"{path}:{rows.line_num}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise MmluError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise MmluError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check_header(row: list[str], where: str) -> None:
+    if tuple(row) != HEADER:
+        raise MmluError(f"{where}: the header is {','.join(row)[:80]!r}, not {','.join(HEADER)}")
+
+
+def _question(row: list[str], where: str) -> Question:
+    if len(row) != len(HEADER):
+        raise MmluError(f"{where}: {len(row)} fields, not {len(HEADER)} ({','.join(HEADER)})")
+    text, *choices, answer = (field.strip() for field in row)
+    for name, field in zip(HEADER, (text, *choices), strict=False):
+        if not field:
+            raise MmluError(f"{where}: {name} is empty")
+    if answer not in ("0", "1", "2", "3"):
+        raise MmluError(f"{where}: the answer is {answer!r}, not 0, 1, 2 or 3")
+    return Question(text, tuple(choices), int(answer), where)

@@ -1,0 +1,1 @@
+"""What a person is told: errors of one line, and progress."""

@@ -1,0 +1,146 @@
+"""What a conversion does to activations: nothing, random rotations, or what one of the methods learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.files.atomic import filling
+from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.method.calibration.capture import Capture, capture
+from kurtail_gguf.method.calibration.tokens import CalibrationTokens
+from kurtail_gguf.method.fold.layer import balance_channels
+from kurtail_gguf.method.fold.transforms import Transforms, load_transforms
+from kurtail_gguf.method.rotation.hadamard import random_rotation
+from kurtail_gguf.method.rotation.learn import learn_r1, learn_r1_by_output_error, learn_r2
+from kurtail_gguf.method.rotation.objectives import OBJECTIVES
+from kurtail_gguf.method.rotation.spinquant import learn_spinquant
+from kurtail_gguf.model.loading.checkpoint import Checkpoint
+from kurtail_gguf.model.sites import ATTENTION, FFN, FFN_OUTPUT
+from kurtail_gguf.model.spec import ModelSpec
+from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
+
+#: Tokens that rotations are learned from, at most: a few thousand of them are kept at each site.
+CAPTURED_TOKENS = 8192
+#: Which side of the kurtosis counts: R1 must leave flat tokens flat, values have none (rotation/objectives.py).
+R1_OBJECTIVE, R2_OBJECTIVE = "kurtosis", "absolute-kurtosis"
+#: Sites that get a diagonal. Attention's output has R2, and the cache rounds what a diagonal there would change.
+DIAGONALS = (ATTENTION, FFN, FFN_OUTPUT)
+
+
+def choose_transforms(
+    config: ConvertConfig,
+    checkpoint: Checkpoint,
+    tokens: CalibrationTokens | None,
+    rounding: RuntimeRounding,
+    work_dir: Path,
+    device: torch.device,
+    progress: Progress,
+) -> Transforms:
+    """The transforms that ``config.rotation`` names; online ones are ``rounding``'s.
+
+    Args:
+        config: of the conversion.
+        checkpoint: the model.
+        tokens: what is learned from; None where nothing is.
+        rounding: what the runtime will round, all linears alike.
+        work_dir: where the result is kept, and taken over from; captured activations are beside it.
+        device: where to compute.
+        progress: stages of capturing and learning.
+
+    Raises:
+        KurtailError: not enough memory for SpinQuant's whole model, or a loss that is not finite.
+        SourceError: NaN or infinite weights; the message names the tensor.
+    """
+    if config.rotation == "none":
+        return Transforms()
+    path = work_dir / "transforms.safetensors"
+    if path.exists():
+        return load_transforms(path)
+    if config.rotation == "hadamard":
+        transforms = _random(checkpoint, config.seed)
+    elif config.rotation == "spinquant":
+        transforms = _spinquant(checkpoint, tokens, rounding, config.seed, device, progress)
+    else:
+        samples = captured(checkpoint, tokens, work_dir, config.seed, device, progress)
+        transforms = _learn(config, checkpoint, samples, device, progress)
+    transforms = replace(transforms, online=rounding.online)
+    transforms.save(path)
+    return transforms
+
+
+def _learn(
+    config: ConvertConfig, checkpoint: Checkpoint, samples: Capture, device: torch.device, progress: Progress
+) -> Transforms:
+    """From captured activations, layer by layer."""
+    r1, scales = None, {}
+    if config.rotation == "diagonal":
+        scales = {kind: _scales(checkpoint.spec, samples, kind) for kind in DIAGONALS}
+    elif config.rotation == "output":
+        r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), config.seed, device, progress)
+        scales = {FFN_OUTPUT: _scales(checkpoint.spec, samples, FFN_OUTPUT)}
+    else:
+        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
+    r2 = learn_r2(samples.all_values(), OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
+    known = {kind: values for kind, values in scales.items() if values is not None}
+    return Transforms("none" if r1 is None else "learned", "learned", r1, r2, known)
+
+
+def _scales(spec: ModelSpec, samples: Capture, kind: str) -> npt.NDArray[np.float64] | None:
+    """Diagonals of every layer's site of a kind, ``[layers, Site.scale_size]``; None for experts', which few tokens see."""
+    site = spec.site(kind)
+    if not site.norm and site.source is None:
+        return None
+
+    def of(values: npt.NDArray[np.float32]) -> torch.Tensor:
+        return site.shared(torch.from_numpy(values).double().square()).sqrt()
+
+    layers = range(samples.layers)
+    return np.stack([balance_channels(of(samples.channels(one, kind)), of(samples.columns(one, kind))).numpy() for one in layers])
+
+
+def _spinquant(
+    checkpoint: Checkpoint,
+    tokens: CalibrationTokens,
+    rounding: RuntimeRounding,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> Transforms:
+    """From the rotations of ``--rotation hadamard``, so that the two differ by the learning alone."""
+    start = _random(checkpoint, seed)
+    r1, r2 = learn_spinquant(checkpoint, tokens.ids, (start.r1, start.r2), rounding, seed, device, progress)
+    return Transforms("learned", "learned", r1, r2)
+
+
+def _random(checkpoint: Checkpoint, seed: int) -> Transforms:
+    """R1 and R2 at random, as ``--rotation hadamard`` folds them: no calibration is needed."""
+    spec = checkpoint.spec
+    rng = np.random.default_rng((seed, 0))
+    r1_kind, r1 = random_rotation(spec.hidden_size, rng)
+    heads = [random_rotation(spec.head_dim, rng) for _ in range(spec.layers * spec.kv_heads)]
+    shape = (spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
+    r2 = np.stack([matrix for _, matrix in heads]).reshape(shape)
+    return Transforms(r1_kind, heads[0][0], r1, r2)
+
+
+def captured(
+    checkpoint: Checkpoint,
+    tokens: CalibrationTokens,
+    work_dir: Path,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> Capture:
+    """Activations of the first :data:`CAPTURED_TOKENS`, kept in the work directory and taken over from there."""
+    target = work_dir / "capture"
+    if not target.exists():
+        with filling(target) as directory:
+            sequences = -(-CAPTURED_TOKENS // tokens.ids.shape[1])
+            capture(checkpoint, tokens.ids[:sequences], directory, seed, device, progress)
+    return Capture(target, checkpoint.spec.layers)

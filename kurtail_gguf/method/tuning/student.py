@@ -1,0 +1,114 @@
+"""The quantized model in torch, differentiable in its block scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from kurtail_gguf.model.loading.checkpoint import Checkpoint
+from kurtail_gguf.model.runner import LayerRunner
+from kurtail_gguf.numerics.simulation.hooks import round_input
+from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
+from kurtail_gguf.numerics.simulation.straight_through import round_through
+
+#: ``rounded(x, weight, bits, block)``: a linear's input, rounded, with the gradient of the identity; ``weight`` is the
+#: full name of its weight.
+Rounded = Callable[[Tensor, str, int, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class QuantizedLayer:
+    """One layer's tensors by name below the layer's prefix, on the device they are used on.
+
+    Args:
+        codes: answers with the linears' codes, int8 ``[out, in]``, by the linears' names; asked whenever the layer runs.
+        scales: by the same names, float32 ``[out, in/block]``.
+        rest: norms and biases, float32, by their own names.
+    """
+
+    codes: Callable[[], dict[str, Tensor]]
+    scales: dict[str, Tensor]
+    rest: dict[str, Tensor]
+
+
+class Student:
+    """The file's layers over transformers' own modules, rounding what the runtime rounds.
+
+    Codes become weights only while their layer runs. With ``recompute`` what a layer computes is computed again in the
+    backward pass; memory is then one layer, the scales of all with what the optimiser keeps of them, the residual
+    stream at every layer, and the codes if what answers with them keeps them. Without it weights and activations of all
+    layers are kept as well, and a step is a quarter faster.
+
+    Args:
+        checkpoint: the model's shapes and configuration.
+        layers: what the file holds.
+        rounding: what the runtime rounds.
+        device: where to compute.
+        length: of the longest sequence.
+        recompute: trade time for memory.
+        rounded: what rounds the inputs of the linears.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: list[QuantizedLayer],
+        rounding: RuntimeRounding,
+        device: torch.device,
+        length: int,
+        recompute: bool = True,
+        rounded: Rounded = lambda x, _weight, bits, block: round_through(x, bits, block),
+    ) -> None:
+        self._recompute = recompute
+        self.layers = layers
+        self._rounding, self._rounded = rounding, rounded
+        self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
+        self._rotary = self._runner.rotary(0, length)
+        linears = [(name, site.kind) for site in checkpoint.spec.sites for name in site.readers]
+        for layer in range(checkpoint.spec.layers):
+            module = self._runner.module(layer)
+            for name, kind in linears:
+                weight = f"{checkpoint.spec.layer_prefix(layer)}{name}.weight"
+                round_input(module.get_submodule(name), self._rounds(weight), rounding.online_of(kind))
+
+    @property
+    def scales(self) -> list[dict[str, Tensor]]:
+        """Each layer's scales, to be learned in place."""
+        return [layer.scales for layer in self.layers]
+
+    def hidden(self, embedded: Tensor) -> Tensor:
+        """The residual stream behind the last layer, ``[batch, length, hidden]``, from embeddings of that shape."""
+        hidden = embedded.requires_grad_()  # so that recomputation has something to start from
+        for number, layer in enumerate(self.layers):
+            arguments = number, list(layer.scales), hidden, *layer.scales.values()
+            hidden = recomputed(self._layer, *arguments, use_reentrant=False) if self._recompute else self._layer(*arguments)
+        return hidden
+
+    def _layer(self, layer: int, names: list[str], hidden: Tensor, *scales: Tensor) -> Tensor:
+        codes = self.layers[layer].codes()
+        weights = {f"{name}.weight": _Scaled.apply(codes[name], scale) for name, scale in zip(names, scales, strict=True)}
+        return self._runner.run(layer, weights | self.layers[layer].rest, hidden, self._rotary)
+
+    def _rounds(self, weight: str) -> Callable[[Tensor], Tensor]:
+        bits, block = self._rounding.bits_of(weight), self._rounding.activation_block
+        return lambda x: self._rounded(x, weight, bits, block)
+
+
+class _Scaled(torch.autograd.Function):
+    """Codes times block scales; autograd by itself would keep the codes as floating-point numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.blocks = scales.shape
+        return (codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (codes,) = ctx.saved_tensors
+        return None, (gradient * codes).reshape(*ctx.blocks, -1).sum(-1)

@@ -1,0 +1,15 @@
+"""Phi-3, Phi-3.5 and Phi-4-mini: Llama's layers with q, k and v in one linear, gate and up in another."""
+
+from __future__ import annotations
+
+from kurtail_gguf.model.spec import Family
+
+FAMILY = Family(
+    architecture="Phi3ForCausalLM",
+    attention_readers=("self_attn.qkv_proj",),
+    query="self_attn.qkv_proj",
+    key="self_attn.qkv_proj",
+    value="self_attn.qkv_proj",
+    ffn_readers=("mlp.gate_up_proj",),
+    up="mlp.gate_up_proj",
+)

@@ -1,0 +1,10 @@
+"""Qwen2 and Qwen2.5: Llama's layers with biases on q, k and v. V's bias rotates with R2."""
+
+from __future__ import annotations
+
+from kurtail_gguf.model.spec import Family
+
+FAMILY = Family(
+    architecture="Qwen2ForCausalLM",
+    always_biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+)

@@ -1,0 +1,27 @@
+"""Qwen3-MoE: Qwen3's attention; every layer a mixture of experts, as in the released models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kurtail_gguf.model.families.qwen3 import FAMILY as QWEN3
+from kurtail_gguf.model.spec import ExpertNames
+
+FAMILY = replace(
+    QWEN3,
+    architecture="Qwen3MoeForCausalLM",
+    experts=ExpertNames(
+        router="mlp.gate",
+        gate="mlp.experts.{}.gate_proj",
+        up="mlp.experts.{}.up_proj",
+        down="mlp.experts.{}.down_proj",
+        count="num_local_experts",  # transformers reads the released num_experts as this
+        used="num_experts_per_tok",
+        width="moe_intermediate_size",
+        required={
+            "norm_topk_prob": ((True,), "the runtime's chosen experts always weigh 1 together"),
+            "decoder_sparse_step": ((1,), "every layer must be a mixture of experts"),
+            "mlp_only_layers": (([], None), "every layer must be a mixture of experts"),
+        },
+    ),
+)

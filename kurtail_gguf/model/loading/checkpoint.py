@@ -1,0 +1,281 @@
+"""Streaming reader of an HF directory: memory-mapped weights, one layer's tensors at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.model.families.registry import find_family
+from kurtail_gguf.model.loading.untrusted import check_sizes, check_token_ids, read_json
+from kurtail_gguf.model.loading.weight_files import WeightFiles, check_directory
+from kurtail_gguf.model.spec import ModelSpec, build_spec
+
+#: What can be read, and bytes of a value.
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+#: Rows of an embedding checked or converted at once: 8192 x 4096 float32 is 128 MiB.
+CHUNK_ROWS = 8192
+
+
+def single(_name: str) -> torch.dtype:
+    """Single precision, whatever the tensor's name."""
+    return torch.float32
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An HF directory opened for reading; every tensor's place, shape and dtype was checked.
+
+    Args:
+        directory: the HF directory.
+        config: transformers' config object for it.
+        spec: sizes and roles.
+        files: where each tensor lies.
+    """
+
+    directory: Path
+    config: Any
+    spec: ModelSpec
+    files: WeightFiles
+
+    def tensor(self, name: str, check: bool = False) -> torch.Tensor:
+        """One tensor as stored, a view of the mapped file (float32, float16 or bfloat16), not to be written to.
+
+        Raises:
+            SourceError: with ``check``, where a weight is NaN or infinite; a file that changed since it was opened first.
+        """
+        path = self.files.by_tensor[name]
+        with self.files.open(path) as file:
+            tensor = file.get_tensor(name)
+        if check:
+            _check_finite(tensor, name, path)
+        return tensor
+
+    def layer(
+        self,
+        index: int,
+        device: str | torch.device = "cpu",
+        check: bool = False,
+        dtype_of: Callable[[str], torch.dtype] = single,
+    ) -> dict[str, torch.Tensor]:
+        """All tensors of a layer, by name below ``model.layers.N.``.
+
+        Args:
+            index: layer number.
+            device: where to put them; on the CPU float32 tensors stay views of the mapped file. They must not be written
+                to: a pickle stays mapped, and whoever reads the layer next would get what was written.
+            check: refuse NaN and infinities.
+            dtype_of: what a tensor of this name is wanted in.
+
+        Returns:
+            float32 tensors where ``dtype_of`` says nothing else, shapes as in ``spec.layer_shapes()``.
+
+        Raises:
+            SourceError: with ``check``, NaN or infinite weights; a file that changed since it was opened first.
+        """
+        stored = self.stored_layer(index, check)
+        return {name: tensor.to(device, dtype_of(name)) for name, tensor in stored}
+
+    def stored_layer(self, index: int, check: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """A layer's tensors as stored, one by one, with their names: views of the mapped file, as :meth:`tensor`'s."""
+        # Opened once a file and not once a tensor: generation asks for every layer at every token.
+        for path, names in self._layer_files(index).items():
+            with self.files.open(path) as file:
+                for name in names:
+                    tensor = file.get_tensor(name)
+                    if check:
+                        _check_finite(tensor, name, path)
+                    yield name.removeprefix(self.spec.layer_prefix(index)), tensor
+                    del tensor
+
+    def stored_sizes(self, index: int) -> dict[str, int]:
+        """Bytes of a layer's tensors as stored, from the shards' headers."""
+        found = {}
+        for path, names in self._layer_files(index).items():
+            with self.files.open(path) as file:
+                for name in names:
+                    info = file.get_slice(name)
+                    size = _DTYPES[info.get_dtype()] * math.prod(info.get_shape())
+                    found[name.removeprefix(self.spec.layer_prefix(index))] = size
+        return found
+
+    def _layer_files(self, index: int) -> dict[Path, list[str]]:
+        """Full names of a layer's tensors by the file that holds them."""
+        found: dict[Path, list[str]] = {}
+        for name in self.spec.layer_shapes():
+            full = self.spec.layer_prefix(index) + name
+            found.setdefault(self.files.by_tensor[full], []).append(full)
+        return found
+
+    def rows(self, name: str, chunk: int = CHUNK_ROWS) -> Iterator[tuple[int, torch.Tensor]]:
+        """A matrix in chunks of rows: ``(first row, float32 [≤ chunk, columns])``, checked for NaN."""
+        path = self.files.by_tensor[name]
+        with self.files.open(path) as file:
+            rows = file.get_slice(name)
+            total = rows.get_shape()[0]
+            for start in range(0, total, chunk):
+                piece = rows[start : min(start + chunk, total)]
+                _check_finite(piece, name, path)
+                yield start, piece.to(torch.float32)
+
+    def check_filled(self) -> None:
+        """Refuse what is no model for its zeros: a download that reserved its space and was broken off leaves them.
+
+        Zeros that models do have pass: biases, rows of unused tokens, what was pruned, up to all linears of a layer. A
+        row is read of most tensors that are looked at, and the whole of what is zeros.
+
+        Raises:
+            SourceError: embedding, final norm or head, all of a layer, or every layer's linears are zeros.
+        """
+        spec, by_tensor = self.spec, self.files.by_tensor
+        for name in spec.top_shapes():
+            if not self._filled(name):
+                raise SourceError(f"{by_tensor[name]}: tensor {name} holds nothing but zeros: download the file again")
+        prefixes, names = [spec.layer_prefix(layer) for layer in range(spec.layers)], tuple(spec.layer_shapes())
+        for prefix in prefixes:
+            if not any(self._filled(prefix + name) for name in names):
+                raise SourceError(
+                    f"{by_tensor[prefix + names[0]]}: all of {prefix.removesuffix('.')} is zeros: download the file again, or "
+                    "leave a layer that does nothing out of the model"
+                )
+        if not any(self._filled(f"{prefix}{name}.weight") for prefix in prefixes for name in spec.linears):
+            raise SourceError(
+                f"{self.directory}: the linears of all {spec.layers} layers hold nothing but zeros: download it again"
+            )
+
+    def _filled(self, name: str) -> bool:
+        """Whether a tensor holds anything but zeros; it is read as far as the first rows that do."""
+        with self.files.open(self.files.by_tensor[name]) as file:
+            rows = file.get_slice(name)
+            start, count = 0, 1
+            while start < rows.get_shape()[0]:
+                if rows[start : start + count].any():
+                    return True
+                start, count = start + count, min(2 * count, CHUNK_ROWS)
+        return False
+
+    @property
+    def head_name(self) -> str:
+        """Name of the tensor that holds the output head's weights (the embedding's where tied)."""
+        family = self.spec.family
+        return f"{family.embedding if self.spec.tied else family.head}.weight"
+
+    def fingerprint(self) -> str:
+        """Hex digest of config.json and of every shard's name, size and time of change.
+
+        Cheap, and enough to notice that a checkpoint changed between two runs in one work directory.
+        """
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for path, (size, changed) in self.files.stamps.items():
+            digest.update(f"{path.name} {size} {changed}\n".encode())
+        return digest.hexdigest()
+
+
+def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
+    """Open an HF directory and check that every tensor the architecture needs is there and fits.
+
+    Weights themselves are read, and checked for NaN, only when a step asks for them; see also
+    :meth:`Checkpoint.check_filled`.
+
+    Args:
+        directory: the HF directory.
+        allow_pickle: read ``.bin`` files where there are no safetensors.
+
+    Raises:
+        UnsupportedArchitecture: the model is not one that can be converted exactly.
+        SourceError: no config.json, a missing, truncated or outlying shard, a missing tensor, a wrong
+            shape or dtype, begin or end of text that the vocabulary does not have, pickles that are not allowed;
+            the message names file and tensor.
+    """
+    check_directory(directory)
+    raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise SourceError(f"{directory / 'config.json'}: 'architectures' must name one architecture")
+    family = find_family(str(architectures[0]))
+    check_sizes(raw, directory / "config.json")  # transformers makes lists as long as the layers are many
+    config = _load_config(directory)
+    check_sizes(config.to_dict(), directory / "config.json")
+    try:
+        spec = build_spec(family, config.to_dict())
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
+    check_token_ids(raw, spec.vocab_size, directory / "config.json")
+    generation = directory / "generation_config.json"
+    check_token_ids(_generation_config(generation), spec.vocab_size, generation)
+    files = WeightFiles(directory, allow_pickle)
+    _check_tensors(spec, files, directory)
+    return Checkpoint(directory, config, spec, files)
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    """What the file says; nothing where there is none or, as in some models, one that is no JSON: upstream goes on too."""
+    try:
+        return read_json(path, remedy="")
+    except SourceError:
+        return {}
+
+
+def _load_config(directory: Path) -> Any:
+    from transformers import AutoConfig  # takes seconds to import: only once a checkpoint looks sane
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers makes of a bad config, it is the config's fault
+        raise SourceError(f"{directory / 'config.json'}: transformers refuses it: {error}") from error
+
+
+def _check_tensors(spec: ModelSpec, files: WeightFiles, directory: Path) -> None:
+    expected = _expected(spec, files.by_tensor, directory)
+    by_file: dict[Path, list[str]] = {}
+    for name in expected:
+        by_file.setdefault(files.by_tensor[name], []).append(name)
+    for path, names in by_file.items():
+        with files.open(path) as file:
+            present = set(file.keys())
+            for name in names:
+                if name not in present:
+                    raise SourceError(f"{path}: tensor {name} is missing, though the index names this file")
+                info = file.get_slice(name)
+                shape, dtype = tuple(info.get_shape()), info.get_dtype()
+                if shape != expected[name]:
+                    raise SourceError(
+                        f"{path}: tensor {name} has shape {list(shape)}, config.json asks for "
+                        f"{list(expected[name])}"
+                    )
+                if dtype not in _DTYPES:
+                    raise SourceError(
+                        f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} can be read"
+                    )
+    for name, path in files.by_tensor.items():
+        # a bias that the architecture does not know would be dropped in silence
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) < spec.layers and name not in expected and not name.endswith("rotary_emb.inv_freq"):
+            raise SourceError(f"{path}: tensor {name} is unknown to {spec.family.architecture}")
+
+
+def _expected(spec: ModelSpec, files: dict[str, Path], directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by name. It ends at the first that is missing: a config may name any number of layers."""
+    expected: dict[str, tuple[int, ...]] = {}
+    shapes = spec.layer_shapes()
+    layers = ((spec.layer_prefix(layer), shapes) for layer in range(spec.layers))
+    for prefix, part in chain([("", spec.top_shapes())], layers):
+        for name, shape in part.items():
+            if prefix + name not in files:
+                raise SourceError(f"{directory}: tensor {prefix}{name} is missing from the checkpoint")
+            expected[prefix + name] = shape
+    return expected
+
+
+def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
+    if not torch.isfinite(tensor).all():
+        raise SourceError(f"{path}: tensor {name} holds NaN or infinite weights: the checkpoint is damaged")

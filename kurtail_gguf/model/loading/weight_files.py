@@ -1,0 +1,156 @@
+"""Which files of an HF directory hold the weights, and how they are opened: safetensors, or pickles where asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.model.loading.pickled import PickledFile
+from kurtail_gguf.model.loading.untrusted import check_inside, read_json
+from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS
+
+#: Suffixes of the files that are read, here or by upstream's converter.
+_READ = frozenset({".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"})
+#: Names without the suffix of the file that holds everything, by suffix of the weights.
+_NAMES = {".safetensors": "model", ".bin": "pytorch_model"}
+#: What the index of a model's shards is called after the name that one file would have.
+_INDEX = ".index.json"
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse links that lead out of an HF directory, and what is no regular file.
+
+    Raises:
+        SourceError: with the link and its target.
+    """
+    for path in sorted(directory.glob("*")):
+        if path.suffix in _READ or path.name == UNPACKED_KEYS:
+            check_inside(path, directory)
+
+
+class WeightFiles:
+    """The files that hold a model's tensors, opened when they are asked for; several threads may ask.
+
+    safetensors are opened anew each time, which costs a header and leaves nothing mapped. A pickle is run once and stays
+    mapped as long as this object lives: running it takes 40 ms where a header takes half a millisecond (290 tensors), and
+    generation asks for every layer at every token. Its pages that were read count as the process's memory, but the system
+    takes them back when it is short of it.
+
+    Args:
+        directory: the HF directory; safetensors are taken where there are both.
+        allow_pickle: read ``pytorch_model.bin`` and its shards where there are no safetensors.
+
+    Attributes:
+        by_tensor: tensor name -> the file that holds it, from the index or the single file.
+
+    Raises:
+        SourceError: no weights, pickles that are not allowed, an index that names what is no shard beside it.
+    """
+
+    def __init__(self, directory: Path, allow_pickle: bool) -> None:
+        self._pickles: dict[Path, PickledFile] = {}
+        self._lock = threading.Lock()
+        found = _locate(directory, allow_pickle)
+        if found.name.endswith(_INDEX):
+            self.by_tensor = _read_index(found)
+            self._stamps = {path: _stamp(path) for path in sorted(set(self.by_tensor.values()))}
+        else:
+            self._stamps = {found: _stamp(found)}
+            with self.open(found) as file:
+                self.by_tensor = dict.fromkeys(file.keys(), found)
+
+    @property
+    def stamps(self) -> Mapping[Path, tuple[int, int]]:
+        """Size in bytes and time of change in ns of every file when it was first seen, in the order of their names."""
+        return self._stamps
+
+    def open(self, path: Path) -> Any:
+        """A context with safetensors' reader of a file: ``keys``, ``get_tensor`` and ``get_slice``.
+
+        Raises:
+            SourceError: the file is truncated, of another format, cannot be mapped, or is not what it was at first.
+        """
+        file = self._pickled(path) if path.suffix == ".bin" else _safetensors(path)
+        # looked at when it is open: whatever was put in its place before that is seen
+        if _stamp(path) != self._stamps[path]:
+            raise SourceError(f"{path} was changed while it was being read: begin again when the checkpoint stays as it is")
+        return file
+
+    def _pickled(self, path: Path) -> PickledFile:
+        with self._lock:  # the thread that reads ahead may ask for the same file
+            if path not in self._pickles:
+                self._pickles[path] = PickledFile(path)
+            return self._pickles[path]
+
+
+def check_weights(directory: Path, allow_pickle: bool) -> None:
+    """What can be said of any architecture's HF directory, for upstream's converter takes every link, shard and pickle.
+
+    Raises:
+        SourceError: as :func:`check_directory` and :class:`WeightFiles` do.
+    """
+    check_directory(directory)
+    files = WeightFiles(directory, allow_pickle)
+    for path in files.stamps:
+        with files.open(path):
+            pass
+
+
+def _locate(directory: Path, allow_pickle: bool) -> Path:
+    """The one file of weights, or the index of their shards."""
+    for suffix, name in _NAMES.items():
+        single = directory / f"{name}{suffix}"
+        index = directory / f"{single.name}{_INDEX}"
+        if not (single.exists() or index.exists()):
+            continue
+        if suffix == ".bin" and not allow_pickle:
+            break
+        return index if index.exists() else single
+    if not allow_pickle and any(directory.glob("*.bin")):
+        raise SourceError(
+            f"{directory} holds .bin pickles, which can run code when read: convert them to safetensors (save_pretrained "
+            "does), or give --allow-pickle to read their tensors and nothing else"
+        )
+    wanted = " nor ".join(f"{name}{suffix}" for suffix, name in _NAMES.items() if allow_pickle or suffix != ".bin")
+    raise SourceError(f"{directory} holds neither {wanted} nor an index of its shards")
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index, remedy="").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index}: no 'weight_map'")
+    return {tensor: _shard(shard, index) for tensor, shard in weight_map.items()}
+
+
+def _shard(shard: object, index: Path) -> Path:
+    suffix = Path(index.name.removesuffix(_INDEX)).suffix
+    if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(suffix):
+        raise SourceError(f"{index}: shard {shard!r} is not the name of a {suffix} file beside it")
+    path = index.parent / shard
+    if not path.exists():
+        raise SourceError(f"{path} is missing: {index.name} names it; download the shard again")
+    return path
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{path} is truncated or not safetensors ({error}): download the file again"
+        ) from error
+    except RuntimeError as error:  # torch maps the file, and the system may refuse one larger than its memory
+        raise SourceError(f"{path} cannot be mapped ({error}): split it into shards of a few GB") from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error.strerror}): download the file again") from error
+    return stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,82 @@
+"""Where a checkpoint's linears lie in a GGUF file, and in what order their rows do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from kurtail_gguf.model.spec import ModelSpec
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+def file_tensor(spec: ModelSpec, layer: int, linear: str) -> tuple[str, int | None]:
+    """The tensor of a block linear.
+
+    Args:
+        spec: sizes and roles.
+        layer: its number.
+        linear: name below the layer's prefix; a router counts as well.
+
+    Returns:
+        Name in the file (``blk.0.attn_q.weight``), and the expert's number where all experts of a layer are one tensor.
+    """
+    part, expert = _part(spec, linear)
+    return f"blk.{layer}.{part}.weight", expert
+
+
+def file_norm(spec: ModelSpec, norm: str) -> str:
+    """A norm's name in the file, between the layer's prefix and its suffix (``attn_norm``)."""
+    family = spec.family
+    return {
+        family.attention_norm: "attn_norm", family.ffn_norm: "ffn_norm", family.query_norm: "attn_q_norm",
+        family.key_norm: "attn_k_norm",
+    }[norm]  # fmt: skip
+
+
+def file_rows(spec: ModelSpec, linear: str, rows: npt.NDArray) -> npt.NDArray:
+    """Rows of a linear ``[out, …]`` in the order of the file: q and k from halves of RoPE to pairs where they are so."""
+    family = spec.family
+    heads = {family.query: spec.heads, family.key: spec.kv_heads}.get(linear)
+    if heads is None or not family.rope_pairs:
+        return rows
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
+
+
+def online_tensors(spec: ModelSpec, online: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of the Hadamard blocks that inputs are multiplied by, by the names of the file's tensors that read them.
+
+    Args:
+        spec: sizes and roles.
+        online: the sizes by kinds of sites.
+    """
+    return {
+        file_tensor(spec, layer, linear)[0]: online[site.kind]
+        for layer in range(spec.layers) for site in spec.sites if site.kind in online for linear in site.readers
+    }  # fmt: skip
+
+
+def _part(spec: ModelSpec, linear: str) -> tuple[str, int | None]:
+    family, names = spec.family, spec.family.experts
+    if linear == family.attention_writer:
+        return "attn_output", None
+    if linear in family.attention_readers:
+        if family.fused_attention:
+            return "attn_qkv", None
+        return {family.query: "attn_q", family.key: "attn_k", family.value: "attn_v"}[linear], None
+    if names is None:
+        if linear == family.ffn_writer:
+            return "ffn_down", None
+        # gate and up in one are what the runtime calls up
+        return ("ffn_up" if linear == family.up else "ffn_gate"), None
+    if linear == names.router:
+        return "ffn_gate_inp", None
+    for part, pattern in (("gate", names.gate), ("up", names.up), ("down", names.down)):
+        before, after = pattern.split("{}")
+        number = linear.removeprefix(before).removesuffix(after)
+        if pattern.format(number) == linear and number.isdigit():
+            return f"ffn_{part}_exps", int(number)
+    raise KeyError(linear)

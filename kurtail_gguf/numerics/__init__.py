@@ -1,0 +1,1 @@
+"""Numbers as files and runtime have them: formats of blocks, Hadamard matrices, rounding."""

@@ -1,0 +1,30 @@
+"""GGUF files in and out: the only place that knows ``gguf`` and upstream's converter.
+
+Both run in workers (:mod:`kurtail_gguf.runtime.vendored`); this module is the face of them that the rest of
+the program sees.
+"""
+
+from __future__ import annotations
+
+from kurtail_gguf.runtime.export.writer import (
+    ExportError,
+    check_vocabulary,
+    export_reference,
+    read_metadata,
+    write_adapter,
+    write_gguf,
+)  # fmt: skip
+from kurtail_gguf.runtime.gguf_info import GgufError, GgufInfo, TensorInfo, read_gguf
+
+__all__ = [
+    "ExportError",
+    "GgufError",
+    "GgufInfo",
+    "TensorInfo",
+    "check_vocabulary",
+    "export_reference",
+    "read_gguf",
+    "read_metadata",
+    "write_adapter",
+    "write_gguf",
+]

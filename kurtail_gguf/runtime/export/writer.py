@@ -1,0 +1,174 @@
+"""Writes GGUF files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from kurtail_gguf.files.atomic import publish, scratch_beside
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.runtime import vendored
+from kurtail_gguf.runtime.gguf_info import read_gguf
+from kurtail_gguf.runtime.provenance import TOOL, Provenance
+
+_WORKER, _ADAPTER_WORKER = "kurtail_gguf.runtime.export.worker", "kurtail_gguf.runtime.export.adapter_worker"
+
+#: Only float types of the checkpoint are offered for a reference.
+REFERENCE_TYPES = ("auto",)
+
+
+class ExportError(KurtailError):
+    """A GGUF file could not be written."""
+
+
+def write_gguf(
+    source: Path,
+    quantized: Path,
+    out: Path,
+    provenance: Provenance,
+    progress: Progress,
+    tables: Mapping[str, int],
+    online: Mapping[str, int],
+    eight_bit: Collection[str] = (),
+    k_offset: Sequence[float] | None = None,
+) -> None:
+    """Write the quantized model as a GGUF file.
+
+    The same arguments give the same bytes. ``out`` appears only when it is complete and on disk.
+
+    Args:
+        source: the HF directory: configuration, tokenizer and model card.
+        quantized: directory that ``layerwise.fold_and_quantize`` filled: uint8 rows of the target's format for packed
+            linears in HF's row order, float32 for the rest.
+        out: the file to write; an existing one is replaced.
+        provenance: the ``kurtail.*`` keys.
+        progress: one stage, a unit a tensor.
+        tables: types of embedding and head by the names of their files in ``quantized``; only the former where one table
+            serves for both.
+        online: sizes of the Hadamard blocks that inputs are multiplied by at run time, by the tensors' names in the file.
+        eight_bit: HF names of packed linears whose activations have 8 bits where the others' have 4.
+        k_offset: what keys are stored without (docs/format.md), in the file's order; None for nothing.
+
+    Raises:
+        ExportError: a full disk, no permission, a tokenizer that upstream's converter does not know.
+    """
+    request = {
+        "task": "quantized",
+        "source": str(source.resolve()),
+        "quantized": str(quantized.resolve()),
+        "provenance": asdict(provenance),
+        "tables": dict(tables),
+        "online": dict(online),
+        "eight_bit": sorted(eight_bit),
+        "k_offset": None if k_offset is None else list(k_offset),
+    }
+    with progress.stage("export", _count_tensors(quantized)) as stage, _whole_or_not_at_all(out) as beside:
+
+        def on_message(message: dict[str, Any]) -> None:
+            stage.advance(1, message["tensor"])
+
+        _run({**request, "out": str(beside)}, f"cannot write {out}", on_message)
+
+
+def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
+    """Write an unquantized GGUF file by upstream's converter as it is.
+
+    Args:
+        source: HF directory.
+        out: the file to write.
+        outtype: ``auto``: bf16 or f16 where every matrix of the checkpoint is, else f32.
+    """
+    if outtype not in REFERENCE_TYPES:
+        raise ExportError(f"a reference of type {outtype!r} is not offered: choose {', '.join(REFERENCE_TYPES)}")
+    with _whole_or_not_at_all(out) as beside:
+        request = {"task": "reference", "source": str(source.resolve()), "out": str(beside)}
+        _run(request, f"cannot write {out}")
+
+
+def check_vocabulary(source: Path) -> None:
+    """Raise ExportError if upstream's converter cannot write the tokenizer of an HF directory.
+
+    Meant to be asked before the work of hours, since :func:`write_gguf` would only find out at its end.
+    """
+    request = {"task": "vocabulary", "source": str(source.resolve())}
+    _run(request, f"the vocabulary of {source} cannot be written")
+
+
+def read_metadata(source: Path, scratch: Path) -> Mapping[str, Any]:
+    """Every key that upstream's converter writes for an HF directory, as :func:`read_gguf` gives them.
+
+    Args:
+        source: HF directory.
+        scratch: a file to write them to; it stays.
+
+    Raises:
+        ExportError: a model or tokenizer that upstream's converter does not know.
+    """
+    request = {"task": "metadata", "source": str(source.resolve()), "out": str(scratch)}
+    _run(request, f"the metadata of {source} cannot be read")
+    return read_gguf(scratch).metadata
+
+
+def write_adapter(tensors: Path, architecture: str, rotations: str, out: Path) -> None:
+    """Write a LoRA adapter as a GGUF file.
+
+    Args:
+        tensors: safetensors of float32 matrices, named as in the file (``blk.0.attn_q.weight.lora_a``).
+        architecture: ``general.architecture`` of the model's file.
+        rotations: ``kurtail.rotations.sha256`` of the model's file.
+        out: the file to write; an existing one is replaced.
+    """
+    request = {"tensors": str(tensors.resolve()), "architecture": architecture, "rotations": rotations, "tool": TOOL}
+    with _whole_or_not_at_all(out) as beside:
+        _run({**request, "out": str(beside)}, f"cannot write {out}", worker=_ADAPTER_WORKER)
+
+
+def _run(
+    request: dict[str, Any],
+    what: str,
+    on_message: Callable[[dict[str, Any]], None] = lambda message: None,
+    worker: str = _WORKER,
+) -> None:
+    try:
+        vendored.run(worker, request, on_message)
+    except vendored.WorkerError as error:
+        raise ExportError(f"{what}: {error}") from None
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A path beside ``out`` that replaces it on success and is removed on any failure."""
+    # resolved: where OUT is a link, what it points at is replaced, not the link
+    target = out.resolve()
+    if target.is_dir():
+        raise ExportError(f"cannot write {out}: it is a directory")
+    beside = scratch_beside(target)
+    try:
+        beside.touch()
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {error.strerror}: choose another OUT") from None
+    try:
+        yield beside
+        try:
+            publish(beside, target)
+        except OSError as error:
+            raise ExportError(f"cannot write {out}: {error.strerror}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _count_tensors(quantized: Path) -> int:
+    count = len(list(quantized.glob("*.npy")))  # embedding and head
+    for path in quantized.glob("*.safetensors"):
+        try:
+            with safe_open(path, "np") as file:
+                count += len(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ExportError(f"{path} is damaged ({error}): remove the work directory and convert again") from None
+    return count

@@ -1,0 +1,75 @@
+"""What the runtime says to given tokens, and how a vocabulary splits texts; by the bindings, in a process of their own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.runtime import vendored
+from kurtail_gguf.runtime.bindings import require_bindings
+from kurtail_gguf.runtime.cache_types import FILE
+
+_WORKER = "kurtail_gguf.runtime.logits_worker"
+
+
+def runtime_log_probabilities(
+    path: Path,
+    sequences: Sequence[Sequence[int]],
+    exact_cache: bool = False,
+    adapter: Path | None = None,
+    cache: str = FILE,
+) -> npt.NDArray[np.float32]:
+    """Log-probabilities of what follows each token of some sequences, each from an empty cache.
+
+    Args:
+        path: GGUF file.
+        sequences: token ids, none of them empty.
+        exact_cache: cache keys and values in single precision and attend in it, whatever the file asks for.
+        adapter: GGUF file of a LoRA adapter to apply.
+        cache: one of :data:`kurtail_gguf.runtime.cache_types.CACHE_TYPES`; of no use with ``exact_cache``.
+
+    Returns:
+        float32 ``[Σ tokens, vocabulary]``.
+
+    Raises:
+        KurtailError: no bindings, a file that the runtime refuses, logits that are not finite.
+    """
+    require_bindings()
+    with tempfile.TemporaryDirectory(prefix="kurtail-logits-") as directory:
+        out = Path(directory) / "rows.npy"
+        request = {"sequences": [list(map(int, one)) for one in sequences], "texts": [], "out": str(out), "cache": cache}
+        _run(path, {**request, "exact_cache": exact_cache, "adapter": adapter and str(adapter.resolve())})
+        return np.load(out)
+
+
+def mean_divergence(right: npt.NDArray[np.floating], found: npt.NDArray[np.floating]) -> float:
+    """Mean over positions of the Kullback-Leibler divergence of ``found`` from ``right``, in nats.
+
+    Args:
+        right, found: log-probabilities ``[positions, vocabulary]``.
+    """
+    p = right.astype(np.float64)
+    return float((np.exp(p) * (p - found)).sum(-1).mean())
+
+
+def runtime_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """How the vocabulary of a GGUF file splits texts, without BOS.
+
+    Raises:
+        KurtailError: no bindings, or a file that the runtime refuses.
+    """
+    require_bindings()
+    request = {"sequences": None, "texts": list(texts), "out": "", "exact_cache": False, "adapter": None, "cache": FILE}
+    return _run(path, request)
+
+
+def _run(path: Path, request: dict) -> list[list[int]]:
+    try:
+        return vendored.run(_WORKER, {**request, "path": str(path.resolve())})
+    except vendored.WorkerError as error:
+        raise KurtailError(f"{path}: {error}") from None
