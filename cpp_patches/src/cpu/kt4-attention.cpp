@@ -20,7 +20,8 @@ namespace ggml::cpu::kt4 {
 
 constexpr int QUERY_ROWS = 64;
 constexpr int KEYS       = 64;
-constexpr int KEYS_CHUNK = 4*KEYS; // a thread's share of the keys at least
+constexpr int KEYS_CHUNK = 4*KEYS; // keys that a thread takes at once, at least
+constexpr int SHARES     = 16;     // pieces of work for each thread, where there are keys enough: the last to finish is waited for
 constexpr int BLOCK      = QK4_0;
 
 #if defined(__AVX512F__)
@@ -57,6 +58,7 @@ struct plan {
     int64_t rows;          // query rows of a key head: tokens times those heads
     int64_t tiles;         // of QUERY_ROWS
     int64_t units;         // tiles times key heads times sequences
+    int64_t most_rows;     // of a tile
     int64_t chunk;         // keys
     int64_t n_chunks;
 
@@ -74,9 +76,10 @@ struct plan {
         heads_per_key = q->ne[2]/k->ne[2];
         rows   = q->ne[1]*heads_per_key;
         tiles  = (rows + QUERY_ROWS - 1)/QUERY_ROWS;
+        most_rows = std::min<int64_t>(rows, QUERY_ROWS);
         units  = tiles*k->ne[2]*q->ne[3]; // sequences share keys where k->ne[3] is less
         // units is 0 where there are no queries: such a node is planned for, too
-        const int64_t wanted = n_threads == 1 || units == 0 ? 1 : (4*n_threads + units - 1)/units;
+        const int64_t wanted = units == 0 ? 1 : (SHARES*n_threads + units - 1)/units;
         chunk    = std::max<int64_t>((n_keys + wanted - 1)/wanted, KEYS_CHUNK);
         chunk    = (chunk + KEYS - 1)/KEYS*KEYS;
         n_chunks = (n_keys + chunk - 1)/chunk;
@@ -86,7 +89,7 @@ struct plan {
         scores_size   = QUERY_ROWS*KEYS*sizeof(float);
         values_size   = KEYS*dv*sizeof(float);
         sums_size     = QUERY_ROWS*dv*sizeof(float);
-        partials_size = n_chunks == 1 ? 0 : GGML_PAD(units*n_chunks*QUERY_ROWS*(2 + dv)*sizeof(float), 64);
+        partials_size = n_chunks == 1 ? 0 : GGML_PAD(units*n_chunks*most_rows*(2 + dv)*sizeof(float), 64);
     }
 
     size_t scratch_size() const { return panels_size + keys_size + scores_size + values_size + sums_size + 64; }
@@ -139,17 +142,45 @@ static void store_key_block(ggml_half d, const uint8_t * nibbles, int r, group_b
     }
 }
 
+#if defined(__SSE2__)
+// the same of four keys of 4 bits, into rows r to r + 3
+static void store_four_keys(const char * k, size_t stride, int64_t b, int r, group_block<BLOCK> & out) {
+    static_assert(BIASED && BLOCK == 32, "nibbles stay as they are, and a block has 16 bytes of them");
+    __m128 x[4];
+    for (int i = 0; i < 4; ++i) {
+        const block_q4_0 & block = ((const block_q4_0 *) (k + i*stride))[b];
+        out.d[r + i] = block.d;
+        x[i] = _mm_castsi128_ps(_mm_loadu_si128((const __m128i *) block.qs));
+    }
+    _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+    for (int p = 0; p < 4; ++p) {
+        _mm_storeu_ps((float *) (out.qs + 4*(p*GROUP_ROWS + r)), x[p]);
+    }
+}
+#endif
+
 static void pack_keys(const char * k, size_t stride, int n, const plan & p, group_block<BLOCK> * out) {
     const int64_t nb = p.dk/BLOCK;
+    const int64_t blocks = p.blocks;
+    const bool    whole  = p.parts == 1;
     constexpr uint8_t ZEROS[BLOCK/2] = {};
     for (int key = 0; key < KEYS; ++key) {
-        group_block<BLOCK> * group = out + key/GROUP_ROWS*p.blocks;
+        group_block<BLOCK> * group = out + key/GROUP_ROWS*blocks;
         const int r = key % GROUP_ROWS;
+#if defined(__SSE2__)
+        if (whole && r % 4 == 0 && key + 4 <= n) {
+            for (int64_t b = 0; b < nb; ++b) {
+                store_four_keys(k + key*stride, stride, b, r, group[b]);
+            }
+            key += 3;
+            continue;
+        }
+#endif
         if (key >= n) {
-            for (int64_t b = 0; b < p.blocks; ++b) {
+            for (int64_t b = 0; b < blocks; ++b) {
                 store_key_block(0, ZEROS, r, group[b]); // a scale of 0: whatever the codes are
             }
-        } else if (p.parts == 1) {
+        } else if (whole) {
             const block_q4_0 * row = (const block_q4_0 *) (k + key*stride);
             for (int64_t b = 0; b < nb; ++b) {
                 store_key_block(row[b].d, row[b].qs, r, group[b]);
@@ -170,6 +201,17 @@ static void pack_keys(const char * k, size_t stride, int n, const plan & p, grou
             }
         }
     }
+}
+
+// a tile's rows lie far apart: the processor does not foresee them, and a token would wait for each
+static void prefetch_rows(const char * rows, size_t stride, int64_t n) {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < n; ++i) {
+        __builtin_prefetch(rows + i*stride);
+    }
+#else
+    (void) rows, (void) stride, (void) n;
+#endif
 }
 
 // upstream's conversion is compiled for the baseline
@@ -200,11 +242,13 @@ static void expand_block(const block_q4_0 * block, float * out) {
 }
 
 static void expand_values(const ggml_tensor * v, const char * rows, int n, float * out) {
-    const int64_t dv = v->ne[0];
-    const ggml_to_float_t to_float = ggml_get_type_traits(v->type)->to_float;
+    // in variables: what is written through out might be these, for all that the compiler knows
+    const int64_t dv     = v->ne[0];
+    const size_t  stride = v->nb[1];
+    const ggml_to_float_t to_float = v->type == GGML_TYPE_Q4_0 ? nullptr : ggml_get_type_traits(v->type)->to_float;
     for (int key = 0; key < n; ++key, out += dv) {
-        const char * row = rows + key*v->nb[1];
-        if (v->type != GGML_TYPE_Q4_0) {
+        const char * row = rows + key*stride;
+        if (to_float) {
             to_float(row, out, dv);
             continue;
         }
@@ -234,8 +278,9 @@ static void add_values(const float * weights, const float * values, int64_t dv, 
     for (int key = 0; key < KEYS; ++key) {
         vec v[N];
         for (int i = 0; i < N; ++i) {
-            v[i] = *(const vec *) (values + key*dv + i*LANES);
-            KEEP_IN_REGISTER(v[i]); // GCC would load it again for each row, and loads are what is short
+            vec x = *(const vec *) (values + key*dv + i*LANES);
+            KEEP_IN_REGISTER(x); // GCC would load it again for each row, and loads are what is short
+            v[i] = x;
         }
         for (int r = 0; r < R; ++r) {
             for (int i = 0; i < N; ++i) {
@@ -387,7 +432,9 @@ static void attend(const ggml_tensor * dst, const plan & p, const tile_rows & t,
             continue;
         }
 
+        prefetch_rows(v_rows + key*v->nb[1], v->nb[1], n);
         pack_keys(k_rows + key*k->nb[1], k->nb[1], n, p, keys);
+        prefetch_rows(k_rows + (key + KEYS)*k->nb[1], k->nb[1], std::min<int64_t>(KEYS, key1 - key - KEYS));
         for (int64_t c0 = 0; c0 < t.n; c0 += PANEL_COLUMNS) {
             const int width = (int) std::min<int64_t>(PANEL_COLUMNS, t.n - c0);
             for (int g = 0; g*GROUP_ROWS < n; ++g) {
@@ -464,9 +511,12 @@ void attention(const ggml_compute_params * params, ggml_tensor * dst) {
     }
     ggml_barrier(params->threadpool);
 
+    // all units of a chunk, one after the other: heads lie beside each other in a row of the cache
     for (int64_t i = params->ith; i < p.units*p.n_chunks; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const tile_rows t = rows_of(p, dst, i/p.n_chunks);
-        const int64_t key0 = i % p.n_chunks * p.chunk;
+        const int64_t unit  = i % p.units;
+        const int64_t chunk = i / p.units;
+        const tile_rows t = rows_of(p, dst, unit);
+        const int64_t key0 = chunk*p.chunk;
         softmax_state state;
         attend(dst, p, t, key0, std::min(key0 + p.chunk, p.n_keys), scratch, state, sums);
         for (int64_t r = 0; r < t.n; ++r) {
@@ -474,7 +524,7 @@ void attention(const ggml_compute_params * params, ggml_tensor * dst) {
                 finish(dst, p, t, r, state.max[r], state.sum[r], sums + r*p.dv);
                 continue;
             }
-            float * out = partials + (i*QUERY_ROWS + r)*partial;
+            float * out = partials + ((unit*p.n_chunks + chunk)*p.most_rows + r)*partial;
             out[0] = state.max[r];
             out[1] = state.sum[r];
             memcpy(out + 2, sums + r*p.dv, p.dv*sizeof(float));
@@ -488,15 +538,15 @@ void attention(const ggml_compute_params * params, ggml_tensor * dst) {
     for (int64_t unit = 0; unit < p.units; ++unit) {
         const tile_rows t = rows_of(p, dst, unit);
         for (int64_t r = params->ith; r < t.n; r += params->nth) {
-            const float * first = partials + (unit*p.n_chunks*QUERY_ROWS + r)*partial;
+            const float * first = partials + (unit*p.n_chunks*p.most_rows + r)*partial;
             float max = -INFINITY;
             for (int64_t c = 0; c < p.n_chunks; ++c) {
-                max = std::max(max, first[c*QUERY_ROWS*partial]);
+                max = std::max(max, first[c*p.most_rows*partial]);
             }
             float sum = 0.0f;
             memset(sums, 0, p.dv*sizeof(float));
             for (int64_t c = 0; c < p.n_chunks && max != -INFINITY; ++c) {
-                const float * from = first + c*QUERY_ROWS*partial;
+                const float * from = first + c*p.most_rows*partial;
                 const float scale = expf(from[0] - max);
                 sum += from[1]*scale;
                 for (int64_t j = 0; j < p.dv; ++j) {
