@@ -150,11 +150,15 @@ def _save_tokenizer(directory: Path) -> None:
 
 @dataclass
 class Recorder:
-    """A Progress that remembers its stages, to check that units add up."""
+    """A Progress that remembers its stages, to check that units add up, and the lines that stay."""
 
     stages: list[list] = field(default_factory=list)
     #: What was heard within units: name of the stage, finished units, share of the next.
     shares: list[tuple[str, int, float]] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+    def tell(self, line: str) -> None:
+        self.told.append(line)
 
     def stage(self, name: str, total: int):
         record = [name, total, 0]

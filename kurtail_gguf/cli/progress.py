@@ -53,6 +53,10 @@ class BarProgress:
         with bars:
             yield _Bar(bars, bars.add_task(name, total=total, note="", memory=_memory()))
 
+    def tell(self, line: str) -> None:
+        """Print a line, above the bar where one is drawn; see kurtail_gguf.messages.progress."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
 
 class _Bar:
     def __init__(self, bars: Bars, task: TaskID) -> None:
@@ -81,6 +85,10 @@ class PlainProgress:
         self._print(f"{name} …")
         yield line
         self._print(f"{name}: done in {format_seconds(line.elapsed)}")
+
+    def tell(self, line: str) -> None:
+        """Print a line; see kurtail_gguf.messages.progress."""
+        self._print(line)
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

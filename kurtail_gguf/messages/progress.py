@@ -23,6 +23,9 @@ class Progress(Protocol):
     def stage(self, name: str, total: int) -> AbstractContextManager[Stage]:
         """Open a stage of ``total`` units; leaving the context closes it."""
 
+    def tell(self, line: str) -> None:
+        """Say one line that stays, a warning for example, within a stage or between two."""
+
 
 class _SilentStage:
     def advance(self, n: int = 1, note: str = "") -> None:
@@ -38,3 +41,6 @@ class NullProgress:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
         yield _SilentStage()
+
+    def tell(self, line: str) -> None:
+        """Say nothing."""

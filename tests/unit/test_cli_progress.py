@@ -88,3 +88,18 @@ def test_a_bar_has_an_eta_where_units_take_minutes(monkeypatch):
         stage.advance(1, "layer 0")
     last = [line for line in out.getvalue().splitlines() if "quantize" in line][-1]
     assert all(part in last for part in ("25%", "1/4", "0:20:00", "ETA 1:00:00", "layer 0")), last
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_lasting_line_is_printed_as_it_is_and_is_no_stage(terminal):
+    out = io.StringIO()
+    drawn = make_progress(Console(file=out, force_terminal=terminal, color_system=None, width=40))
+    long = "all weights of [model].o_proj are 0: the checkpoint is damaged, unless this was pruned"
+    drawn.tell("before")
+    with drawn.stage("fold", 1) as stage:
+        drawn.tell(long)
+        stage.advance()
+    lines = [line.strip() for line in out.getvalue().replace("\r", "\n").splitlines()]
+    assert lines[0] == "before" and "before …" not in lines
+    assert any(long in line for line in lines)
+    assert out.getvalue().count(long) == 1 and f"{long} …" not in lines

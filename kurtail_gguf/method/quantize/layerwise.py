@@ -112,10 +112,8 @@ def fold_and_quantize(
 
 
 def _tell_zeros(names: list[str], progress: Progress) -> None:
-    # as a stage of its own: a note is gone with the next
     others = f" and of {len(names) - 1} other linears" if len(names) > 1 else ""
-    with progress.stage(f"all weights of {names[0]}{others} are 0: the checkpoint is damaged, unless this was pruned", 1) as stage:
-        stage.advance()
+    progress.tell(f"all weights of {names[0]}{others} are 0: the checkpoint is damaged, unless this was pruned")
 
 
 def layer_path(directory: Path, layer: int) -> Path:
