@@ -111,7 +111,8 @@ Examples:
 @click.option(
     "--tune", type=int, default=None, metavar="STEPS",
     help="Tune the block scales end to end for so many steps of 512 tokens; 0 leaves them. The default is "
-    f"{DEFAULT_TUNE} with --rotation diagonal (or output) --weights gptq where the model fits into memory, else 0.",
+    f"{DEFAULT_TUNE} with --rotation diagonal (or output) --weights gptq, but 0 for a mixture of experts and for a model of such a "
+    "size that it would take more than 16 GB of memory.",
 )
 @click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of everything random.")
 @click.option(

@@ -9,37 +9,22 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kurtail_gguf.convert.pipeline import check_family, runtime_rounding
-from kurtail_gguf.convert.plan_memory import Sizes, cache_text, has_r1, learns, memory_by_stage, rotation_bytes
+from kurtail_gguf.convert.cost import Cost, Estimate, Speed
+from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.convert.stages import STAGES
 from kurtail_gguf.files.destinations import check_out
 from kurtail_gguf.machine.device import pick_device
 from kurtail_gguf.machine.memory import card_module, is_card, memory_available
-from kurtail_gguf.messages.errors import KurtailError, SourceError
-from kurtail_gguf.method.cache.streams import LOGIT_TOKENS
-from kurtail_gguf.method.calibration.capture import MAX_SAMPLE, SKETCH_ROWS
-from kurtail_gguf.method.calibration.generate import BATCH as GENERATED_TOGETHER
-from kurtail_gguf.method.calibration.generate import GENERATED_LENGTH
-from kurtail_gguf.method.calibration.tokens import SEQ_LEN
-from kurtail_gguf.method.rotation.choice import CAPTURED_TOKENS
-from kurtail_gguf.method.rotation.learn import OUTPUT_STEPS, R1_STEPS
-from kurtail_gguf.method.rotation.spinquant import BATCH, SEQUENCE, STEPS, check_memory
-from kurtail_gguf.method.tuning.layer_files import memory_shortage
-from kurtail_gguf.method.tuning.scales import STEP_TOKENS
+from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
 
-#: Products of all rows with the Hessian: one of the weights, two of what the sweeps begin with, and half of one, as one
-#: triangle is enough, in the first pass, three refits and two sweeps.
-_GPTQ_PRODUCTS = 6
-#: Seconds a column takes whatever its length: a few dozen calls of torch in each of three passes.
-_COLUMN_SECONDS = 5e-4
 #: Tokens that the KV cache's size is told for.
 _CONTEXT = 8192
 
@@ -127,52 +112,34 @@ def plan(config: ConvertConfig) -> Plan:
             f"--plan reads an HF directory's config.json and headers, and {config.model} is none: a GGUF file or known "
             "model is only laid out like one by converting it"
         )
-    checkpoint = open_checkpoint(directory, config.allow_pickle)
     device = pick_device(config.device)
-    sizes = Sizes.of(checkpoint, config)
-    notes, refused = [], []
-    _tell(refused, lambda: check_family(config, checkpoint))
-    steps = 0 if checkpoint.spec.experts else config.tuning_steps
-    shortage = memory_shortage(checkpoint, sizes.block, device) if steps else None
-    tuned = steps if shortage is None else 0
-    if shortage is not None:
-        (refused if config.tune else notes).append(f"tuning of scales {shortage}: {'give --tune 0' if config.tune else 'left out'}")
-    if config.activations == "auto" and (short := memory_shortage(checkpoint, sizes.block, device)):
-        refused.append(f"--activations auto {short}: give 4 or 8")
-    if config.rotation == "spinquant":
-        _tell(refused, lambda: check_memory(checkpoint, BATCH * SEQUENCE, device))
-    memory, card = memory_by_stage(checkpoint, config, sizes, tuned, device)
-    disk = _disk(checkpoint, config, sizes, tuned)
-    window = checkpoint.spec.window
-    length = GENERATED_LENGTH if config.calibration == ("self",) else SEQ_LEN
-    if config.needs_calibration and window and window < length:
-        refused.append(f"sliding_window {window} is below the calibration length {length}")
-    room = _room(config, disk)
+    job = Job(config, open_checkpoint(directory, config.allow_pickle), device)
+    estimate = Estimate(job, Speed(_speed(torch.float32, device), _speed(torch.float64, device)))
+    notes = [note for stage in STAGES for note in stage.notes(job)]
+    refused, cost = [], Cost()
+    for stage in STAGES:
+        if stage.wanted(job):
+            reasons = list(stage.refuse(job))
+            refused += reasons
+            cost |= Cost() if reasons else stage.cost(estimate)
+    room = _room(config, cost.disk)
     refused += [
         f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free {where}"
         for where, (needed, free) in room.items() if needed > free
     ]  # fmt: skip
     available = memory_available(torch.device("cpu"))
-    if max(memory.values()) > available:
-        refused.append(f"{max(memory.values()) / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
-    on_card = memory_available(device) if card else 0
-    if card and max(card.values()) > on_card:
-        refused.append(f"{max(card.values()) / 1e9:.1f} GB of {device}'s memory are needed, {on_card / 1e9:.1f} GB are free there")
-    if card:
+    if (most := max(cost.memory.values())) > available:
+        refused.append(f"{most / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
+    on_card = memory_available(device) if cost.card else 0
+    if cost.card and (most := max(cost.card.values())) > on_card:
+        refused.append(f"{most / 1e9:.1f} GB of {device}'s memory are needed, {on_card / 1e9:.1f} GB are free there")
+    if cost.card:
         notes.append(f"{device} also holds what the driver and cuBLAS take, some hundred MB; figures are of no run on a card yet")
-    spec = checkpoint.spec
     return Plan(
-        config.model, spec.family.architecture, spec.layers, sizes.parameters, memory, available, disk, room,
-        _seconds(checkpoint, config, sizes, tuned, device), _rotations(checkpoint, config), tuple(notes), tuple(refused),
-        CacheSize.of(checkpoint, config), str(device), card, on_card,
+        config.model, job.spec.family.architecture, job.spec.layers, estimate.sizes.parameters, cost.memory, available,
+        cost.disk, room, cost.seconds, _rotations(job), tuple(notes), tuple(refused), CacheSize.of(job.checkpoint, config),
+        str(device), cost.card, on_card,
     )  # fmt: skip
-
-
-def _tell(refused: list[str], check: Callable[[], None]) -> None:
-    try:
-        check()
-    except KurtailError as error:
-        refused.append(str(error))
 
 
 def _device(path: Path) -> int:
@@ -192,75 +159,6 @@ def _room(config: ConvertConfig, disk: dict[str, int]) -> dict[str, tuple[int, i
     }
 
 
-def _disk(checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int) -> dict[str, int]:
-    spec = checkpoint.spec
-    hidden, layers = spec.hidden_size, spec.layers
-    unrounded = config.weights == "f32"
-    linears = 4 * sizes.linears if unrounded else sizes.linears * sizes.block_bytes // sizes.block
-    quantized = layers * (linears + 4 * (sizes.layer - sizes.linears))
-    tables = 8 if unrounded else 18 / 32 + (210 / 256 if hidden % 256 == 0 else 34 / 32)
-    found = {"OUT": quantized + int(sizes.table * tables), "folded tables": 8 * sizes.table, "quantized layers": quantized}
-    if config.rotation != "none":
-        found["rotations"] = sum(rotation_bytes(spec, config, layers))
-    if learns(config):
-        shapes = spec.linear_shapes()
-        readers = sum(min(SKETCH_ROWS, shapes[name][0]) for site in spec.sites if site.norm for name in site.readers)
-        a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden
-        a_layer += 8 * sum(site.size for site in spec.sites if site.norm or site.source)
-        found["captured activations"] = layers * a_layer + 4 * CAPTURED_TOKENS * hidden
-    if config.cache_bits != 16:
-        sequences, length = cache_text(spec, config)
-        found["inputs of layers, while the cache is measured"] = 4 * layers * sequences * length * hidden
-    if config.weights == "gptq":
-        width = 2 * hidden + spec.heads * spec.head_dim + spec.intermediate_size
-        found["tokens between layers"] = 4 * config.calibration_tokens * width
-    if tuned:
-        found["tuned layers"] = quantized + 12 * layers * sizes.linears // sizes.block
-        found["the unquantized model's answers"] = 4 * max(config.calibration_tokens, tuned * STEP_TOKENS) * hidden
-    return found
-
-
-def _seconds(
-    checkpoint: Checkpoint, config: ConvertConfig, sizes: Sizes, tuned: int, device: torch.device
-) -> dict[str, float]:
-    spec = checkpoint.spec
-    single, double = _speed(torch.float32, device), _speed(torch.float64, device)
-    tokens, hidden, every = config.calibration_tokens, spec.hidden_size, spec.layers * sizes.linears
-    found = {}
-    if config.needs_calibration and config.calibration == ("self",):
-        wanted = max(tokens, tuned * STEP_TOKENS)
-        passes = -(-wanted // (GENERATED_TOGETHER * GENERATED_LENGTH)) * GENERATED_LENGTH
-        # a layer's weights are converted anew at every token: memory's pace, about 2 GB a second
-        found["generate text"] = passes * spec.layers * sizes.layer * 6 / 2e9 + 2 * wanted * sizes.parameters / single
-    if learns(config):
-        steps = {"output": OUTPUT_STEPS, "kurtail": R1_STEPS}.get(config.rotation, 0)
-        found["rotations"] = 2 * CAPTURED_TOKENS * every / single + steps * 24 * hidden**3 / single
-    if config.rotation == "spinquant":
-        found["rotations"] = 8 * STEPS * BATCH * SEQUENCE * sizes.parameters / single
-    if config.cache_bits != 16:
-        text = math.prod(cache_text(spec, config))
-        # two models on two texts, and forward and back through one of them; a head for each, and back once
-        passes, heads = (4, 4) if config.cache_bits == 8 else (6, 7)
-        found["decide on the cache"] = 2 * text * (passes * every + heads * sizes.table) / single
-        # the head is read and made single precision for so many tokens at a time
-        found["decide on the cache"] += -(-text // LOGIT_TOKENS) * heads * sizes.table * 6 / 2e9
-    fold = 0.0 if config.rotation == "none" else 2 * hidden * (every + 2 * sizes.table) / double
-    if config.weights == "gptq":
-        each = sum(
-            2 * rows * inputs**2 * _GPTQ_PRODUCTS / single + 4 / 3 * inputs**3 / double
-            + 2 * tokens * inputs**2 / single + inputs * _COLUMN_SECONDS
-            for rows, inputs in sizes.stops
-        )  # fmt: skip
-        found["fold and quantize"] = fold + spec.layers * each + 2 * tokens * every / single
-    else:
-        found["fold and quantize"] = fold + every * 2e-7
-    if tuned:
-        # forward twice, backward, and the unquantized model once
-        found["tune scales"] = (8 * tuned + 2 * tuned) * STEP_TOKENS * sizes.parameters / single * 2
-    found["export"] = 2e-8 * (every + 2 * sizes.table)
-    return found
-
-
 def _speed(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations a second in a product of two matrices, undisturbed by other programs."""
     size = 4096 if is_card(device) else 768
@@ -275,10 +173,10 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def _rotations(checkpoint: Checkpoint, config: ConvertConfig) -> dict[str, str]:
+def _rotations(job: Job) -> dict[str, str]:
     """Size and place of each rotation, by name."""
-    spec, rounding = checkpoint.spec, runtime_rounding(config, checkpoint)
-    rotated, r1, r3 = config.rotation != "none", has_r1(config), rounding.cache.rotation
+    spec, rounding = job.spec, Made.of(job).rounding
+    rotated, r1, r3 = job.config.rotation != "none", job.config.has_r1, rounding.cache.rotation
     online = {size: [kind for kind, own in rounding.online.items() if own == size] for size in rounding.online.values()}
     return {
         "R1": f"{spec.hidden_size}, folded into embedding, head and every linear of the residual stream" if r1 else "none",

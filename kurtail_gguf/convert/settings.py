@@ -180,6 +180,16 @@ class ConvertConfig:
         return self.rotation in LEARNED_ROTATIONS or self.weights == "gptq" or measured
 
     @property
+    def learns_by_layer(self) -> bool:
+        """Whether rotations or scales are learned from captured activations, layer by layer."""
+        return self.rotation in LEARNED_ROTATIONS and self.rotation != "spinquant"
+
+    @property
+    def has_r1(self) -> bool:
+        """Whether the residual stream is rotated."""
+        return self.rotation not in ("none", "diagonal")
+
+    @property
     def activation_bits(self) -> int:
         """Bits of the activations, but for the linears that ``auto`` chooses."""
         if self.weights == "f32":
@@ -211,7 +221,10 @@ class ConvertConfig:
 
     @property
     def tuning_steps(self) -> int:
-        """``tune``, or by default :data:`DEFAULT_TUNE` for our own recipe; the papers' methods come without."""
+        """``tune``, or by default :data:`DEFAULT_TUNE` for our own recipe; the papers' methods come without.
+
+        Whether a model gets them is ``job.Job.tuning_steps``: not all can be tuned, nor are all by default.
+        """
         if self.tune is not None:
             return self.tune
         return DEFAULT_TUNE if self.rotation in OWN_ROTATIONS and self.weights == "gptq" else 0

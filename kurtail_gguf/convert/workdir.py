@@ -11,19 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from kurtail_gguf.files.atomic import SCRATCH, write_atomically
+from kurtail_gguf.convert.stages import STAGES
+from kurtail_gguf.files.atomic import SCRATCH, remove, write_atomically
 from kurtail_gguf.messages.errors import KurtailError
 
 _SETTINGS = "settings.json"
 #: The first file in a work directory and the last: it also tells that what lies beside it is ours to remove.
 _LOCK = "kurtail-gguf.lock"
 
-#: What a conversion leaves in a work directory, later stages first. Each is there whole or not at all, and removing
-#: the first few leaves a directory that a run can go on from.
-STAGES = (
-    "figures", "tuned", "tuning", "damage.json", "measuring", "quantized", "cache.json", "cache.safetensors", "measuring-cache",
-    "transforms.safetensors", "capture", "tokens.npy", "tuning-steps.json",
-)  # fmt: skip
+#: What a conversion leaves in a work directory, later stages first: removing the first few leaves a directory that a run
+#: can go on from.
+_RESULTS = tuple(name for stage in reversed(STAGES) for name in stage.leaves)
 _SCRATCH = ("*.partial", "*.removed", *SCRATCH, "prefix-*.npy", "source.*")
 
 
@@ -157,20 +155,8 @@ def discard(directory: Path, source: bool = False) -> None:
         directory: the work directory.
         source: also the checkpoint that a GGUF file was read into.
     """
-    for name in (*STAGES, *(["source"] if source else []), _SETTINGS):
-        remove_stage(directory / name)
+    for name in (*_RESULTS, *(["source"] if source else []), _SETTINGS):
+        remove(directory / name)
     for pattern in _SCRATCH:
         for path in directory.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def remove_stage(path: Path) -> None:
-    """Remove a stage's result, where it is there."""
-    if path.is_dir():
-        # half a directory must never have the name of a whole one
-        doomed = path.with_name(f"{path.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)

@@ -57,6 +57,18 @@ def publish(scratch: Path, target: Path) -> None:
     _sync(target.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a directory of files, whole or not at all; nothing where it is not there."""
+    if path.is_dir():
+        # half a directory must never have the name of a whole one
+        doomed = path.with_name(f"{path.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def filling(target: Path) -> Iterator[Path]:
     """A fresh directory to fill; it becomes ``target`` when the block ends without an error."""

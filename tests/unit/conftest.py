@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kurtail_gguf.convert import pipeline
+from kurtail_gguf.convert.stages import export
 from kurtail_gguf.measure import figures
 from kurtail_gguf.method.fold import tables
 from kurtail_gguf.method.fold.tables import EMBEDDING
@@ -47,7 +48,7 @@ def exported(monkeypatch) -> list[Exported]:
         calls.append(Exported(files, provenance, dict(bits), dict(tables), dict(online)))
         out.write_bytes(b"GGUF")
 
-    monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
+    monkeypatch.setattr(export, "write_gguf", write_gguf)
     # the tiny checkpoints have a byte tokenizer, which upstream does not know
     monkeypatch.setattr(pipeline, "check_vocabulary", lambda source: None)
     return calls

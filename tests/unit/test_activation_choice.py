@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kurtail_gguf.convert import pipeline
 from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.convert.stages import tune
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.method.activations import choice as activation_choice
@@ -144,13 +145,13 @@ def test_an_interrupted_measurement_leaves_no_choice(tiny_checkpoint, tmp_path, 
 
 def test_tuning_runs_with_the_chosen_bits_and_leaves_codes_alone(tiny_checkpoint, tmp_path, exported, text, monkeypatch):
     seen = []
-    original = pipeline.tune
+    original = tune.tune
 
     def watched(checkpoint, ids, quantized, block_format, rounding, *rest):
         seen.append(rounding)
         return original(checkpoint, ids, quantized, block_format, rounding, *rest)
 
-    monkeypatch.setattr(pipeline, "tune", watched)
+    monkeypatch.setattr(tune, "tune", watched)
     pipeline.convert(_config(tiny_checkpoint("llama"), tmp_path, text, tune=2), NullProgress())
     (rounding,) = seen
     provenance, chosen = exported[0].provenance, tuple(exported[0].bits)

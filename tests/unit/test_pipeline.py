@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from kurtail_gguf.convert import pipeline
+from kurtail_gguf.convert import job, pipeline
 from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.machine.device import pick_device
 from kurtail_gguf.messages.errors import ConfigError, KurtailError, SourceError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer
@@ -342,9 +343,9 @@ def cards(monkeypatch):
 def test_which_device_it_is(cards):
     for count, chosen in ((0, "cpu"), (2, "cuda")):
         cards(count)
-        assert pipeline.pick_device("auto") == torch.device(chosen)
-        assert pipeline.pick_device("cpu") == torch.device("cpu")
-    assert pipeline.pick_device("cuda:1") == torch.device("cuda", 1)
+        assert pick_device("auto") == torch.device(chosen)
+        assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize(
@@ -472,19 +473,49 @@ def test_tuning_that_does_not_fit_is_refused_before_any_work_where_it_was_asked_
     pipeline.convert(_config(tiny_checkpoint(), tmp_path / "untuned.gguf", tune=0, **options), NullProgress())
 
 
-def test_tuning_that_does_not_fit_is_left_out_by_default_and_the_user_told(
-    tiny_checkpoint, tmp_path, exported, text, few_steps, monkeypatch, recorder
-):
+def test_tuning_by_default_that_does_not_fit_is_refused_too(tiny_checkpoint, tmp_path, exported, text, monkeypatch, recorder):
+    """What comes out may not depend on what else runs on the machine."""
     monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
     config = _config(
         tiny_checkpoint(), tmp_path / "o.gguf", rotation="output", weights="gptq", calibration=(str(text),)
     )
     assert config.tuning_steps > 0
-    provenance = pipeline.convert(config, recorder).provenance
-    assert (provenance.tune_steps, provenance.calibration_tokens) == (0, 1024)
-    name, total, done = recorder.stages[0]
-    assert re.fullmatch(r"tuning of scales left out: it needs about .* GB, 0\.0 GB are free on cpu", name)
-    assert total == done == 1
+    told = _refused(config)
+    assert re.fullmatch(r"tuning of scales needs about \d+\.\d GB, 0\.0 GB are free on cpu: give --tune 0 or .*", told)
+    assert not exported and not recorder.stages and not (tmp_path / "o.gguf.work").exists()
+
+
+def test_a_model_too_large_for_tuning_by_default_is_tuned_only_where_asked(
+    tiny_checkpoint, tmp_path, exported, text, few_steps, monkeypatch, recorder
+):
+    monkeypatch.setattr(job, "DEFAULT_TUNING_BYTES", 1000)
+    config = _config(
+        tiny_checkpoint(), tmp_path / "o.gguf", rotation="output", weights="gptq", calibration=(str(text),)
+    )
+    for free in (1000, 1 << 40):
+        monkeypatch.setattr(tuning, "memory_available", lambda device, free=free: free)
+        provenance = pipeline.convert(config, recorder).provenance
+        assert (provenance.tune_steps, provenance.calibration_tokens) == (0, 1024)
+    assert exported[0] == exported[1]
+    assert len(recorder.told) == 2
+    assert re.fullmatch(r"scales are not tuned: .* about \d+\.\d GB for it, --tune 96 asks for it", recorder.told[0])
+    assert pipeline.convert(dataclasses.replace(config, tune=2), recorder).provenance.tune_steps == 2
+    assert len(recorder.told) == 2
+
+
+def test_free_memory_changes_no_bytes(tiny_checkpoint, tmp_path, exported, text, few_steps, monkeypatch):
+    model = tiny_checkpoint("llama")
+    checkpoint = open_checkpoint(model)
+    needed = [tuning.memory_needed(checkpoint, 64, kept) for kept in (tuning.Kept.NOTHING, tuning.Kept.ALL)]
+    for free in (needed[0], 2 * needed[1]):
+        monkeypatch.setattr(tuning, "memory_available", lambda device, free=free: free)
+        config = _config(
+            model, tmp_path / "o.gguf", rotation="diagonal", weights="gptq", calibration=(str(text),), tune=2, activations="auto"
+        )
+        pipeline.convert(config, NullProgress())
+    first, second = (dataclasses.replace(call, bits={}) for call in exported)
+    assert first == second and exported[0].bits == exported[1].bits != {}
+    exported.clear()  # the bits were looked at
 
 
 @pytest.mark.parametrize("lost", [(0, 1), (1,)])

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from transformers import LlamaConfig
 
 from kurtail_gguf.cli.main import commands
+from kurtail_gguf.convert import cost
 from kurtail_gguf.convert import plan as planning
-from kurtail_gguf.convert import plan_memory
 from kurtail_gguf.convert.plan import plan
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.messages.errors import SourceError, UnsupportedArchitecture
@@ -96,7 +96,7 @@ def card(monkeypatch):
     """A card that multiplies in bfloat16, as far as a plan asks for one."""
     monkeypatch.setattr(planning, "pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(planning, "_speed", lambda dtype, device: 1e13)
-    monkeypatch.setattr(plan_memory, "forward_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(cost, "forward_dtype", lambda device: torch.bfloat16)
 
 
 def test_on_a_card_it_is_a_layer_whatever_their_number(tmp_path, room, card):
@@ -112,7 +112,7 @@ def test_on_a_card_it_is_a_layer_whatever_their_number(tmp_path, room, card):
     assert max(told.card, key=told.card.get) == "quantize by GPTQ" and told.card_peak_bytes == pytest.approx(fullest, rel=0.1)
     # the host holds a layer as it is stored, mapped and page-locked, and what becomes of one
     stored = 2 * 855_654_400
-    assert stored + (1 << 31) < told.memory["capture activations"] - plan_memory.PROGRAM_BYTES < stored + (1 << 31) + GIB
+    assert stored + (1 << 31) < told.memory["capture activations"] - cost.PROGRAM_BYTES < stored + (1 << 31) + GIB
     assert told.peak_bytes < 11e9
 
 
@@ -132,10 +132,15 @@ def test_what_does_not_fit_would_be_refused(tmp_path, room):
     model = _hollow(tmp_path / "m", 2)
     room(8 * GIB, 5 * GIB)
     told = " ".join(plan(ConvertConfig(str(model), tmp_path / "o.gguf", tune=3, activations="auto")).refused)
-    for part in ("tuning of scales needs about", "--activations auto needs", "of disk are needed", "of memory are needed"):
+    for part in ("--tune 3 needs about", "--activations auto needs", "of disk are needed", "of memory are needed"):
         assert part in told
-    found = plan(ConvertConfig(str(model), tmp_path / "o.gguf"))
-    assert "tuning of scales needs about" in found.notes[0] and "left out" in found.notes[0]
+    # 70B by its sizes alone, whatever is free
+    for memory in (8 * GIB, 1000 * GIB):
+        room(memory, 5 * GIB)
+        found = plan(ConvertConfig(str(model), tmp_path / "o.gguf"))
+        assert found.notes == ("scales are not tuned: a model of this size needs about 21.0 GB for it, --tune 96 asks for it",)
+        assert "tune scales" not in found.seconds and not any("tun" in reason for reason in found.refused)
+    room(8 * GIB, 5 * GIB)
     told = " ".join(plan(ConvertConfig(str(model), tmp_path / "o.gguf", rotation="spinquant")).refused)
     assert "the whole model in memory" in told
 
@@ -244,3 +249,22 @@ def test_a_window_below_the_calibrations_length(tiny_checkpoint, tmp_path, room)
     (model / "config.json").write_text(json.dumps(config | {"sliding_window": 100}))
     found = plan(ConvertConfig(str(model), tmp_path / "o.gguf"))
     assert found.refused == ("sliding_window 100 is below the calibration length 256",)
+
+
+def test_a_tied_model_without_r1_has_one_table_and_nothing_is_folded_into_it(tiny_checkpoint, tmp_path, room, monkeypatch):
+    room(16 * GIB, 16 * GIB)
+    monkeypatch.setattr(planning, "_speed", lambda dtype, device: 1e9)
+    model = tiny_checkpoint("qwen2")
+    spec = build_spec(find_family("Qwen2ForCausalLM"), json.loads((model / "config.json").read_text()))
+    table = spec.vocab_size * spec.hidden_size
+    given = {"calibration": ("t",), "tune": 0, "device": "cpu", "weights": "rtn", "kv": 16}
+    found = {one: plan(ConvertConfig(str(model), tmp_path / "o.gguf", rotation=one, **given)) for one in ("none", "diagonal", "output")}
+    assert [one.disk["folded tables"] for one in found.values()] == [4 * table, 4 * table, 8 * table]
+    # one of q8_0 for both, and with R1 a q4_0 beside it
+    assert found["output"].disk["OUT"] - found["diagonal"].disk["OUT"] == pytest.approx(18 / 32 * table, abs=1)
+    seconds = {name: one.seconds["fold and quantize"] - found["none"].seconds["fold and quantize"] for name, one in found.items()}
+    r1 = 2 * 128 * (2 * sum(math.prod(shape) for shape in spec.linear_shapes().values()) + 2 * table) / 1e9
+    r2 = 2 * 32 * 2 * (4 + 2) * 32 * 128 / 1e9
+    assert seconds["diagonal"] == pytest.approx(r2) and seconds["output"] == pytest.approx(r1 + r2)
+    head = {name: one.memory["embedding and head"] for name, one in found.items()}
+    assert head["output"] - head["diagonal"] == 8 * 128**2

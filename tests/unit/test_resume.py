@@ -16,8 +16,9 @@ import sys
 
 import pytest
 
-from kurtail_gguf.convert import pipeline, workdir
+from kurtail_gguf.convert import job, pipeline, workdir
 from kurtail_gguf.convert.settings import ConvertConfig
+from kurtail_gguf.convert.stages import export
 from kurtail_gguf.files import atomic
 from kurtail_gguf.files.atomic import write_atomically
 from kurtail_gguf.messages.errors import KurtailError
@@ -43,7 +44,7 @@ def quick(monkeypatch):
         content = [f"{path.name} {path.read_bytes().hex()}" for path in sorted(quantized.iterdir())]
         write_atomically(out, "\n".join([*content, repr(provenance), repr(bits)]))
 
-    monkeypatch.setattr(pipeline, "write_gguf", write_gguf)
+    monkeypatch.setattr(export, "write_gguf", write_gguf)
 
 
 @pytest.fixture
@@ -145,14 +146,18 @@ def test_stages_without_settings_are_not_taken_over(config, tmp_path):
     assert config.out.read_bytes() == _expected(dataclasses.replace(config, seed=1))
 
 
-def test_tuning_that_began_is_not_left_out_later(config, tmp_path, monkeypatch):
+def test_tuning_that_no_longer_fits_waits_for_memory_and_goes_on(config, tmp_path, monkeypatch):
     kept = dataclasses.replace(config, work_dir=tmp_path / "w", tune=None, activations=4)
     monkeypatch.setattr(ConvertConfig, "tuning_steps", property(lambda self: 4))
     pipeline.convert(kept, NullProgress())
-    shutil.rmtree(tmp_path / "w" / "tuned")
-    monkeypatch.setattr("kurtail_gguf.method.tuning.layer_files.memory_available", lambda device: 1000)
-    with pytest.raises(KurtailError, match="began with tuning of scales, which now needs about"):
-        pipeline.convert(kept, NullProgress())
+    expected = config.out.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("kurtail_gguf.method.tuning.layer_files.memory_available", lambda device: 1000)
+        pipeline.convert(kept, NullProgress())  # what is tuned needs no more memory
+        shutil.rmtree(tmp_path / "w" / "tuned")
+        with pytest.raises(KurtailError, match="tuning of scales needs about .* give --tune 0"):
+            pipeline.convert(kept, NullProgress())
+    assert pipeline.convert(kept, NullProgress()).resumed and config.out.read_bytes() == expected
 
 
 def test_a_second_run_in_the_same_place_says_so_and_stops(config, tmp_path):
@@ -308,7 +313,7 @@ def test_tuning_that_was_left_out_is_done_where_it_is_asked_for(config, tmp_path
     kept = dataclasses.replace(config, work_dir=tmp_path / "w")
     with monkeypatch.context() as patched:
         patched.setattr(ConvertConfig, "tuning_steps", property(lambda self: 4))
-        patched.setattr("kurtail_gguf.method.tuning.layer_files.memory_available", lambda device: 1000)
+        patched.setattr(job, "DEFAULT_TUNING_BYTES", 0)
         assert pipeline.convert(dataclasses.replace(kept, tune=None), NullProgress()).provenance.tune_steps == 0
     result = pipeline.convert(kept, NullProgress())
     assert result.resumed and result.provenance == expected.provenance

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.files.atomic import filling
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.capture import Capture, capture
@@ -34,21 +33,23 @@ DIAGONALS = (ATTENTION, FFN, FFN_OUTPUT)
 
 
 def choose_transforms(
-    config: ConvertConfig,
+    rotation: str,
     checkpoint: Checkpoint,
     tokens: CalibrationTokens | None,
     rounding: RuntimeRounding,
+    seed: int,
     work_dir: Path,
     device: torch.device,
     progress: Progress,
 ) -> Transforms:
-    """The transforms that ``config.rotation`` names; online ones are ``rounding``'s.
+    """The transforms that ``rotation`` names; online ones are ``rounding``'s.
 
     Args:
-        config: of the conversion.
+        rotation: as ``convert --rotation`` has it.
         checkpoint: the model.
         tokens: what is learned from; None where nothing is.
         rounding: what the runtime will round, all linears alike.
+        seed: of everything random.
         work_dir: where the result is kept, and taken over from; captured activations are beside it.
         device: where to compute.
         progress: stages of capturing and learning.
@@ -57,36 +58,36 @@ def choose_transforms(
         KurtailError: not enough memory for SpinQuant's whole model, or a loss that is not finite.
         SourceError: NaN or infinite weights; the message names the tensor.
     """
-    if config.rotation == "none":
+    if rotation == "none":
         return Transforms()
     path = work_dir / "transforms.safetensors"
     if path.exists():
         return load_transforms(path)
-    if config.rotation == "hadamard":
-        transforms = _random(checkpoint, config.seed)
-    elif config.rotation == "spinquant":
-        transforms = _spinquant(checkpoint, tokens, rounding, config.seed, device, progress)
+    if rotation == "hadamard":
+        transforms = _random(checkpoint, seed)
+    elif rotation == "spinquant":
+        transforms = _spinquant(checkpoint, tokens, rounding, seed, device, progress)
     else:
-        samples = captured(checkpoint, tokens, work_dir, config.seed, device, progress)
-        transforms = _learn(config, checkpoint, samples, device, progress)
+        samples = captured(checkpoint, tokens, work_dir, seed, device, progress)
+        transforms = _learn(rotation, seed, checkpoint, samples, device, progress)
     transforms = replace(transforms, online=rounding.online)
     transforms.save(path)
     return transforms
 
 
 def _learn(
-    config: ConvertConfig, checkpoint: Checkpoint, samples: Capture, device: torch.device, progress: Progress
+    rotation: str, seed: int, checkpoint: Checkpoint, samples: Capture, device: torch.device, progress: Progress
 ) -> Transforms:
     """From captured activations, layer by layer."""
     r1, scales = None, {}
-    if config.rotation == "diagonal":
+    if rotation == "diagonal":
         scales = {kind: _scales(checkpoint.spec, samples, kind) for kind in DIAGONALS}
-    elif config.rotation == "output":
-        r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), config.seed, device, progress)
+    elif rotation == "output":
+        r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), seed, device, progress)
         scales = {FFN_OUTPUT: _scales(checkpoint.spec, samples, FFN_OUTPUT)}
     else:
-        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], config.seed, device, progress)
-    r2 = learn_r2(samples.all_values(), OBJECTIVES[R2_OBJECTIVE], config.seed, device, progress)
+        r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], seed, device, progress)
+    r2 = learn_r2(samples.all_values(), OBJECTIVES[R2_OBJECTIVE], seed, device, progress)
     known = {kind: values for kind, values in scales.items() if values is not None}
     return Transforms("none" if r1 is None else "learned", "learned", r1, r2, known)
 

@@ -1,0 +1,63 @@
+"""Which block linears get 8-bit activations, where ``--activations auto`` asks for a choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from kurtail_gguf.convert.cost import Cost, Estimate
+from kurtail_gguf.convert.job import Job, Made
+from kurtail_gguf.convert.stages.stage import Stage
+from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.method.activations.choice import DAMAGE_TOKENS, choose, measure_damage
+from kurtail_gguf.method.tuning.layer_files import memory_shortage
+from kurtail_gguf.model.spec import ModelSpec
+
+_DAMAGE = "damage.json"
+
+
+class Activations(Stage):
+    """Damage of 4-bit activations, measured on the quantized model, and the linears that a budget pays 8 bits for."""
+
+    name = "measure damage"
+    leaves = (_DAMAGE, "measuring")
+
+    def wanted(self, job: Job) -> bool:
+        return job.config.activations == "auto"
+
+    def settings(self, job: Job) -> dict[str, object]:
+        return {"activations": job.config.activations, "budget": job.config.activation_budget or None}
+
+    def refuse(self, job: Job) -> Iterator[str]:
+        if job.spec.experts:
+            yield f"--activations auto is not offered for {job.spec.family.architecture}, a mixture of experts: give 4 or 8"
+        elif not job.has(_DAMAGE) and (shortage := memory_shortage(job.checkpoint, job.block_format.block, job.device)):
+            yield f"--activations auto {shortage}: give --activations 4 or 8, or use a larger machine"
+
+    def cost(self, estimate: Estimate) -> Cost:
+        spec, sizes, name = estimate.spec, estimate.sizes, "measure damage"
+        tokens = min(DAMAGE_TOKENS, estimate.job.config.calibration_tokens)
+        memory = estimate.moment(name, cpu=estimate.student, host=8 * sizes.table + 5 * sizes.layer, card=estimate.student)
+        # the unquantized model once; the other forward, once more for what is not kept, and back
+        seconds = 10 * tokens * sizes.parameters / estimate.speed.single
+        return memory | Cost(disk={"the unquantized model's answers, for damage": 4 * tokens * spec.hidden_size}, seconds={name: seconds})
+
+    def run(self, job: Job, made: Made, progress: Progress) -> None:
+        assert made.calibration is not None and made.quantized is not None
+        damages = measure_damage(
+            job.checkpoint, made.calibration.ids, made.quantized, job.block_format, made.rounding, job.kept(_DAMAGE),
+            job.device, progress,
+        )  # fmt: skip
+        chosen = choose(damages, multiply_accumulates(job.spec), job.config.activation_budget)
+        made.rounding = replace(made.rounding, exceptions=dict.fromkeys(chosen, 8))
+
+
+def multiply_accumulates(spec: ModelSpec) -> dict[str, int]:
+    """Of every block linear for a token, by its weight's full name."""
+    shapes = spec.linear_shapes()
+    return {
+        f"{spec.layer_prefix(layer)}{name}.weight": math.prod(shape)
+        for layer in range(spec.layers)
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,118 @@
+"""The text that is learned from: read, or written by the model itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from kurtail_gguf.convert.cost import CONVERTED, Cost, Estimate
+from kurtail_gguf.convert.job import Job, Made
+from kurtail_gguf.convert.stages.stage import Stage
+from kurtail_gguf.files.atomic import remove, replacing, write_atomically
+from kurtail_gguf.messages.errors import CalibrationError
+from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.method.calibration.generate import BATCH, GENERATED_LENGTH, generate
+from kurtail_gguf.method.calibration.texts import read_texts
+from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, load_tokenizer, tokenize
+from kurtail_gguf.method.tuning.scales import STEP_TOKENS
+
+_TOKENS, _STEPS = "tokens.npy", "tuning-steps.json"
+
+
+class Calibration(Stage):
+    """What is learned from: ``--calibration-tokens``, and more of the same for tuning, as far as there is more."""
+
+    name = "calibration"
+    leaves = (_TOKENS, _STEPS)
+
+    def wanted(self, job: Job) -> bool:
+        return job.config.needs_calibration
+
+    def settings(self, job: Job) -> dict[str, object]:
+        config = job.config
+        return {
+            "calibration": list(config.calibration),
+            "calibration_texts": dict(job.texts),
+            "calibration_tokens": config.calibration_tokens,
+            "seed": config.seed,
+        }
+
+    def refuse(self, job: Job) -> Iterator[str]:
+        config, window = job.config, job.spec.window
+        generated = config.calibration == ("self",)
+        whole = config.learns_by_layer or config.weights == "gptq" or job.tuning_steps > 0 or config.activations == "auto"
+        if window and window < job.sequence and (generated or whole):
+            yield f"sliding_window {window} is below the calibration length {job.sequence}"
+
+    def cost(self, estimate: Estimate) -> Cost:
+        job = estimate.job
+        return generation(estimate, max(job.config.calibration_tokens, job.tuning_steps * STEP_TOKENS))
+
+    def run(self, job: Job, made: Made, progress: Progress) -> None:
+        self._begin(job)
+        made.tokens = read(job, job.config.calibration_tokens, job.tuning_steps * STEP_TOKENS, progress)
+        made.calibration = made.measured_on = made.tokens.first(job.config.calibration_tokens)
+
+    @staticmethod
+    def _begin(job: Job) -> None:
+        """Note how many steps text is read for; a run that goes on with others reads it anew."""
+        path = job.kept(_STEPS)
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if noted not in (None, job.tuning_steps):
+            # the report is of layers with or without tuning, and of the text there is more or less
+            for name in ("figures", _TOKENS):
+                remove(job.kept(name))
+        if noted != job.tuning_steps:
+            write_atomically(path, json.dumps(job.tuning_steps))
+
+
+def read(job: Job, tokens: int, tuning_tokens: int, progress: Progress) -> CalibrationTokens:
+    """Text of so many tokens and, as far as there is more, of so many for tuning; kept in the work directory.
+
+    Raises:
+        CalibrationError: text that cannot be read, or is too short.
+        SourceError: a model without a tokenizer.
+    """
+    config, checkpoint = job.config, job.checkpoint
+    name, path = calibration_name(config.calibration), job.kept(_TOKENS)
+    if path.exists():
+        return CalibrationTokens(np.load(path), name)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    if config.calibration == ("self",):
+        special = frozenset(tokenizer.all_special_ids)
+        wanted = max(tokens, tuning_tokens)
+        ids = generate(checkpoint, wanted, tokenizer.bos_token_id, special, config.seed, job.device, progress)
+    else:
+        ids = tokenize(read_texts(config.calibration), tokenizer, tokens, tuning_tokens)
+        if ids.max() >= job.spec.vocab_size:
+            raise CalibrationError(
+                f"{checkpoint.directory}: the tokenizer's id {ids.max()} is outside the model's "
+                f"vocabulary of {job.spec.vocab_size}"
+            )
+    with replacing(path) as scratch, scratch.open("wb") as file:
+        np.save(file, ids)
+    return CalibrationTokens(ids, name)
+
+
+def generation(estimate: Estimate, tokens: int) -> Cost:
+    """What the model's own text of so many tokens costs; nothing where text is read."""
+    job, spec, sizes = estimate.job, estimate.spec, estimate.sizes
+    if job.config.calibration != ("self",):
+        return Cost()
+    batch = min(BATCH, -(-tokens // GENERATED_LENGTH))
+    cache = 8 * spec.layers * batch * GENERATED_LENGTH * spec.kv_heads * spec.head_dim
+    # keys and values repeated for each query head, and once more where attention scales them
+    repeated = 16 * batch * GENERATED_LENGTH * spec.heads * spec.head_dim
+    passes = -(-tokens // (BATCH * GENERATED_LENGTH)) * GENERATED_LENGTH
+    memory = estimate.moment(
+        "generate text",
+        cpu=4 * sizes.table + estimate.loading + cache,
+        # torch converts what it copies from the CPU before it goes
+        host=8 * sizes.table + estimate.ahead + 3 * 8 * BATCH * spec.vocab_size,
+        card=4 * sizes.table + estimate.loaded + cache + repeated + 8 * batch * spec.vocab_size,
+    )
+    # a layer's weights are converted anew at every token
+    seconds = passes * spec.layers * sizes.layer * 6 / CONVERTED + 2 * tokens * sizes.parameters / estimate.speed.single
+    return memory | Cost(seconds={"generate text": seconds})
