@@ -67,12 +67,7 @@ def compare_command(
 
     request = TextRequest(text, context, chunks)
     config = CompareConfig(model, parse_methods(methods), options, request, out_dir, plot)
-    console = Console(stderr=True)
-
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    comparison = compare(config, make_progress(console), tell)
+    comparison = compare(config, make_progress(Console(stderr=True)))
     print_comparison(comparison, Console())
     if json_path is not None:
         write_json(json_path, comparison.to_json())

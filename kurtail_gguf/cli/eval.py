@@ -137,12 +137,7 @@ def eval_command(
         ),
         caches=options["cache_type"], cache_share=options["cache_share"],
     )  # fmt: skip
-    console = Console(stderr=True)
-
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    report = measure(files, request, reference, make_progress(console), tell, options["allow_pickle"])
+    report = measure(files, request, reference, make_progress(Console(stderr=True)), options["allow_pickle"])
     print_report(report, Console())
     if json_path is not None:
         write_json(json_path, report.to_json())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 _TRANSFORMS_FILE, _CAPTURE = "transforms.safetensors", "capture"
 #: Sequences and tokens in each that are captured where no conversion did.
 _SEQUENCES, _LENGTH = 4, 512
-
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +175,12 @@ def convert_arguments(config: ConvertConfig) -> tuple[str, ...]:
     return tuple(arguments)
 
 
-def compare(config: CompareConfig, progress: Progress, tell: Tell = lambda line: None) -> Comparison:
+def compare(config: CompareConfig, progress: Progress) -> Comparison:
     """Convert with every method, measure every file, draw the picture.
 
     Args:
         config: what to compare.
-        progress: stages of resolving, exporting and measuring.
-        tell: is given the lines that the conversions write about their progress.
+        progress: stages of resolving, exporting and measuring, and the lines that the conversions write about theirs.
 
     Raises:
         KurtailError: bad options, model, text or directory; a conversion that failed, by name.
@@ -203,9 +200,9 @@ def compare(config: CompareConfig, progress: Progress, tell: Tell = lambda line:
         for method in config.methods:
             work_dir = scratch / method.name
             conversion = config.conversion(method, source, config.out_dir or scratch, work_dir)
-            rows.append((conversion, _convert(method, conversion, tell)))
+            rows.append((conversion, _convert(method, conversion, progress)))
             _thin_out(work_dir, config.picture is not None)
-        report = measure(tuple(conversion.out for conversion, _ in rows), request, source, progress, tell, config.allow_pickle)
+        report = measure(tuple(conversion.out for conversion, _ in rows), request, source, progress, config.allow_pickle)
         picture = None if config.picture is None else _draw(config, source, scratch, progress)
     results = [
         MethodResult(method, ("kurtail-gguf", *_as_typed(config, method, conversion)), cost, measured)
@@ -225,14 +222,14 @@ def _scratch(out_dir: Path | None) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=".kurtail-compare-", dir=out_dir)
 
 
-def _convert(method: Method, conversion: ConvertConfig, tell: Tell) -> Measured:
+def _convert(method: Method, conversion: ConvertConfig, progress: Progress) -> Measured:
     errors = []
 
     def on_line(line: str) -> None:
         if line.startswith("error: "):
             errors.append(line.removeprefix("error: "))
         elif line:
-            tell(f"{method.name}: {line}")
+            progress.tell(f"{method.name}: {line}")
 
     command = [sys.executable, "-P", "-m", "kurtail_gguf.cli.main", *convert_arguments(conversion)]
     cost = run_measured(command, on_line)

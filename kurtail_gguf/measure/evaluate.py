@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -139,7 +138,6 @@ def measure(
     request: Request,
     reference: str | None,
     progress: Progress,
-    tell: Callable[[str], None] = lambda line: None,
     allow_pickle: bool = False,
 ) -> Report:
     """Measure files, and compare them with a reference.
@@ -150,7 +148,6 @@ def measure(
         reference: an HF directory, a GGUF file or a known model; what is measured of the files is
             measured of it as well, with the file's own cache, and the divergence from it.
         progress: a stage for each measurement.
-        tell: is given lines to show, of what takes much disk.
         allow_pickle: whether the reference's weights may be ``.bin`` files.
 
     Raises:
@@ -173,10 +170,10 @@ def measure(
             paths = dict.fromkeys(subject.info.path for subject in subjects)
             contexts = {path: retrieval.build(path, haystack, request.retrieval) for path in paths}
         if request.text is not None and (reference is not None or not request.cache_share):
-            results = _perplexities(subjects, results, request.text, reference is not None, progress, tell)
+            results = _perplexities(subjects, results, request.text, reference is not None, progress)
         if request.cache_share:
             own = slice(0 if reference is None else 1, None)
-            results[own] = _cache_shares(subjects[own], results[own], request.text, progress, tell)
+            results[own] = _cache_shares(subjects[own], results[own], request.text, progress)
         if questions:
             results = [
                 replace(result, mmlu=mmlu.score(subject.info.path, questions, progress, subject.cache))
@@ -241,7 +238,6 @@ def _perplexities(
     text: TextRequest,
     divergence: bool,
     progress: Progress,
-    tell: Callable[[str], None],
 ) -> list[ModelResult]:
     """The results with perplexities; with ``divergence``, the first file is the reference of the others."""
     if not divergence:
@@ -255,7 +251,7 @@ def _perplexities(
         ]
     base, *others = subjects
     opened = perplexity.reference(
-        base.info.path, _vocabulary_size(base.info), text.path, text.context, text.chunks, progress, tell
+        base.info.path, _vocabulary_size(base.info), text.path, text.context, text.chunks, progress
     )
     with opened as reference:
         own = reference.perplexity
@@ -279,7 +275,6 @@ def _cache_shares(
     results: list[ModelResult],
     text: TextRequest,
     progress: Progress,
-    tell: Callable[[str], None],
 ) -> list[ModelResult]:
     """The results with what each cache alone costs, and with perplexities where they have none yet.
 
@@ -289,7 +284,7 @@ def _cache_shares(
     for path, pairs in groupby(zip(subjects, results, strict=True), key=lambda pair: pair[0].info.path):
         group = list(pairs)
         vocabulary = _vocabulary_size(group[0][0].info)
-        with perplexity.reference(path, vocabulary, text.path, text.context, text.chunks, progress, tell, F16) as base:
+        with perplexity.reference(path, vocabulary, text.path, text.context, text.chunks, progress, F16) as base:
             rows += [_cache_share(subject, result, base, text, progress) for subject, result in group]
     return rows
 

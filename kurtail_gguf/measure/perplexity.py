@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,6 @@ def reference(
     context: int,
     chunks: int | None,
     progress: Progress,
-    tell: Callable[[str], None] = lambda line: None,
     cache: str = FILE,
 ) -> Iterator[Reference]:
     """Run the reference and keep its log-probabilities while the context is open.
@@ -108,8 +107,8 @@ def reference(
     Args:
         model: GGUF file of the reference.
         vocabulary: how many tokens it has: what the size of the file follows from.
-        text, context, chunks, progress, cache: as in :func:`perplexity`.
-        tell: is given one line with the size of the temporary file, before it is written.
+        text, context, chunks, cache: as in :func:`perplexity`.
+        progress: one stage, and a line with the size of the temporary file before that is written.
 
     Raises:
         EvaluationError: also where the disk has no room for it.
@@ -127,7 +126,7 @@ def reference(
                     f"the reference's log-probabilities need {size / 1e9:.1f} GB and {directory} has "
                     f"{free / 1e9:.1f} GB free: set TMPDIR to a larger disk or give fewer --chunks"
                 )
-            tell(f"log-probabilities of the reference take {size / 1e6:.0f} MB in {directory} for the time being")
+            progress.tell(f"log-probabilities of the reference take {size / 1e6:.0f} MB in {directory} for the time being")
 
         arguments = [*_arguments(text, context, chunks), *cache_arguments(cache), "--kl-divergence-base", str(path)]
         name = with_cache(model.name, None if cache == FILE else cache)
@@ -147,7 +146,8 @@ def divergence(
     Args:
         model: GGUF file.
         reference: an open reference; text and chunks must be the ones it was run with.
-        text, chunks, progress, cache: as in :func:`perplexity`.
+        text, chunks, cache: as in :func:`perplexity`.
+        progress: one stage, and a line with the size of the temporary file before that is written.
     """
     arguments = [
         *_arguments(text, reference.context, chunks),

@@ -15,7 +15,7 @@ from kurtail_gguf.measure import figures
 from kurtail_gguf.method.fold import tables
 from kurtail_gguf.method.fold.tables import EMBEDDING
 from kurtail_gguf.method.quantize import layerwise
-from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.method.tuning import layer_files
 from kurtail_gguf.runtime.provenance import Provenance
 
 
@@ -65,5 +65,5 @@ def plain_embedding(monkeypatch) -> None:
         def __call__(self, ids):
             return self._rows[ids] * np.float32(self._scale)
 
-    for module in (tables, layerwise, tuning, figures):
+    for module in (tables, layerwise, layer_files, figures):
         monkeypatch.setattr(module, "EmbeddingRows", Rows)

@@ -20,7 +20,7 @@ from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.method.activations import choice as activation_choice
 from kurtail_gguf.method.activations.choice import choose
-from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.method.tuning import layer_files
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.numerics.formats import kt4
 
@@ -184,7 +184,7 @@ def test_gptq_rounds_all_alike_while_it_calibrates(tiny_checkpoint, tmp_path, ex
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_work(tiny_checkpoint, tmp_path, exported, text, monkeypatch, recorder):
-    monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
+    monkeypatch.setattr(layer_files, "memory_available", lambda device: 1000)
     with pytest.raises(KurtailError, match=r"--activations auto needs about .* GB, 0.0 GB are free on cpu: give"):
         pipeline.convert(_config(tiny_checkpoint("llama"), tmp_path, text), recorder)
     assert not recorder.stages and not (tmp_path / "w").exists()

@@ -48,7 +48,7 @@ def runs(monkeypatch):
         return Divergence(Perplexity(22.0, 1.5), 0.25 if reference.name == path.name else 0.75, 0.01, 0.5)
 
     @contextmanager
-    def opened(path, vocabulary, text, context, chunks, progress, tell, cache="file"):
+    def opened(path, vocabulary, text, context, chunks, progress, cache="file"):
         seen.append(("reference", path.name, cache))
         yield _Open(path.name)
 

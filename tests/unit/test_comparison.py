@@ -77,8 +77,8 @@ def _config(words: Path, tmp_path: Path, **changes) -> CompareConfig:
     return CompareConfig(str(model), **(given | changes))
 
 
-def test_a_failed_conversion_is_named_and_leaves_nothing(text, tmp_path, monkeypatch):
-    told, commands_run = [], []
+def test_a_failed_conversion_is_named_and_leaves_nothing(text, tmp_path, monkeypatch, recorder):
+    commands_run = []
 
     def fail(command, on_line):
         commands_run.append(command)
@@ -89,9 +89,9 @@ def test_a_failed_conversion_is_named_and_leaves_nothing(text, tmp_path, monkeyp
     monkeypatch.setattr(comparison, "run_measured", fail)
     config = _config(text, tmp_path, out_dir=tmp_path / "kept")
     with pytest.raises(KurtailError) as raised:
-        compare(config, NullProgress(), told.append)
+        compare(config, recorder)
     assert str(raised.value) == f"the conversion with none+{DEFAULT_WEIGHTS} failed: the disk is full"
-    assert told == [f"none+{DEFAULT_WEIGHTS}: fold and quantize …"]
+    assert recorder.told == [f"none+{DEFAULT_WEIGHTS}: fold and quantize …"]
     assert list((tmp_path / "kept").iterdir()) == [] and len(commands_run) == 1
 
 

@@ -17,7 +17,7 @@ from kurtail_gguf.method.fold import tables
 from kurtail_gguf.method.fold.transforms import Transforms
 from kurtail_gguf.method.quantize.layerwise import fold_and_quantize
 from kurtail_gguf.method.quantize.quantized_prefix import QuantizedPrefix
-from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.method.tuning import layer_files
 from kurtail_gguf.method.tuning.scales import divergence
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.sites import ATTENTION, ATTENTION_OUTPUT, FFN, FFN_OUTPUT, SITES
@@ -54,9 +54,9 @@ def quantize(tiny_checkpoint, tmp_path):
 
 
 def _measure(checkpoint, quantized: Path, rounding, tmp_path: Path, progress=None):
-    teacher = tuning.open_teacher(checkpoint, IDS, tmp_path / "t.npy", CPU, NullProgress())
+    teacher = layer_files.open_teacher(checkpoint, IDS, tmp_path / "t.npy", CPU, NullProgress())
     meter = DamageMeter()
-    student, outside = tuning.open_student(
+    student, outside = layer_files.open_student(
         checkpoint, quantized, FORMAT, rounding, CPU, IDS.shape[1], rounded=meter.rounded
     )
     return measure(student, meter, teacher, outside, IDS, CPU, progress or NullProgress())
@@ -170,11 +170,11 @@ def test_every_linear_counts_once_a_sequence_though_layers_are_recomputed(quanti
         return original(self, x, weight, bits, block)
 
     monkeypatch.setattr(DamageMeter, "rounded", counted)
-    monkeypatch.setattr(tuning, "memory_available", lambda device: 0)
+    monkeypatch.setattr(layer_files, "memory_available", lambda device: 0)
     recomputed, _ = _measure(checkpoint, quantized, ROUNDING, tmp_path)
     assert calls.count(ONE_EIGHT) == 2 * len(IDS)  # forward, and again on the way back
     calls.clear()
-    monkeypatch.setattr(tuning, "memory_available", lambda device: 1 << 40)
+    monkeypatch.setattr(layer_files, "memory_available", lambda device: 1 << 40)
     kept, _ = _measure(checkpoint, quantized, ROUNDING, tmp_path)
     assert calls.count(ONE_EIGHT) == len(IDS)
     assert recomputed == pytest.approx(kept, rel=1e-5)
@@ -182,10 +182,10 @@ def test_every_linear_counts_once_a_sequence_though_layers_are_recomputed(quanti
 
 def test_the_meter_changes_neither_values_nor_gradients(quantize, tmp_path):
     checkpoint, quantized = quantize("mistral")
-    teacher = tuning.open_teacher(checkpoint, IDS, tmp_path / "t.npy", CPU, NullProgress())
+    teacher = layer_files.open_teacher(checkpoint, IDS, tmp_path / "t.npy", CPU, NullProgress())
     found = []
     for options in ({}, {"rounded": DamageMeter().rounded}):
-        student, outside = tuning.open_student(checkpoint, quantized, FORMAT, ROUNDING, CPU, IDS.shape[1], **options)
+        student, outside = layer_files.open_student(checkpoint, quantized, FORMAT, ROUNDING, CPU, IDS.shape[1], **options)
         scale = student.scales[0]["mlp.up_proj"].requires_grad_()
         loss = divergence(student, teacher, outside, IDS, np.arange(2), CPU)
         loss.backward()
@@ -198,10 +198,10 @@ def test_exceptions_for_all_linears_are_the_other_general_rule(quantize, tmp_pat
     checkpoint, quantized = quantize("llama")
     names = checkpoint.spec.linears
     every = {f"model.layers.{layer}.{name}.weight": 8 for layer in range(2) for name in names}
-    embedded = torch.from_numpy(tuning.EmbeddingRows(quantized, checkpoint.spec)(IDS.astype(np.int64)))
+    embedded = torch.from_numpy(layer_files.EmbeddingRows(quantized, checkpoint.spec)(IDS.astype(np.int64)))
     hidden = []
     for rounding in (RuntimeRounding(8, 64, ONLINE, CACHE), RuntimeRounding(4, 64, ONLINE, CACHE, every), ROUNDING):
-        student, _ = tuning.open_student(checkpoint, quantized, FORMAT, rounding, CPU, IDS.shape[1])
+        student, _ = layer_files.open_student(checkpoint, quantized, FORMAT, rounding, CPU, IDS.shape[1])
         hidden.append(student.hidden(embedded.clone()).detach())
     assert torch.equal(hidden[0], hidden[1]) and not torch.allclose(hidden[0], hidden[2], rtol=0.01)
 
@@ -210,7 +210,7 @@ def test_quantization_knows_no_exceptions(quantize, tmp_path):
     checkpoint, quantized = quantize("llama")
     rounding = RuntimeRounding(4, 64, ONLINE, CACHE, {ONE_EIGHT: 8})
     with pytest.raises(ValueError, match="after quantization"):
-        QuantizedPrefix(checkpoint, IDS, tuning.EmbeddingRows(quantized, checkpoint.spec), rounding, tmp_path, CPU)
+        QuantizedPrefix(checkpoint, IDS, layer_files.EmbeddingRows(quantized, checkpoint.spec), rounding, tmp_path, CPU)
 
 
 def test_a_divergence_that_is_not_finite_is_said(quantize, tmp_path):

@@ -156,12 +156,11 @@ WRITES_BASE = """
 def test_reference_is_kept_while_open_and_its_size_told(program, recorder):
     size = log_probabilities_bytes(1000, 512, 3)
     program(textwrap.dedent(WRITES_BASE.format(size=size)) + _prints(PLAIN))
-    told = []
-    with reference(MODEL, 1000, TEXT, 512, 3, recorder, told.append) as opened:
+    with reference(MODEL, 1000, TEXT, 512, 3, recorder) as opened:
         assert opened.log_probabilities.stat().st_size == size
         assert opened.perplexity == Perplexity(20.0001, 3.13028)
     assert not opened.log_probabilities.exists()
-    assert len(told) == 1 and f"{size / 1e6:.0f} MB" in told[0]
+    assert len(recorder.told) == 1 and f"{size / 1e6:.0f} MB" in recorder.told[0]
 
 
 def test_a_reference_cut_short_by_a_full_disk_is_noticed(program, recorder):

@@ -16,7 +16,6 @@ LAYERS = (
     ("messages", "files", "machine"),
     ("numerics",),
     ("runtime",),
-    ("convert.settings",),  # what the steps and reports are asked for; the rest of convert calls them
     ("model",),
     ("model.families",),
     ("model.loading",),
@@ -25,6 +24,7 @@ LAYERS = (
     ("method.rotation", "method.quantize", "method.tuning"),
     ("method.activations",),
     ("method.cache",),
+    ("convert.settings",),  # what is asked for, which comparisons and reports say too
     ("measure",),
     ("convert", "check"),
     ("cli",),

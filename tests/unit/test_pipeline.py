@@ -23,7 +23,7 @@ from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer
 from kurtail_gguf.method.fold.transforms import load_transforms
 from kurtail_gguf.method.quantize.rtn import quantize_rtn
 from kurtail_gguf.method.rotation import choice as rotation_choice
-from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.method.tuning import layer_files
 from kurtail_gguf.model.loading import weight_files
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.sites import FFN_OUTPUT
@@ -465,7 +465,7 @@ def test_tuning_reads_more_text_than_what_comes_before_it(tiny_checkpoint, tmp_p
 def test_tuning_that_does_not_fit_is_refused_before_any_work_where_it_was_asked_for(
     tiny_checkpoint, tmp_path, exported, text, monkeypatch
 ):
-    monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
+    monkeypatch.setattr(layer_files, "memory_available", lambda device: 1000)
     options = {"rotation": "hadamard", "calibration": (str(text),)}
     told = _refused(_config(tiny_checkpoint(), tmp_path / "o.gguf", tune=3, **options))
     assert re.fullmatch(r"--tune 3 needs about \d+\.\d GB, 0\.0 GB are free on cpu: give --tune 0 or .*", told)
@@ -475,7 +475,7 @@ def test_tuning_that_does_not_fit_is_refused_before_any_work_where_it_was_asked_
 
 def test_tuning_by_default_that_does_not_fit_is_refused_too(tiny_checkpoint, tmp_path, exported, text, monkeypatch, recorder):
     """What comes out may not depend on what else runs on the machine."""
-    monkeypatch.setattr(tuning, "memory_available", lambda device: 1000)
+    monkeypatch.setattr(layer_files, "memory_available", lambda device: 1000)
     config = _config(
         tiny_checkpoint(), tmp_path / "o.gguf", rotation="output", weights="gptq", calibration=(str(text),)
     )
@@ -493,7 +493,7 @@ def test_a_model_too_large_for_tuning_by_default_is_tuned_only_where_asked(
         tiny_checkpoint(), tmp_path / "o.gguf", rotation="output", weights="gptq", calibration=(str(text),)
     )
     for free in (1000, 1 << 40):
-        monkeypatch.setattr(tuning, "memory_available", lambda device, free=free: free)
+        monkeypatch.setattr(layer_files, "memory_available", lambda device, free=free: free)
         provenance = pipeline.convert(config, recorder).provenance
         assert (provenance.tune_steps, provenance.calibration_tokens) == (0, 1024)
     assert exported[0] == exported[1]
@@ -506,9 +506,9 @@ def test_a_model_too_large_for_tuning_by_default_is_tuned_only_where_asked(
 def test_free_memory_changes_no_bytes(tiny_checkpoint, tmp_path, exported, text, few_steps, monkeypatch):
     model = tiny_checkpoint("llama")
     checkpoint = open_checkpoint(model)
-    needed = [tuning.memory_needed(checkpoint, 64, kept) for kept in (tuning.Kept.NOTHING, tuning.Kept.ALL)]
+    needed = [layer_files.memory_needed(checkpoint, 64, kept) for kept in (layer_files.Kept.NOTHING, layer_files.Kept.ALL)]
     for free in (needed[0], 2 * needed[1]):
-        monkeypatch.setattr(tuning, "memory_available", lambda device, free=free: free)
+        monkeypatch.setattr(layer_files, "memory_available", lambda device, free=free: free)
         config = _config(
             model, tmp_path / "o.gguf", rotation="diagonal", weights="gptq", calibration=(str(text),), tune=2, activations="auto"
         )

@@ -21,7 +21,7 @@ from kurtail_gguf.convert.plan import plan
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.messages.errors import SourceError, UnsupportedArchitecture
 from kurtail_gguf.method.rotation import spinquant
-from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.method.tuning import layer_files
 from kurtail_gguf.model.families.registry import find_family
 from kurtail_gguf.model.spec import build_spec
 
@@ -65,7 +65,7 @@ def room(monkeypatch):
     """``room(memory, disk)``: bytes that are free."""
 
     def make(memory: int, disk: int) -> None:
-        for module in (planning, tuning, spinquant):
+        for module in (planning, layer_files, spinquant):
             monkeypatch.setattr(module, "memory_available", lambda device: memory)
         usage = namedtuple("usage", "free")
         monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: usage(disk))

@@ -17,7 +17,7 @@ from kurtail_gguf.method.fold.transforms import Transforms
 from kurtail_gguf.method.quantize.layerwise import CalibratedOn, fold_and_quantize
 from kurtail_gguf.method.quantize.quantized_prefix import QuantizedPrefix
 from kurtail_gguf.method.rotation.hadamard import random_orthogonal
-from kurtail_gguf.method.tuning import layer_files as tuning
+from kurtail_gguf.method.tuning import layer_files
 from kurtail_gguf.method.tuning import scales as distill_scales
 from kurtail_gguf.method.tuning.student import Student, _Scaled
 from kurtail_gguf.method.tuning.teacher import Teacher, run_teacher
@@ -51,14 +51,14 @@ def _quantized(checkpoint, directory: Path) -> Path:
 
 def _student(checkpoint, quantized: Path, recompute: bool = True) -> Student:
     layers = [
-        tuning.read_layer(quantized / f"layer-{layer:05d}.safetensors", checkpoint.spec.layer_prefix(layer), FORMAT, CPU)
+        layer_files.read_layer(quantized / f"layer-{layer:05d}.safetensors", checkpoint.spec.layer_prefix(layer), FORMAT, CPU)
         for layer in range(checkpoint.spec.layers)
     ]
     return Student(checkpoint, layers, ROUNDING, CPU, IDS.shape[1], recompute)
 
 
 def _tune(checkpoint, quantized: Path, target: Path, steps: int, progress=None) -> Path:
-    return tuning.tune(checkpoint, IDS, quantized, FORMAT, ROUNDING, steps, target, CPU, progress or NullProgress())
+    return layer_files.tune(checkpoint, IDS, quantized, FORMAT, ROUNDING, steps, target, CPU, progress or NullProgress())
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-biases", "mistral", "qwen2"])
@@ -66,7 +66,7 @@ def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_p
     """The same layers, run by the prefix one linear after the other and by the student whole."""
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
     quantized = _quantized(checkpoint, tmp_path)
-    embed = tuning.EmbeddingRows(quantized, checkpoint.spec)
+    embed = layer_files.EmbeddingRows(quantized, checkpoint.spec)
     prefix = QuantizedPrefix(checkpoint, IDS, embed, ROUNDING, tmp_path, CPU)
     for layer in range(checkpoint.spec.layers):
         above = checkpoint.spec.layer_prefix(layer)
@@ -87,7 +87,7 @@ def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_p
 def test_recomputation_changes_no_gradient(tiny_checkpoint, tmp_path):
     checkpoint = open_checkpoint(tiny_checkpoint("llama"))
     quantized = _quantized(checkpoint, tmp_path)
-    rows = torch.from_numpy(tuning.EmbeddingRows(quantized, checkpoint.spec)(IDS[:2].astype(np.int64)))
+    rows = torch.from_numpy(layer_files.EmbeddingRows(quantized, checkpoint.spec)(IDS[:2].astype(np.int64)))
     found = []
     for recompute in (True, False):
         student = _student(checkpoint, quantized, recompute)
@@ -102,8 +102,8 @@ def test_what_is_kept_in_memory_changes_nothing(tiny_checkpoint, tmp_path, monke
     checkpoint = open_checkpoint(tiny_checkpoint("qwen2"))
     quantized = _quantized(checkpoint, tmp_path)
     found = []
-    for kept in tuning.Kept:
-        monkeypatch.setattr(tuning, "what_fits", lambda *_arguments, kept=kept: kept)
+    for kept in layer_files.Kept:
+        monkeypatch.setattr(layer_files, "what_fits", lambda *_arguments, kept=kept: kept)
         tuned = _tune(checkpoint, quantized, tmp_path / kept.name, 3)
         found.append([(tuned / path.name).read_bytes() for path in sorted(quantized.glob("layer-*"))])
     assert found[0] == found[1] == found[2] != [path.read_bytes() for path in sorted(quantized.glob("layer-*"))]
@@ -112,7 +112,7 @@ def test_what_is_kept_in_memory_changes_nothing(tiny_checkpoint, tmp_path, monke
 def test_codes_that_are_not_kept_are_read_whenever_the_layer_runs(tiny_checkpoint, tmp_path):
     checkpoint = open_checkpoint(tiny_checkpoint("llama"))
     path, prefix = _quantized(checkpoint, tmp_path) / "layer-00000.safetensors", checkpoint.spec.layer_prefix(0)
-    kept, read = (tuning.read_layer(path, prefix, FORMAT, CPU, keep_codes) for keep_codes in (True, False))
+    kept, read = (layer_files.read_layer(path, prefix, FORMAT, CPU, keep_codes) for keep_codes in (True, False))
     name = checkpoint.spec.family.ffn_writer
     assert torch.equal(kept.codes()[name], read.codes()[name])
     assert kept.codes()[name] is kept.codes()[name]
@@ -121,19 +121,19 @@ def test_codes_that_are_not_kept_are_read_whenever_the_layer_runs(tiny_checkpoin
 
 def test_more_is_kept_where_there_is_more_memory(tiny_checkpoint, monkeypatch):
     checkpoint = open_checkpoint(tiny_checkpoint("llama"))
-    needed = [tuning.memory_needed(checkpoint, 64, kept) for kept in tuning.Kept]
+    needed = [layer_files.memory_needed(checkpoint, 64, kept) for kept in layer_files.Kept]
     assert needed == sorted(needed) and len(set(needed)) == 3
     for available, expected in (
-        (2 * needed[2], tuning.Kept.ALL),
-        (2 * needed[2] - 2, tuning.Kept.CODES),
-        (needed[1], tuning.Kept.CODES),
-        (needed[1] - 1, tuning.Kept.NOTHING),
+        (2 * needed[2], layer_files.Kept.ALL),
+        (2 * needed[2] - 2, layer_files.Kept.CODES),
+        (needed[1], layer_files.Kept.CODES),
+        (needed[1] - 1, layer_files.Kept.NOTHING),
     ):
-        monkeypatch.setattr(tuning, "memory_available", lambda _device, available=available: available)
-        assert tuning.what_fits(checkpoint, 64, CPU) == expected
+        monkeypatch.setattr(layer_files, "memory_available", lambda _device, available=available: available)
+        assert layer_files.what_fits(checkpoint, 64, CPU) == expected
     for available, short in ((needed[0], False), (needed[0] - 1, True)):
-        monkeypatch.setattr(tuning, "memory_available", lambda _device, available=available: available)
-        assert bool(tuning.memory_shortage(checkpoint, 64, CPU)) == short
+        monkeypatch.setattr(layer_files, "memory_available", lambda _device, available=available: available)
+        assert bool(layer_files.memory_shortage(checkpoint, 64, CPU)) == short
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
@@ -179,7 +179,7 @@ def test_tuning_lowers_the_divergence_and_leaves_codes_alone(tiny_checkpoint, tm
 def _divergence(checkpoint, directory: Path, tmp_path: Path) -> float:
     run_teacher(checkpoint, IDS, tmp_path / "t.npy", CPU, NullProgress())
     right = Teacher(checkpoint, np.load(tmp_path / "t.npy"), CPU).log_probabilities(np.arange(len(IDS)))
-    rows = tuning.EmbeddingRows(directory, checkpoint.spec)
+    rows = layer_files.EmbeddingRows(directory, checkpoint.spec)
     hidden = _student(checkpoint, directory).hidden(torch.from_numpy(rows(IDS.astype(np.int64)))).flatten(0, 1)
     hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
     found = torch.log_softmax(hidden @ torch.from_numpy(tables.read_head(directory)).T, -1)
