@@ -1,4 +1,5 @@
 #include "kurtail.h"
+#include "kurtail-activations.h"
 #include "kurtail-cache.h"
 
 #include "kurtail-keys.h"
@@ -11,11 +12,10 @@
 #include "gguf.h"
 
 #include <stdexcept>
-#include <unordered_set>
 
 static constexpr uint32_t FORMAT_VERSION  = 3;
 static constexpr uint32_t ONLINE_VERSION  = 3;    // the first with kurtail.online.* in place of kurtail.r4.*
-static constexpr uint32_t UNROUNDED_BITS  = 32;   // activation_bits of a file without kt4 tensors
+static constexpr uint32_t KEYLESS_BITS    = 4;    // of activations, in a file without kurtail keys (llama-quantize's)
 static constexpr int      UPSTREAM_R3_MIN = 64;   // smallest head_dim llama-kv-cache.cpp rotates
 
 namespace {
@@ -38,15 +38,12 @@ bool is_checked(llm_arch arch) {
 
 bool is_power_of_two(uint32_t n) { return n != 0 && (n & (n - 1)) == 0; }
 
-bool is_block_linear(const std::string & name, const ggml_tensor * t) {
-    return t->type == GGML_TYPE_KT4 && name.rfind("blk.", 0) == 0;
-}
-
 } // namespace
 
 void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     const kurtail_keys k(ml.metadata);
     if (!k.has("kurtail.format_version")) {
+        kurtail_load_activation_bits(ml, model, KEYLESS_BITS);
         return;
     }
     const uint32_t version = k.u32("kurtail.format_version");
@@ -60,19 +57,19 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     cache_weights = kurtail_cache_weights(ml);
     // written for stock llama.cpp: it runs as it does there, with an explicit -ctk or -ctv too
     if (k.has("kurtail.target") && k.str_of("kurtail.target", { "kurtail", "stock" }) == "stock") {
+        kurtail_load_activation_bits(ml, model, KEYLESS_BITS);
         LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as there\n", __func__);
         return;
     }
     if (version < ONLINE_VERSION && !is_checked(model.arch)) {
         throw std::runtime_error(format("kurtail: architecture %s has kurtail keys, but this runtime does not know whether its graph goes through the online rotations", llm_arch_name(model.arch)));
     }
-    const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8, UNROUNDED_BITS });
+    const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8, KURTAIL_UNROUNDED });
     cache.load(k, model, constants);
     k.str_of("kurtail.r2.kind", { "none", "hadamard", "random", "learned" });
     load_r3(k, model);
 
-    std::string summary;
-    load_activation_bits(ml, model, activation_bits, summary);
+    std::string summary = kurtail_load_activation_bits(ml, model, activation_bits);
     summary += cache.summary();
     summary += r3 ? format(", R3 %u, ", model.hparams.n_embd_head_k()) : ", no R3, ";
 
@@ -100,33 +97,6 @@ void kurtail_model::load_r3(const kurtail_keys & keys, const llama_model & model
             throw std::runtime_error(format("kurtail: kurtail.r3.size is %u, head_dim is %u: needs head_dim, a power of two of at least %d", size, head_dim, UPSTREAM_R3_MIN));
         }
     }
-}
-
-void kurtail_model::load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const {
-    // prec_policy has taken the listed 8-bit tensors; what the file does not list follows kurtail.activation_bits
-    std::unordered_set<std::string> listed;
-    const gguf_context * ctx = ml.metadata;
-    const int64_t id = gguf_find_key(ctx, "general.tensor_extra.name");
-    if (id >= 0 && gguf_get_kv_type(ctx, id) == GGUF_TYPE_ARRAY && gguf_get_arr_type(ctx, id) == GGUF_TYPE_STRING) {
-        for (size_t i = 0; i < gguf_get_arr_n(ctx, id); ++i) {
-            listed.insert(gguf_get_arr_str(ctx, id, i));
-        }
-    }
-    int n4 = 0;
-    int n8 = 0;
-    for (const auto & [name, t] : model.tensors_by_name) {
-        if (!is_block_linear(name, t)) {
-            continue;
-        }
-        if (bits == UNROUNDED_BITS) {
-            throw std::runtime_error(format("kurtail: kurtail.activation_bits is %u, but %s is %s, whose inputs are rounded to 4 or 8 bits", bits, name.c_str(), ggml_type_name(t->type)));
-        }
-        if (bits == 8 && listed.count(name) == 0) {
-            model.prec_policy.prec_src1.emplace(t, GGML_PREC_Q8);
-        }
-        model.prec_policy.prec_src1.count(t) ? ++n8 : ++n4;
-    }
-    summary += bits == UNROUNDED_BITS ? "unquantized, " : n8 == 0 ? "W4A4" : n4 == 0 ? "W4A8" : format("W4A4 (A8 in %d of %d tensors) ", n8, n4 + n8);
 }
 
 void kurtail_model::check_adapter(const gguf_context * adapter) const {

@@ -18,9 +18,9 @@ struct llama_context_params;
 struct kurtail_model {
     bool active = false; // the file has kurtail keys, and is not written for stock llama.cpp
 
-    // Reads and checks the keys and sets the activation precision of every block linear in model.prec_policy. Called once
-    // all tensors are known, before their data is read.
-    // Throws std::runtime_error with key, value and limit where the runtime cannot do what the file asks.
+    // Reads and checks the keys and sets the activation precision of every kt4 tensor in model.prec_policy, in a file without
+    // keys as well. Called once all tensors are known, before their data is read.
+    // Throws std::runtime_error with key, value and limit where the runtime cannot do what the file, or its user, asks.
     void load(const llama_model_loader & ml, llama_model & model);
 
     // Says where R1 is folded in that a control vector is taken as it is: which basis it was made in nobody can see from it
@@ -57,7 +57,6 @@ private:
 
     kurtail_constants constants;
 
-    void load_activation_bits(const llama_model_loader & ml, llama_model & model, uint32_t bits, std::string & summary) const;
     void load_r3(const kurtail_keys & keys, const llama_model & model);
 };
 
