@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kurtail_gguf.cli.cards import write_cards
 from kurtail_gguf.cli.convert import convert_command
+from kurtail_gguf.cli.options import activation_bits as activation_bits_option
 from kurtail_gguf.cli.output import check_writable, write_json
 from kurtail_gguf.cli.progress import make_progress
 from kurtail_gguf.messages.errors import ConfigError
@@ -33,6 +34,7 @@ _PASSED = (
     "--context", type=click.IntRange(min=16), default=512, show_default=True,
     help="Tokens in a chunk of the text; the second half of each is scored.",
 )
+@activation_bits_option
 @click.option("--chunks", type=click.IntRange(min=1), default=None, help="Only the first so many chunks.")
 @click.option(
     "--out-dir", type=click.Path(path_type=Path), default=None,
@@ -47,7 +49,8 @@ _PASSED = (
 )
 @click.option("--card", is_flag=True, help="Write FILE.gguf.md beside each file that --out-dir keeps.")
 def compare_command(
-    model: str, text: Path, methods: str | None, context: int, chunks: int | None, out_dir: Path | None,
+    model: str, text: Path, methods: str | None, context: int, chunks: int | None, activation_bits: str | None,
+    out_dir: Path | None,
     json_path: Path | None, plot: Path | None, card: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Convert MODEL with several methods and measure the files side by side.
@@ -66,14 +69,14 @@ def compare_command(
     from kurtail_gguf.measure.evaluate import Request, TextRequest
 
     request = TextRequest(text, context, chunks)
-    config = CompareConfig(model, parse_methods(methods), options, request, out_dir, plot)
+    config = CompareConfig(model, parse_methods(methods), options, request, out_dir, plot, activation_bits)
     comparison = compare(config, make_progress(Console(stderr=True)))
     print_comparison(comparison, Console())
     if json_path is not None:
         write_json(json_path, comparison.to_json())
     if card:
         rows = ((Path(row.measured.path), (row.measured,), row.command) for row in comparison.methods)
-        write_cards(rows, comparison.reference, Request(text=request))
+        write_cards(rows, comparison.reference, Request(text=request, activations=activation_bits))
 
 
 compare_command.params += [parameter for parameter in convert_command.params if parameter.name in _PASSED]

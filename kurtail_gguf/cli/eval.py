@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from kurtail_gguf.cli.cards import check_cards, write_cards
-from kurtail_gguf.cli.options import allow_pickle, comma_list
+from kurtail_gguf.cli.options import activation_bits, allow_pickle, comma_list
 from kurtail_gguf.cli.output import check_writable, write_json
 from kurtail_gguf.cli.progress import make_progress
 from kurtail_gguf.messages.errors import ConfigError
@@ -73,6 +73,7 @@ def _cache_type(name: str) -> str:
     "--cache-type", multiple=True, default=(FILE,), show_default=True, metavar="TYPE,…", callback=comma_list(_cache_type),
     help=f"Measure with keys and values cached in each of these types: {FILE} (what the file asks for), {', '.join(CACHE_BITS)}.",
 )
+@activation_bits
 @click.option(
     "--cache-share", is_flag=True,
     help="Measure on --text what each of these caches alone costs: divergence from the same file with an f16 cache, and "
@@ -98,7 +99,8 @@ def eval_command(
     """Measure GGUF files with the shipped runtime.
 
     Perplexity (--text) is what llama-perplexity gives, with the cache that the file asks for or those of
-    --cache-type. With a reference, the mean KL divergence from it (KLD, in nats) and how often both agree on the
+    --cache-type, and the bits of activations that the runtime takes by default or those of --activation-bits; the table and
+    the JSON say which. With a reference, the mean KL divergence from it (KLD, in nats) and how often both agree on the
     likeliest token (top-1) are measured as well. --cache-share compares each file with itself: with an f16 cache. MMLU (--mmlu) is the share of questions whose right answer is the likeliest.
     Tasks (--tasks) are EleutherAI's, run by their own harness on the shipped runtime. Retrieval (--retrieval)
     asks at the end of a long text for codes that were told in it.
@@ -135,7 +137,7 @@ def eval_command(
             haystack, options["retrieval_lengths"], options["retrieval_depths"], options["retrieval_needles"],
             options["retrieval_seed"],
         ),
-        caches=options["cache_type"], cache_share=options["cache_share"],
+        caches=options["cache_type"], cache_share=options["cache_share"], activations=options["activation_bits"],
     )  # fmt: skip
     report = measure(files, request, reference, make_progress(Console(stderr=True)), options["allow_pickle"])
     print_report(report, Console())

@@ -7,9 +7,17 @@ from typing import Any
 
 import click
 
+from kurtail_gguf.runtime.activation_bits import ACTIVATION_CHOICES
+
 allow_pickle = click.option(
     "--allow-pickle", is_flag=True,
     help="Read a MODEL whose weights are .bin pickles: plain tensors only, nothing in them is run.",
+)  # fmt: skip
+
+activation_bits = click.option(
+    "--activation-bits", type=click.Choice(ACTIVATION_CHOICES), default=None,
+    help="Bits that the runtime rounds inputs of 4-bit products to; file: what the file says. The runtime's default if not "
+    "given, whatever KURTAIL_ACTIVATION_BITS says.",
 )  # fmt: skip
 
 

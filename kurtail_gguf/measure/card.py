@@ -90,6 +90,7 @@ def render(
         _table(("", ""), identity(file, summary, runs_as, made_by)),
         "## Measured",
         _figures(models, reference),
+        *_activations(models),
         *_conditions(circumstances.request, models[0].tasks.version if models[0].tasks else ""),
         f"Measured through the shipped runtime on {circumstances.when.isoformat(timespec='seconds')} by {TOOL} on "
         f"{circumstances.machine}. To repeat it:",
@@ -202,6 +203,12 @@ def _found(cell: Cell) -> str:
 def _percent(part: Accuracy) -> str:
     error = "" if part.stderr is None else f" ± {100 * part.stderr:.1f}"
     return f"{100 * part.accuracy:.1f}{error} % of {part.questions}"
+
+
+def _activations(models: Sequence[ModelResult]) -> list[str]:
+    """The bits in force: what the file is run with elsewhere may be others."""
+    told = models[0].activations
+    return [] if told is None else [f"Inputs of the 4-bit products were rounded to {told.bits} bits, {told.why}."]
 
 
 def _conditions(request: Request, version: str) -> list[str]:

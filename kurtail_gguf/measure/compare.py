@@ -55,6 +55,7 @@ class CompareConfig:
         text: what is measured on.
         out_dir: where the files are kept; in a temporary directory until the end if None.
         picture: PNG or SVG of the activations' outliers to draw, or None.
+        activation_bits: that the files are run with, as :class:`Request` has them.
     """
 
     model: str
@@ -63,6 +64,7 @@ class CompareConfig:
     text: TextRequest
     out_dir: Path | None = None
     picture: Path | None = None
+    activation_bits: str | None = None
 
     @property
     def allow_pickle(self) -> bool:
@@ -187,7 +189,7 @@ def compare(config: CompareConfig, progress: Progress) -> Comparison:
     """
     from kurtail_gguf.model.loading.source import resolve_source
 
-    request = Request(text=config.text)
+    request = Request(text=config.text, activations=config.activation_bits)
     check(request, divergence=True)
     for method in config.methods:
         config.conversion(method, config.model, Path())

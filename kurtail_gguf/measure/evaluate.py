@@ -23,14 +23,15 @@ from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.model.loading.source import resolve_source
 from kurtail_gguf.model.loading.weight_files import check_weights
 from kurtail_gguf.runtime.bindings import require_bindings
+from kurtail_gguf.runtime.activation_bits import FILE_BITS, Activations
 from kurtail_gguf.runtime.cache_types import CACHE_BITS, F16, FILE, with_cache
 from kurtail_gguf.runtime.export import export_reference
 from kurtail_gguf.runtime.gguf_info import GgufInfo, read_gguf
 
 _VOCABULARY = "tokenizer.ggml.tokens"
 
-#: Keys of a result's JSON that are left out where they were not asked for.
-_ONLY_IF_ASKED = ("mmlu", "tasks", "retrieval", "cache", "cache_kld", "cache_perplexity")
+#: Keys of a result's JSON that are left out where there is nothing to say: most were not asked for.
+_ONLY_IF_ASKED = ("mmlu", "tasks", "retrieval", "cache", "cache_kld", "cache_perplexity", "activations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class MmluRequest:
 class Request:
     """What to measure, at least one measurement, and with which cache types (:mod:`kurtail_gguf.runtime.cache_types`).
 
-    ``cache_share`` asks what each of these caches alone costs on the text.
+    ``cache_share`` asks what each of these caches alone costs on the text. ``activations`` is one of
+    :data:`kurtail_gguf.runtime.activation_bits.ACTIVATION_CHOICES`, None for the runtime's default.
     """
 
     text: TextRequest | None = None
@@ -64,6 +66,7 @@ class Request:
     retrieval: RetrievalRequest | None = None
     caches: tuple[str, ...] = (FILE,)
     cache_share: bool = False
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         if self.cache_share and self.text is None:
@@ -78,6 +81,8 @@ class ModelResult:
 
     ``cache`` is the type that was asked for; None where the file's own was not chosen by name. ``cache_kld`` is the mean
     divergence from the same file with an f16 cache, in nats, ``cache_perplexity`` the perplexity divided by that one's.
+    ``activations`` is what the runtime reported, None where nothing is rounded; ``activation_bits`` and ``runs_as`` agree
+    with it.
     """
 
     path: str
@@ -95,6 +100,7 @@ class ModelResult:
     cache: str | None = None
     cache_kld: float | None = None
     cache_perplexity: float | None = None
+    activations: Activations | None = None
 
     @property
     def name(self) -> str:
@@ -109,10 +115,16 @@ class ModelResult:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """A file, and the cache type it is measured with."""
+    """A file, and the cache type and bits of activations it is measured with; the reference's own by default."""
 
     info: GgufInfo
     cache: str = FILE
+    activations: str | None = FILE_BITS
+
+    @property
+    def run_as(self) -> tuple[str, str | None]:
+        """Cache type and bits of activations, the last arguments of every measurement."""
+        return self.cache, self.activations
 
     @property
     def has_f16_cache(self) -> bool:
@@ -146,7 +158,7 @@ def measure(
         files: GGUF files.
         request: what to measure.
         reference: an HF directory, a GGUF file or a known model; what is measured of the files is
-            measured of it as well, with the file's own cache, and the divergence from it.
+            measured of it as well, with its own cache and bits of activations, and the divergence from it.
         progress: a stage for each measurement.
         allow_pickle: whether the reference's weights may be ``.bin`` files.
 
@@ -157,7 +169,7 @@ def measure(
     infos = [read_gguf(path) for path in files]
     _check_lengths(infos, request)
     with ExitStack() as stack:
-        subjects = [_Subject(info, cache) for info in infos for cache in request.caches]
+        subjects = [_Subject(info, cache, request.activations) for info in infos for cache in request.caches]
         results = [_row(subject, request.caches) for subject in subjects]
         if reference is not None:
             base = _reference(reference, allow_pickle, stack, progress)
@@ -176,12 +188,12 @@ def measure(
             results[own] = _cache_shares(subjects[own], results[own], request.text, progress)
         if questions:
             results = [
-                replace(result, mmlu=mmlu.score(subject.info.path, questions, progress, subject.cache))
+                replace(result, mmlu=mmlu.score(subject.info.path, questions, progress, *subject.run_as))
                 for subject, result in zip(subjects, results, strict=True)
             ]
         if request.tasks is not None:
             results = [
-                replace(result, tasks=harness.run_tasks(subject.info.path, request.tasks, progress, subject.cache))
+                replace(result, tasks=harness.run_tasks(subject.info.path, request.tasks, progress, *subject.run_as))
                 for subject, result in zip(subjects, results, strict=True)
             ]
         if request.retrieval is not None:
@@ -189,11 +201,12 @@ def measure(
                 replace(
                     result,
                     retrieval=retrieval.retrieve(
-                        subject.info.path, contexts[subject.info.path], request.retrieval, progress, subject.cache
+                        subject.info.path, contexts[subject.info.path], request.retrieval, progress, *subject.run_as
                     ),
                 )
                 for subject, result in zip(subjects, results, strict=True)
             ]
+    results = [_in_force(result) for result in results]
     if reference is None:
         return Report(None, tuple(results))
     # the exported file of a checkpoint is gone by now: the name that was given says more
@@ -242,11 +255,11 @@ def _perplexities(
     """The results with perplexities; with ``divergence``, the first file is the reference of the others."""
     if not divergence:
         measured = [
-            perplexity.perplexity(one.info.path, text.path, text.context, text.chunks, progress, one.cache)
+            perplexity.perplexity(one.info.path, text.path, text.context, text.chunks, progress, *one.run_as)
             for one in subjects
         ]
         return [
-            replace(result, perplexity=one.value, perplexity_stderr=one.stderr)
+            replace(result, perplexity=one.value, perplexity_stderr=one.stderr, activations=one.activations)
             for result, one in zip(results, measured, strict=True)
         ]
     base, *others = subjects
@@ -255,9 +268,11 @@ def _perplexities(
     )
     with opened as reference:
         own = reference.perplexity
-        rows = [replace(results[0], perplexity=own.value, perplexity_stderr=own.stderr)]
+        rows = [
+            replace(results[0], perplexity=own.value, perplexity_stderr=own.stderr, activations=own.activations)
+        ]
         for subject, result in zip(others, results[1:], strict=True):
-            found = perplexity.divergence(subject.info.path, reference, text.path, text.chunks, progress, subject.cache)
+            found = perplexity.divergence(subject.info.path, reference, text.path, text.chunks, progress, *subject.run_as)
             rows.append(
                 replace(
                     result,
@@ -265,6 +280,7 @@ def _perplexities(
                     perplexity_stderr=found.perplexity.stderr,
                     kld_mean=found.kld_mean,
                     top1_agreement=found.top1_agreement,
+                    activations=found.perplexity.activations,
                 )
             )
     return rows
@@ -283,8 +299,11 @@ def _cache_shares(
     rows = []
     for path, pairs in groupby(zip(subjects, results, strict=True), key=lambda pair: pair[0].info.path):
         group = list(pairs)
-        vocabulary = _vocabulary_size(group[0][0].info)
-        with perplexity.reference(path, vocabulary, text.path, text.context, text.chunks, progress, F16) as base:
+        first = group[0][0]
+        opened = perplexity.reference(
+            path, _vocabulary_size(first.info), text.path, text.context, text.chunks, progress, F16, first.activations
+        )
+        with opened as base:
             rows += [_cache_share(subject, result, base, text, progress) for subject, result in group]
     return rows
 
@@ -294,10 +313,12 @@ def _cache_share(
 ) -> ModelResult:
     kld, measured = 0.0, base.perplexity
     if not subject.has_f16_cache:
-        found = perplexity.divergence(subject.info.path, base, text.path, text.chunks, progress, subject.cache)
+        found = perplexity.divergence(subject.info.path, base, text.path, text.chunks, progress, *subject.run_as)
         kld, measured = found.kld_mean, found.perplexity
     if result.perplexity is None:
-        result = replace(result, perplexity=measured.value, perplexity_stderr=measured.stderr)
+        result = replace(
+            result, perplexity=measured.value, perplexity_stderr=measured.stderr, activations=measured.activations
+        )
     return replace(result, cache_kld=kld, cache_perplexity=measured.value / base.perplexity.value)
 
 
@@ -334,6 +355,17 @@ def _vocabulary_size(info: GgufInfo) -> int:
     if tokens is None:
         raise KurtailError(f"{info.path} has no vocabulary: give a complete model as reference")
     return int(tokens["length"]) if isinstance(tokens, dict) else len(tokens)
+
+
+def _in_force(result: ModelResult) -> ModelResult:
+    """The result with the bits of activations that the runtime reported, where it did."""
+    measured = (result.mmlu, result.tasks, result.retrieval)
+    found = [result.activations, *(one.activations for one in measured if one is not None)]
+    activations = next(filter(None, found), None)
+    if activations is None:
+        return result
+    runs_as = activations.applied(result.runs_as)
+    return replace(result, activations=activations, activation_bits=activations.general, runs_as=runs_as)
 
 
 def _row(subject: _Subject, caches: tuple[str, ...] = (FILE,)) -> ModelResult:

@@ -16,6 +16,7 @@ from kurtail_gguf.measure.llama_perplexity import EvaluationError
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import Progress, Stage
 from kurtail_gguf.runtime import vendored
+from kurtail_gguf.runtime.activation_bits import FILE_BITS, Activations, told_activations
 from kurtail_gguf.runtime.bindings import require_bindings
 from kurtail_gguf.runtime.cache_types import FILE, stage_name
 
@@ -66,10 +67,12 @@ class TasksResult:
     Args:
         version: of lm-eval.
         results: its own keys (``acc,none``, ``acc_stderr,none``) by task.
+        activations: the bits in force; None where nothing was rounded.
     """
 
     version: str
     results: dict[str, dict[str, float | None]]
+    activations: Activations | None = None
 
     def metrics(self) -> list[Metric]:
         """The same one by one, each value with its error."""
@@ -96,7 +99,9 @@ def check_tasks(request: TasksRequest) -> None:
     require_bindings()
 
 
-def run_tasks(model: Path, request: TasksRequest, progress: Progress, cache: str = FILE) -> TasksResult:
+def run_tasks(
+    model: Path, request: TasksRequest, progress: Progress, cache: str = FILE, activations: str | None = FILE_BITS
+) -> TasksResult:
     """Run tasks on a GGUF file.
 
     Args:
@@ -104,18 +109,22 @@ def run_tasks(model: Path, request: TasksRequest, progress: Progress, cache: str
         request: which tasks.
         progress: a stage for each kind of question the tasks ask, a unit a question.
         cache: one of :data:`kurtail_gguf.runtime.cache_types.CACHE_TYPES`.
+        activations: one of :data:`kurtail_gguf.runtime.activation_bits.ACTIVATION_CHOICES`; None is the runtime's default.
 
     Raises:
         EvaluationError: an unknown task, data that is not at hand, a file that the runtime refuses.
     """
     check_tasks(request)
     include = None if request.include_path is None else str(request.include_path.resolve())
+    in_force: Activations | None = None
     with ExitStack() as stages:
         stage: Stage | None = None
 
         def on_message(message: dict[str, Any]) -> None:
-            nonlocal stage
-            if "kind" in message:
+            nonlocal stage, in_force
+            if "activations" in message:
+                in_force = told_activations(message)
+            elif "kind" in message:
                 stages.close()
                 name = stage_name(message["kind"], model, cache)
                 stage = stages.enter_context(progress.stage(name, message["requests"]))
@@ -128,6 +137,7 @@ def run_tasks(model: Path, request: TasksRequest, progress: Progress, cache: str
                 {
                     "path": str(model.resolve()),
                     "cache": cache,
+                    "activations": activations,
                     "tasks": list(request.names),
                     "include_path": include,
                     "shots": request.shots,
@@ -138,4 +148,4 @@ def run_tasks(model: Path, request: TasksRequest, progress: Progress, cache: str
             )
         except vendored.WorkerError as error:
             raise EvaluationError(f"tasks on {model}: {error}") from None
-    return TasksResult(answer["version"], answer["results"])
+    return TasksResult(answer["version"], answer["results"], in_force)

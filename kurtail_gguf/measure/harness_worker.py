@@ -1,6 +1,6 @@
 """Worker of :mod:`kurtail_gguf.measure.harness`: lm-eval on the runtime.
 
-Request: ``path``, ``cache``, ``tasks``, ``include_path``, ``shots``, ``limit``. Messages as
+Request: ``path``, ``cache``, ``activations``, ``tasks``, ``include_path``, ``shots``, ``limit``. Messages: the ``activations`` in force, then as
 :class:`kurtail_gguf.measure.harness_model.RuntimeLM` sends them. Result: ``version``, ``results``.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -18,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from kurtail_gguf.measure.harness_model import RuntimeLM
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.runtime import vendored
-from kurtail_gguf.runtime.bindings_model import BindingsModel
+from kurtail_gguf.runtime.bindings_model import load_asked
 
 
 def run(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def run(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dict
         raise KurtailError(
             f"{', '.join(request['tasks'])} cannot be loaded, is the data at hand? {type(error).__name__}: {error}"
         ) from error
-    model = RuntimeLM(BindingsModel(Path(request["path"]), cache=request["cache"]), send)
+    model = RuntimeLM(load_asked(request, send), send)
     answer = lm_eval.simple_evaluate(
         model=model,
         tasks=request["tasks"],

@@ -19,6 +19,7 @@ from pathlib import Path
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import Progress, Stage
 from kurtail_gguf.runtime import native
+from kurtail_gguf.runtime.activation_bits import VARIABLE
 
 PROGRAM = "llama-perplexity"
 
@@ -63,7 +64,8 @@ def run(
     Raises:
         EvaluationError: it ended with a status other than 0.
     """
-    command = [str(native.executable(PROGRAM)), "-m", str(model), *arguments]
+    # -lv 4: at its default the program leaves out what the library logs, the bits of activations among it
+    command = [str(native.executable(PROGRAM)), "-m", str(model), "-lv", "4", *arguments]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment()
     )
@@ -139,5 +141,6 @@ def _decoded(process: subprocess.Popen[bytes]) -> Iterator[str]:
 
 
 def _environment() -> dict[str, str]:
-    # LLAMA_ARG_* set every option of llama.cpp's programs: a measurement must not depend on them
-    return {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_LOG_"))}
+    # LLAMA_ARG_* set every option of llama.cpp's programs: a measurement must not depend on them, nor on our variable
+    unwanted = ("LLAMA_ARG_", "LLAMA_LOG_", VARIABLE)
+    return {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}

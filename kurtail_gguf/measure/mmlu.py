@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kurtail_gguf.measure.llama_perplexity import EvaluationError
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.runtime import vendored
+from kurtail_gguf.runtime.activation_bits import FILE_BITS, Activations, told_activations
 from kurtail_gguf.runtime.bindings import require_bindings
 from kurtail_gguf.runtime.cache_types import FILE, stage_name
 
@@ -78,6 +79,7 @@ class MmluResult:
         micro: over all questions alike.
         macro: mean of the subjects' accuracies.
         subjects: by name.
+        activations: the bits in force; None where nothing was rounded.
     """
 
     shots: int
@@ -85,6 +87,7 @@ class MmluResult:
     micro: Accuracy
     macro: Accuracy
     subjects: dict[str, Accuracy]
+    activations: Activations | None = None
 
 
 def read_mmlu(directory: Path, shots: int = DEFAULT_SHOTS, limit: int | None = None) -> tuple[Subject, ...]:
@@ -134,7 +137,13 @@ def prompt(subject: Subject, question: Question, shots: int) -> str:
     return heading(subject.name) + "".join(block(e, True) for e in subject.examples[:shots]) + block(question, False)
 
 
-def score(model: Path, subjects: tuple[Subject, ...], progress: Progress, cache: str = FILE) -> MmluResult:
+def score(
+    model: Path,
+    subjects: tuple[Subject, ...],
+    progress: Progress,
+    cache: str = FILE,
+    activations: str | None = FILE_BITS,
+) -> MmluResult:
     """Ask a GGUF file all questions, through the shipped runtime.
 
     Args:
@@ -142,6 +151,7 @@ def score(model: Path, subjects: tuple[Subject, ...], progress: Progress, cache:
         subjects: as :func:`read_mmlu` gives them.
         progress: one stage, a unit a question.
         cache: one of :data:`kurtail_gguf.runtime.cache_types.CACHE_TYPES`.
+        activations: one of :data:`kurtail_gguf.runtime.activation_bits.ACTIVATION_CHOICES`; None is the runtime's default.
 
     Raises:
         EvaluationError: the runtime refuses the file; a question does not fit into its context.
@@ -151,6 +161,7 @@ def score(model: Path, subjects: tuple[Subject, ...], progress: Progress, cache:
     request = {
         "path": str(model.resolve()),
         "cache": cache,
+        "activations": activations,
         "subjects": [
             {
                 "heading": heading(subject.name),
@@ -165,10 +176,14 @@ def score(model: Path, subjects: tuple[Subject, ...], progress: Progress, cache:
     asked = [(subject, question) for subject in subjects for question in subject.questions]
     answers: list[int] = []
     shortened = right = 0
+    in_force: Activations | None = None
     with progress.stage(stage_name("MMLU", model, cache), len(asked)) as stage:
 
         def on_message(message: dict[str, Any]) -> None:
-            nonlocal shortened, right
+            nonlocal shortened, right, in_force
+            if "activations" in message:
+                in_force = told_activations(message)
+                return
             subject, question = asked[len(answers)]
             answers.append(likeliest(message["log_likelihoods"]))
             shortened += message["shots"] < len(subject.examples)
@@ -179,7 +194,7 @@ def score(model: Path, subjects: tuple[Subject, ...], progress: Progress, cache:
             vendored.run(_WORKER, request, on_message)
         except vendored.WorkerError as error:
             raise EvaluationError(f"{model} cannot be asked: {error}") from None
-    return summarise(subjects, answers, shortened)
+    return replace(summarise(subjects, answers, shortened), activations=in_force)
 
 
 def likeliest(log_likelihoods: list[float]) -> int:

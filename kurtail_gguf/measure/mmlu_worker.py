@@ -1,7 +1,7 @@
 """Worker of :mod:`kurtail_gguf.measure.mmlu`: asks the questions through the bindings.
 
-Request: ``path``; ``cache``; ``subjects``, each with ``heading``, ``examples``, ``questions`` and ``where`` (texts);
-``continuations``. A message a question, in order: ``log_likelihoods`` of the continuations, ``shots``.
+Request: ``path``; ``cache``; ``activations``; ``subjects``, each with ``heading``, ``examples``, ``questions`` and ``where`` (texts);
+``continuations``. A message with the ``activations`` in force, then one a question, in order: ``log_likelihoods`` of the continuations, ``shots``.
 The result is how many tokens went through the model.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kurtail_gguf.messages.errors import KurtailError
@@ -65,9 +64,6 @@ def _fit(model: BindingsModel, subject: dict[str, Any], number: int, continuatio
 
 if __name__ == "__main__":
     # loads the runtime, which only this process needs
-    from kurtail_gguf.runtime.bindings_model import BindingsModel
+    from kurtail_gguf.runtime.bindings_model import load_asked
 
-    def _load(request: dict[str, Any]) -> BindingsModel:
-        return BindingsModel(Path(request["path"]), cache=request["cache"])
-
-    vendored.serve(lambda request, send: ask(_load(request), request, send))
+    vendored.serve(lambda request, send: ask(load_asked(request, send), request, send))

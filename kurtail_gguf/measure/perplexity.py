@@ -23,6 +23,12 @@ import numpy.typing as npt
 from kurtail_gguf.measure import llama_perplexity
 from kurtail_gguf.measure.llama_perplexity import EvaluationError
 from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.runtime.activation_bits import (
+    FILE_BITS,
+    Activations,
+    activation_arguments,
+    reported_activations,
+)
 from kurtail_gguf.runtime.cache_types import FILE, cache_arguments, stage_name, with_cache
 
 #: llama-perplexity prints no divergence for fewer scored tokens
@@ -39,10 +45,11 @@ __all__ = ["Divergence", "EvaluationError", "Perplexity", "Reference", "divergen
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood, and its standard error."""
+    """exp of the mean negative log-likelihood, its standard error, and the bits of activations in force (None: no kt4)."""
 
     value: float
     stderr: float
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,13 @@ class Reference:
 
 
 def perplexity(
-    model: Path, text: Path, context: int, chunks: int | None, progress: Progress, cache: str = FILE
+    model: Path,
+    text: Path,
+    context: int,
+    chunks: int | None,
+    progress: Progress,
+    cache: str = FILE,
+    activations: str | None = FILE_BITS,
 ) -> Perplexity:
     """Perplexity of a GGUF file on a text.
 
@@ -83,13 +96,14 @@ def perplexity(
         chunks: how many from the start of the text; all if None.
         progress: one stage, a unit a chunk.
         cache: one of :data:`kurtail_gguf.runtime.cache_types.CACHE_TYPES`.
+        activations: one of :data:`kurtail_gguf.runtime.activation_bits.ACTIVATION_CHOICES`; None is the runtime's default.
 
     Raises:
         EvaluationError: the runtime refuses the file, the text is too short.
     """
-    arguments = [*_arguments(text, context, chunks), *cache_arguments(cache)]
+    arguments = [*_arguments(text, context, chunks), *activation_arguments(activations), *cache_arguments(cache)]
     output = llama_perplexity.run(model, arguments, stage_name("perplexity", model, cache), progress)
-    return Perplexity(*llama_perplexity.find(llama_perplexity.FINAL_ESTIMATE, output, model))
+    return Perplexity(*llama_perplexity.find(llama_perplexity.FINAL_ESTIMATE, output, model), reported_activations(output))
 
 
 @contextlib.contextmanager
@@ -101,13 +115,14 @@ def reference(
     chunks: int | None,
     progress: Progress,
     cache: str = FILE,
+    activations: str | None = FILE_BITS,
 ) -> Iterator[Reference]:
     """Run the reference and keep its log-probabilities while the context is open.
 
     Args:
         model: GGUF file of the reference.
         vocabulary: how many tokens it has: what the size of the file follows from.
-        text, context, chunks, cache: as in :func:`perplexity`.
+        text, context, chunks, cache, activations: as in :func:`perplexity`.
         progress: one stage, and a line with the size of the temporary file before that is written.
 
     Raises:
@@ -128,10 +143,11 @@ def reference(
                 )
             progress.tell(f"log-probabilities of the reference take {size / 1e6:.0f} MB in {directory} for the time being")
 
-        arguments = [*_arguments(text, context, chunks), *cache_arguments(cache), "--kl-divergence-base", str(path)]
+        arguments = [*_arguments(text, context, chunks), *activation_arguments(activations), *cache_arguments(cache)]
+        arguments += ["--kl-divergence-base", str(path)]
         name = with_cache(model.name, None if cache == FILE else cache)
         output = llama_perplexity.run(model, arguments, f"reference {name}", progress, on_start)
-        estimate = Perplexity(*llama_perplexity.find(llama_perplexity.FINAL_ESTIMATE, output, model))
+        estimate = Perplexity(*llama_perplexity.find(llama_perplexity.FINAL_ESTIMATE, output, model), reported_activations(output))
         # the program does not notice that its writes fail
         if path.stat().st_size != size:
             raise EvaluationError(f"{path} has {path.stat().st_size} bytes, not {size}: the disk is full, set TMPDIR")
@@ -139,18 +155,25 @@ def reference(
 
 
 def divergence(
-    model: Path, reference: Reference, text: Path, chunks: int | None, progress: Progress, cache: str = FILE
+    model: Path,
+    reference: Reference,
+    text: Path,
+    chunks: int | None,
+    progress: Progress,
+    cache: str = FILE,
+    activations: str | None = FILE_BITS,
 ) -> Divergence:
     """Perplexity of a GGUF file and its divergence from a reference with the same vocabulary.
 
     Args:
         model: GGUF file.
         reference: an open reference; text and chunks must be the ones it was run with.
-        text, chunks, cache: as in :func:`perplexity`.
+        text, chunks, cache, activations: as in :func:`perplexity`.
         progress: one stage, and a line with the size of the temporary file before that is written.
     """
     arguments = [
         *_arguments(text, reference.context, chunks),
+        *activation_arguments(activations),
         *cache_arguments(cache),
         *("--kl-divergence-base", str(reference.log_probabilities), "--kl-divergence"),
     ]
@@ -158,7 +181,7 @@ def divergence(
     value, stderr = llama_perplexity.find(llama_perplexity.MEAN_PPL, output, model)
     kld_mean, kld_stderr = llama_perplexity.find(llama_perplexity.MEAN_KLD, output, model)
     same_top, _ = llama_perplexity.find(llama_perplexity.SAME_TOP, output, model)
-    return Divergence(Perplexity(value, stderr), kld_mean, kld_stderr, round(same_top / 100, 7))
+    return Divergence(Perplexity(value, stderr, reported_activations(output)), kld_mean, kld_stderr, round(same_top / 100, 7))
 
 
 def scored_tokens(reference: Reference) -> npt.NDArray[np.int32]:

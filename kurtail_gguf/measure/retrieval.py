@@ -7,7 +7,7 @@ finer measure: damage to the cache lowers it before the first digit is wrong.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kurtail_gguf.measure.llama_perplexity import EvaluationError
 from kurtail_gguf.messages.errors import ConfigError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.runtime import vendored
+from kurtail_gguf.runtime.activation_bits import FILE_BITS, Activations, told_activations
 from kurtail_gguf.runtime.bindings import require_bindings
 from kurtail_gguf.runtime.cache_types import FILE, stage_name
 from kurtail_gguf.runtime.gguf_info import GgufInfo
@@ -87,11 +88,13 @@ class RetrievalResult:
         accuracy: share of the codes that greedy decoding gave, over all facts.
         log_likelihood: of the right code, mean over all facts, in nats.
         cells: by length, then by depth.
+        activations: the bits in force; None where nothing was rounded.
     """
 
     accuracy: float
     log_likelihood: float
     cells: tuple[Cell, ...]
+    activations: Activations | None = None
 
 
 def check_retrieval(request: RetrievalRequest) -> str:
@@ -149,7 +152,12 @@ def build(model: Path, text: str, request: RetrievalRequest) -> list[Context]:
 
 
 def retrieve(
-    model: Path, contexts: list[Context], request: RetrievalRequest, progress: Progress, cache: str = FILE
+    model: Path,
+    contexts: list[Context],
+    request: RetrievalRequest,
+    progress: Progress,
+    cache: str = FILE,
+    activations: str | None = FILE_BITS,
 ) -> RetrievalResult:
     """Ask a GGUF file for all facts, through the shipped runtime.
 
@@ -159,15 +167,26 @@ def retrieve(
         request: what is asked.
         progress: one stage, a unit a token of the contexts.
         cache: one of :data:`kurtail_gguf.runtime.cache_types.CACHE_TYPES`.
+        activations: one of :data:`kurtail_gguf.runtime.activation_bits.ACTIVATION_CHOICES`; None is the runtime's default.
 
     Raises:
         EvaluationError: the runtime refuses the file.
     """
     found: list[list[tuple[float, bool]]] = []
-    asked = {"path": str(model.resolve()), "cache": cache, "contexts": [asdict(context) for context in contexts]}
+    in_force: Activations | None = None
+    asked = {
+        "path": str(model.resolve()),
+        "cache": cache,
+        "activations": activations,
+        "contexts": [asdict(context) for context in contexts],
+    }
     with progress.stage(stage_name("retrieval", model, cache), sum(context.length for context in contexts)) as stage:
 
         def on_message(message: dict[str, Any]) -> None:
+            nonlocal in_force
+            if "activations" in message:
+                in_force = told_activations(message)
+                return
             found.append([(log_likelihood, right) for log_likelihood, right in message["facts"]])
             right = sum(right for facts in found for _, right in facts)
             stage.advance(contexts[len(found) - 1].length, f"{right} of {sum(map(len, found))} codes right")
@@ -176,7 +195,7 @@ def retrieve(
             vendored.run(_WORKER, asked, on_message)
         except vendored.WorkerError as error:
             raise EvaluationError(f"{model} cannot be asked: {error}") from None
-    return summarise(request, found)
+    return replace(summarise(request, found), activations=in_force)
 
 
 def summarise(request: RetrievalRequest, found: list[list[tuple[float, bool]]]) -> RetrievalResult:

@@ -1,14 +1,13 @@
 """Worker of :mod:`kurtail_gguf.measure.retrieval`: asks the questions through the bindings.
 
-Request: ``path``; ``cache``; ``contexts``, each with ``prefix`` and ``questions``, those with ``suffix`` and
-``answer`` (token ids). A message for each context, in order: ``facts``, for each question the log-likelihood of
+Request: ``path``; ``cache``; ``activations``; ``contexts``, each with ``prefix`` and ``questions``, those with ``suffix`` and
+``answer`` (token ids). A message with the ``activations`` in force, then one for each context, in order: ``facts``, for each question the log-likelihood of
 the answer and whether greedy decoding gives it. The result is how many tokens went through the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kurtail_gguf.runtime import vendored
@@ -38,9 +37,9 @@ def ask(model: BindingsModel, request: dict[str, Any], send: Callable[[dict[str,
 
 def _answer(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> int:
     # loads the runtime, which only this process needs
-    from kurtail_gguf.runtime.bindings_model import BindingsModel
+    from kurtail_gguf.runtime.bindings_model import load_asked
 
-    return ask(BindingsModel(Path(request["path"]), cache=request["cache"]), request, send)
+    return ask(load_asked(request, send), request, send)
 
 
 if __name__ == "__main__":

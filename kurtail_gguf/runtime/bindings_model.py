@@ -1,7 +1,8 @@
 """A GGUF file in the shipped runtime through the ``llama_cpp`` bindings: log-likelihoods and greedy text.
 
 Only workers use it (:mod:`kurtail_gguf.runtime.vendored`): a runtime that aborts takes its own process with it.
-No cache type is given unless asked for: a kurtail file turns its own on, as it does for whoever runs the file.
+No cache type is given unless asked for: a kurtail file turns its own on, as it does for whoever runs the file. Bits of
+activations are the file's unless others are asked for, whatever the environment says.
 
 The tokens of one prompt stay in the KV cache until the next one differs, so prompts that begin alike
 (few-shot examples) are computed once.
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kurtail_gguf.messages.errors import KurtailError
+from kurtail_gguf.runtime.activation_bits import FILE_BITS, OVERRIDE_KEY, VARIABLE, Activations, reported_activations
 from kurtail_gguf.runtime.cache_types import FILE
 
 #: Tokens in one call of llama_decode. The runtime keeps the logits of a call: 512 rows of a vocabulary of
@@ -50,6 +52,8 @@ class BindingsModel:
         adapter: GGUF file of a LoRA adapter to apply.
         cache: one of :data:`kurtail_gguf.runtime.cache_types.CACHE_TYPES`, for keys and values alike.
         vocabulary_only: load no weights; only tokenization works then.
+        activations: one of :data:`kurtail_gguf.runtime.activation_bits.ACTIVATION_CHOICES`; None leaves it to the
+            runtime's default, or to the environment.
 
     Raises:
         KurtailError: the runtime refuses the file; with what it logged.
@@ -62,16 +66,20 @@ class BindingsModel:
         adapter: Path | None = None,
         cache: str = FILE,
         vocabulary_only: bool = False,
+        activations: str | None = FILE_BITS,
     ) -> None:
         self._exact_cache = exact_cache
         self._cache = cache
         self._errors: list[str] = []
+        self.activations: Activations | None = None  #: what the runtime reported; None where nothing is rounded
         # kept alive with the object: the library calls it until the process ends
-        self._log = llama_cpp.llama_log_callback(self._note_error)
+        self._log = llama_cpp.llama_log_callback(self._note)
         llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = vocabulary_only
+        if activations is not None:
+            params.kv_overrides = _overrides(activations)
         model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
             raise KurtailError(f"the runtime cannot load {path}: {self._told()}")
@@ -257,9 +265,11 @@ class BindingsModel:
             raise KurtailError(f"{self._path}: the text of token {token} is longer than {room} bytes")
         return buffer.raw[:count]
 
-    def _note_error(self, level: int, text: bytes, _data: object) -> None:
-        if level == _LOG_ERROR and (line := text.decode("utf-8", "replace").strip()):
+    def _note(self, level: int, text: bytes, _data: object) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level == _LOG_ERROR and line:
             self._errors.append(line)
+        self.activations = reported_activations(line) or self.activations
 
     def _told(self) -> str:
         """The first and the last error that the runtime logged."""
@@ -268,9 +278,26 @@ class BindingsModel:
         return "; ".join(dict.fromkeys((self._errors[0], self._errors[-1])))
 
 
+def load_asked(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> BindingsModel:
+    """What a worker measures: the request's ``path``, ``cache`` and ``activations``; tells the bits in force."""
+    os.environ.pop(VARIABLE, None)  # a measurement depends on what it is asked for alone
+    model = BindingsModel(Path(request["path"]), cache=request["cache"], activations=request["activations"])
+    send({"activations": model.activations and asdict(model.activations)})
+    return model
+
+
 def available_cpus() -> int:
     """How many CPUs this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _overrides(activations: str) -> Any:
+    """The choice as the programs hand it to the library; a key without letters ends the array."""
+    overrides = (llama_cpp.llama_model_kv_override * 2)()
+    overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
+    overrides[0].key = OVERRIDE_KEY.encode()
+    overrides[0].value.val_str = activations.encode()
+    return overrides
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

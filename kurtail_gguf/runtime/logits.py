@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.runtime import vendored
+from kurtail_gguf.runtime.activation_bits import FILE_BITS
 from kurtail_gguf.runtime.bindings import require_bindings
 from kurtail_gguf.runtime.cache_types import FILE
 
@@ -23,6 +24,7 @@ def runtime_log_probabilities(
     exact_cache: bool = False,
     adapter: Path | None = None,
     cache: str = FILE,
+    activations: str | None = FILE_BITS,
 ) -> npt.NDArray[np.float32]:
     """Log-probabilities of what follows each token of some sequences, each from an empty cache.
 
@@ -32,6 +34,7 @@ def runtime_log_probabilities(
         exact_cache: cache keys and values in single precision and attend in it, whatever the file asks for.
         adapter: GGUF file of a LoRA adapter to apply.
         cache: one of :data:`kurtail_gguf.runtime.cache_types.CACHE_TYPES`; of no use with ``exact_cache``.
+        activations: one of :data:`kurtail_gguf.runtime.activation_bits.ACTIVATION_CHOICES`, or None.
 
     Returns:
         float32 ``[Σ tokens, vocabulary]``.
@@ -43,6 +46,7 @@ def runtime_log_probabilities(
     with tempfile.TemporaryDirectory(prefix="kurtail-logits-") as directory:
         out = Path(directory) / "rows.npy"
         request = {"sequences": [list(map(int, one)) for one in sequences], "texts": [], "out": str(out), "cache": cache}
+        request["activations"] = activations
         _run(path, {**request, "exact_cache": exact_cache, "adapter": adapter and str(adapter.resolve())})
         return np.load(out)
 
@@ -65,6 +69,7 @@ def runtime_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
     """
     require_bindings()
     request = {"sequences": None, "texts": list(texts), "out": "", "exact_cache": False, "adapter": None, "cache": FILE}
+    request["activations"] = FILE_BITS
     return _run(path, request)
 
 

@@ -3,7 +3,7 @@
 Request: ``path``; ``texts``, perhaps none; ``sequences``, ``[[token, …], …]`` or null; ``out``,
 where their log-probabilities go (.npy, float32 ``[Σ tokens, vocabulary]``); ``exact_cache``, whether keys and values are
 cached in single precision instead of in ``cache``, one of runtime/cache_types.py's types; ``adapter``, a LoRA adapter's file or
-null. The result is the texts' tokens, BOS left out.
+null; ``activations``, one of runtime/activation_bits.py's choices or null. The result is the texts' tokens, BOS left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def answer(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> l
     from kurtail_gguf.runtime.bindings_model import BindingsModel
 
     adapter = request["adapter"] and Path(request["adapter"])
-    model = BindingsModel(Path(request["path"]), request["exact_cache"], adapter, request["cache"])
+    model = BindingsModel(
+        Path(request["path"]), request["exact_cache"], adapter, request["cache"], activations=request["activations"]
+    )
     tokens = [model.tokenize(text, special=False) for text in request["texts"]]
     if sequences := request["sequences"]:
         model.reserve(max(map(len, sequences)))

@@ -42,13 +42,13 @@ def runs(monkeypatch):
     def read(path):
         return GgufInfo(path, {"tokenizer.ggml.tokens": ["a"], "bits": 16 if path.name == "g.gguf" else 4}, ())
 
-    def noted(path, reference, text, chunks, progress, cache="file"):
+    def noted(path, reference, text, chunks, progress, cache, activations):
         seen.append(("divergence", path.name, cache))
         # from a file that is its own base, and from the reference
         return Divergence(Perplexity(22.0, 1.5), 0.25 if reference.name == path.name else 0.75, 0.01, 0.5)
 
     @contextmanager
-    def opened(path, vocabulary, text, context, chunks, progress, cache="file"):
+    def opened(path, vocabulary, text, context, chunks, progress, cache="file", activations="file"):
         seen.append(("reference", path.name, cache))
         yield _Open(path.name)
 

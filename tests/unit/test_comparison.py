@@ -65,7 +65,7 @@ def test_the_command_line_makes_the_same_conversion(config, monkeypatch):
 
 def test_options_that_are_passed_on_are_fields_of_the_conversion():
     names = {parameter.name for parameter in compare_command.params}
-    own = {"model", "text", "methods", "context", "chunks", "out_dir", "json_path", "plot", "card"}
+    own = {"model", "text", "methods", "context", "chunks", "activation_bits", "out_dir", "json_path", "plot", "card"}
     assert names - own <= set(ConvertConfig.__dataclass_fields__)
     assert {"activations", "kv", "calibration", "calibration_tokens", "seed", "device", "allow_pickle"} <= names
 

@@ -247,12 +247,13 @@ def test_the_pictures_cells_are_where_they_belong(tmp_path):
 
 @pytest.fixture
 def files(monkeypatch):
-    """Files that need not be there: what measure() asks of each is noted, with the cache type."""
+    """Files that need not be there: what measure() asks of each is noted, with the cache type, and bits that were asked for."""
     seen = []
 
     def noted(what, result):
         def measured(path, *arguments):
-            seen.append((what, path.name, arguments[-1]))
+            *_, cache, bits = arguments
+            seen.append((what, path.name, cache) if bits in (None, "file") else (what, path.name, cache, bits))
             return result
 
         return measured
