@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# read when torch is imported: threads that wait do not spin, here and in the programs that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -78,6 +79,9 @@ class _Interrupts:
 
 def main() -> None:
     """Entry point of the installed program."""
+    # Threads that wait go to sleep: those of torch and of the runtime would spin and take cores from whatever shares the
+    # machine. OpenMP reads it when torch is imported, which only commands do; children inherit it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts = _Interrupts()
     # a terminated run cleans up and says how to go on, as an interrupted one does
     signal.signal(signal.SIGTERM, interrupts)
