@@ -49,6 +49,27 @@ def write_model(python: Path, directory: Path, shape: str, kind: str, gguf_py: P
     return path
 
 
+def quantize_model(program: Path, source: Path, path: Path, type_name: str) -> None:
+    """A file of another type, made by llama-quantize with what it mixes.
+
+    Args:
+        program: llama-quantize of the build that will run the file.
+        source: an f16 file.
+        path: where it goes.
+        type_name: as the program knows it; where a row does not fit into the type's blocks, it takes another.
+    """
+    if not program.is_file():
+        raise ToolError(f"{program} is not there, which makes {path.name}: build it beside llama-bench")
+    say(f"writing {path.name}")
+    part = path.with_suffix(".part")
+    done = subprocess.run([program, source, part, type_name], text=True, capture_output=True)
+    if done.returncode != 0:
+        part.unlink(missing_ok=True)
+        told = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise ToolError(f"{path.name}: {program} {type_name}: {told[-1]}")
+    part.rename(path)
+
+
 def main() -> int:
     """Write several at once, a process each."""
     parser = argparse.ArgumentParser(description=__doc__)
