@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kurtail_gguf.runtime.activation_bits import ACTIVATION_CHOICES
+from kurtail_gguf.runtime.activation_bits import ACTIVATION_CHOICES, VARIABLE
 
 allow_pickle = click.option(
     "--allow-pickle", is_flag=True,
@@ -15,9 +15,9 @@ allow_pickle = click.option(
 )  # fmt: skip
 
 activation_bits = click.option(
-    "--activation-bits", type=click.Choice(ACTIVATION_CHOICES), default=None,
+    "--activation-bits", type=click.Choice(ACTIVATION_CHOICES), default=None, envvar=VARIABLE, show_envvar=True,
     help="Bits that the runtime rounds inputs of 4-bit products to; file: what the file says. The runtime's default if not "
-    "given, whatever KURTAIL_ACTIVATION_BITS says.",
+    "given.",
 )  # fmt: skip
 
 

@@ -141,6 +141,7 @@ def _decoded(process: subprocess.Popen[bytes]) -> Iterator[str]:
 
 
 def _environment() -> dict[str, str]:
-    # LLAMA_ARG_* set every option of llama.cpp's programs: a measurement must not depend on them, nor on our variable
+    # LLAMA_ARG_* set every option of llama.cpp's programs: a measurement must not depend on them. Our own variable is the
+    # commands' to read.
     unwanted = ("LLAMA_ARG_", "LLAMA_LOG_", VARIABLE)
     return {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}

@@ -280,7 +280,7 @@ class BindingsModel:
 
 def load_asked(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> BindingsModel:
     """What a worker measures: the request's ``path``, ``cache`` and ``activations``; tells the bits in force."""
-    os.environ.pop(VARIABLE, None)  # a measurement depends on what it is asked for alone
+    os.environ.pop(VARIABLE, None)  # read by the command, which asks for what it says
     model = BindingsModel(Path(request["path"]), cache=request["cache"], activations=request["activations"])
     send({"activations": model.activations and asdict(model.activations)})
     return model

@@ -32,6 +32,7 @@ from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.model.loading.source import resolve_source
 from kurtail_gguf.runtime import native
+from kurtail_gguf.runtime.activation_bits import FILE_BITS, VARIABLE
 from kurtail_gguf.runtime.bindings import BindingsError, require_bindings
 from kurtail_gguf.runtime.export import export_reference
 
@@ -48,6 +49,15 @@ def _lacking(reason: str) -> NoReturn:
     if "KURTAIL_BUILD_DIR" in os.environ:
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bits_of_the_file() -> Iterator[None]:
+    """Files run with the bits of activations that they say, not with the default of this machine's instruction set; which is
+    test_activation_bits.py's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, FILE_BITS)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

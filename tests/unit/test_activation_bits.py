@@ -210,5 +210,9 @@ def test_the_option_reaches_measurements_and_comparisons(monkeypatch, text):
         CliRunner().invoke(commands, ["eval", "m.gguf", "--text", str(text.path), *choice])
         CliRunner().invoke(commands, ["compare", "m", "--text", str(text.path), *choice])
     assert seen == [None, None, "8", "8"]
+    for variable, choice in (("4", []), ("4", ["--activation-bits", "file"])):
+        environment = {"KURTAIL_ACTIVATION_BITS": variable}
+        CliRunner().invoke(commands, ["eval", "m.gguf", "--text", str(text.path), *choice], env=environment)
+    assert seen[4:] == ["4", "file"]
     done = CliRunner().invoke(commands, ["eval", "m.gguf", "--text", str(text.path), "--activation-bits", "6"])
     assert done.exit_code == 2 and "'6' is not one of '4', '8', 'file'" in done.stderr
