@@ -88,6 +88,8 @@ class Place:
         given = os.environ.get("LD_LIBRARY_PATH")
         return {
             **os.environ,
+            # a CPU's default may be others than a GPU's, and files are compared with the bits that they say
+            "KURTAIL_ACTIVATION_BITS": "file",
             "LD_LIBRARY_PATH": os.pathsep.join([*libraries, *([given] if given else [])]),
             "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "PYTHONPATH": str(self.work / "site"),
