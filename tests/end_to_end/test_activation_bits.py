@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,32 @@ def test_the_bindings_refuse_them_as_well(four, monkeypatch):
     monkeypatch.setenv(VARIABLE, "16")
     with pytest.raises(KurtailError, match=f"{VARIABLE} is '16': give 4, 8 or file"):
         runtime_log_probabilities(four, [[5]], activations=None)
+
+
+#: Whether two ways to ask llama-cpp-python's own class give the same logits, and others than the file's bits.
+LLAMA = """
+import os, sys
+import numpy as np
+from llama_cpp import Llama
+
+def logits(**options):
+    model = Llama(sys.argv[1], n_ctx=64, verbose=False, logits_all=True, **options)
+    model.eval([3, 4, 5, 6, 7])
+    return np.array(model.scores[:5])
+
+own = logits()
+os.environ["KURTAIL_ACTIVATION_BITS"] = "8"
+assert np.array_equal(logits(), logits(kv_overrides={"kurtail.run.activation_bits": "8"}))
+assert np.array_equal(own, logits(kv_overrides={"kurtail.run.activation_bits": "file"}))
+assert not np.array_equal(own, logits())
+print("right")
+"""
+
+
+@pytest.mark.usefixtures("bindings")
+def test_the_bindings_take_the_variable_and_the_key(four):
+    done = subprocess.run([sys.executable, "-c", LLAMA, four], capture_output=True, text=True, check=False)
+    assert done.stdout == "right\n", done.stderr
 
 
 def test_files_without_such_products_are_as_they_were(tiny_reference, program, text):
