@@ -7,24 +7,45 @@ import os
 # read when torch is imported: threads that wait do not spin, here and in the programs that tests start
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
+    Cohere2Config,
+    Ernie4_5Config,
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
     GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
+    PhiConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 _SIZES = {
@@ -80,6 +101,50 @@ _CONFIGS = {
         **_SIZES, head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
         mlp_only_layers=[], tie_word_embeddings=False,
     ),
+    # a window that is shorter than the texts, in every second layer, and caps that bite
+    "gemma2": lambda: Gemma2Config(
+        **_SIZES, head_dim=64, query_pre_attn_scalar=64, sliding_window=16, attn_logit_softcapping=3.0,
+        final_logit_softcapping=6.0,
+    ),
+    # six layers are the fewest of which one has no window
+    "olmo2": lambda: Olmo2Config(**_SIZES, tie_word_embeddings=False),
+    "olmo3": lambda: Olmo3Config(**_SIZES | {"num_hidden_layers": 4}, sliding_window=16, tie_word_embeddings=False),
+    "seed-oss": lambda: SeedOssConfig(**_SIZES, head_dim=64, tie_word_embeddings=False),
+    "exaone4": lambda: Exaone4Config(
+        **_SIZES, sliding_window=None, layer_types=["full_attention"] * 2, tie_word_embeddings=True
+    ),
+    # the 32B's windows and layers without RoPE, which upstream knows by the number of layers
+    "exaone4-windows": lambda: Exaone4Config(**_SIZES | {"num_hidden_layers": 64}, sliding_window=16, tie_word_embeddings=False),
+    "glm4": lambda: Glm4Config(**_SIZES, head_dim=64, tie_word_embeddings=False),
+    "stablelm": lambda: StableLmConfig(**_SIZES | {"num_attention_heads": 2}, use_qkv_bias=True, tie_word_embeddings=False),
+    "stablelm-parallel": lambda: StableLmConfig(
+        **_SIZES | {"num_attention_heads": 2}, use_parallel_residual=True, tie_word_embeddings=False
+    ),
+    "starcoder2": lambda: Starcoder2Config(**_SIZES, tie_word_embeddings=True),
+    "phi": lambda: PhiConfig(
+        **_SIZES | {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 512}, tie_word_embeddings=False
+    ),
+    "cohere2": lambda: Cohere2Config(
+        **_SIZES | {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=64, sliding_window=16,
+        logit_scale=0.5, rotary_pct=1.0, tie_word_embeddings=True,
+    ),
+    "ernie4_5": lambda: Ernie4_5Config(**_SIZES, head_dim=64, tie_word_embeddings=True),
+    "hunyuan": lambda: HunYuanDenseV1Config(**_SIZES, head_dim=64, tie_word_embeddings=True),
+    "nemotron": lambda: NemotronConfig(
+        **_SIZES | {"num_attention_heads": 2}, head_dim=64, mlp_bias=True, tie_word_embeddings=False
+    ),
+    # queries grow beyond the original context
+    "ministral3": lambda: Ministral3Config(
+        **_SIZES, head_dim=64, tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32.0,
+            "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+        },
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SIZES | {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1},
+        head_dim=256, query_pre_attn_scalar=256, sliding_window=16,
+    ),
 }  # fmt: skip
 
 
@@ -88,10 +153,11 @@ def _build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **chang
     config = _CONFIGS[kind]()
     for name, value in changes.items():
         setattr(config, name, value)
-    # SDPA and torch's own norm: transformers' eager softmax and norms go through float32.
+    # SDPA, or the same with a cap, and torch's own norm: transformers' eager softmax and norms go through float32.
     # Experts one by one: the grouped product has no double precision.
+    capped = getattr(config, "attn_logit_softcapping", None)
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", experts_implementation="eager", dtype=dtype
+        config, attn_implementation=_exact_capped() if capped else "sdpa", experts_implementation="eager", dtype=dtype
     ).eval()
     if dtype == torch.float64:
         _use_exact_parts(model)
@@ -99,8 +165,34 @@ def _build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **chang
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else (0.5 if "mlp.gate.weight" in name else 0.1) * noise)
+            if "norm" in name:
+                centre = 0 if name.endswith(".bias") else 1 - _gain_offset(config)
+                parameter.copy_(centre + 0.3 * noise)
+            else:
+                parameter.copy_((0.5 if "mlp.gate.weight" in name else 0.1) * noise)
     return model
+
+
+def _gain_offset(config: PretrainedConfig) -> int:
+    """What a norm's weight lacks to its gain."""
+    return 1 if config.model_type.startswith(("gemma", "nemotron")) else 0
+
+
+def _exact_capped() -> str:
+    """The name of attention with a cap on scores in whatever precision it is given."""
+
+    def attend(module, query, key, value, attention_mask, scaling, softcap, **_):
+        groups = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(groups, 1).mT * scaling
+        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~attention_mask, -torch.inf)
+        return (torch.softmax(scores, -1) @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
+
+    def mask(*arguments, **named):
+        return AttentionMaskInterface()["sdpa"](*arguments, **named | {"allow_is_causal_skip": False})
+
+    AttentionInterface.register("exact_capped", attend)
+    AttentionMaskInterface.register("exact_capped", mask)
+    return "exact_capped"
 
 
 class _ExactRouter(torch.nn.Module):
@@ -116,12 +208,26 @@ class _ExactRouter(torch.nn.Module):
         return logits, values / values.sum(-1, keepdim=True), experts
 
 
+class _ExactNorm(torch.nn.Module):
+    """RMSNorm with a gain of weight + offset."""
+
+    def __init__(self, shape: torch.Size, eps: float, offset: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+        self._eps, self._offset = eps, offset
+
+    def forward(self, hidden):
+        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight + self._offset, self._eps)
+
+
 def _use_exact_parts(model: PreTrainedModel) -> None:
     """Put norms and routers of double precision in the place of transformers'."""
     for name, module in list(model.named_modules()):
         parent, _, attribute = name.rpartition(".")
         if type(module).__name__.endswith("RMSNorm"):
-            exact = torch.nn.RMSNorm(module.weight.shape, eps=model.config.rms_norm_eps, dtype=torch.float64)
+            exact = _ExactNorm(module.weight.shape, model.config.rms_norm_eps, _gain_offset(model.config))
+        elif type(module).__name__ == "Cohere2LayerNorm":
+            exact = torch.nn.LayerNorm(module.weight.shape, model.config.layer_norm_eps, bias=False, dtype=torch.float64)
         elif type(module).__name__.endswith("TopKRouter"):
             exact = _ExactRouter(module)
         else:
@@ -207,6 +313,26 @@ def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def wrap_text() -> Callable[[Path, str, str, tuple[str, str]], None]:
+    """``wrap_text(directory, architecture, model_type, prefixes)``: make a text model's directory one of a model that sees, of
+    which there is only the text part; ``prefixes`` are what ``model.`` and ``lm_head.`` become."""
+
+    def wrap(directory: Path, architecture: str, model_type: str, prefixes: tuple[str, str]) -> None:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        wrapped = {"architectures": [architecture], "model_type": model_type, "text_config": config}
+        wrapped |= {key: config[key] for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings")}
+        (directory / "config.json").write_text(json.dumps(wrapped), encoding="utf-8")
+        path = directory / "model.safetensors"
+        tensors = {
+            re.sub(r"^model\.", prefixes[0], re.sub(r"^lm_head\.", prefixes[1], name)): tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors | {"vision_tower.patches.weight": torch.ones(4, 4)}, path, {"format": "pt"})
+
+    return wrap
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from kurtail_gguf.messages.errors import Differs
 from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer, fold_reader
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.names import EMBEDDING, HEAD, file_norm, file_rows, file_tensor
-from kurtail_gguf.model.sites import FFN_OUTPUT
+from kurtail_gguf.model.rope import from_halves, in_halves
+from kurtail_gguf.model.sites import FFN_OUTPUT, Site
 from kurtail_gguf.model.spec import ModelSpec
 from kurtail_gguf.runtime.file_tensors import FileTensors
 from kurtail_gguf.runtime.provenance import Provenance
@@ -29,7 +30,7 @@ def find_r1(checkpoint: Checkpoint, file: FileTensors, provenance: Provenance) -
     if provenance.r1_kind == "none":
         return None
     spec = checkpoint.spec
-    gain = checkpoint.tensor(f"{spec.family.final_norm}.weight")
+    gain = spec.family.norm.gain(checkpoint.tensor(f"{spec.family.final_norm}.weight"))
     total = torch.zeros(spec.hidden_size, spec.hidden_size, dtype=torch.float64)
     for name, stored, factor in (
         (f"{spec.family.embedding}.weight", EMBEDDING, torch.ones_like(gain)),
@@ -62,7 +63,7 @@ def find_layer_transforms(
         online: what :func:`find_online` found.
     """
     spec = checkpoint.spec
-    scales = {site.kind: _gain(file, spec, layer, site.norm) for site in spec.sites if site.norm}
+    scales = {site.kind: _diagonal(file, spec, layer, site, weights) for site in spec.sites if site.norm}
     # all that is folded into the columns of what reads the residual stream
     folded = fold_layer(weights, spec, LayerTransforms(r1, None, online, scales))
     r2 = None
@@ -84,13 +85,21 @@ def find_online(checkpoint: Checkpoint, file: FileTensors) -> dict[str, int]:
     return {kind: size for kind, size in sizes.items() if size}
 
 
-def _gain(file: FileTensors, spec: ModelSpec, layer: int, norm: str) -> torch.Tensor:
-    """The diagonal in a norm's gain, ones where there is none."""
-    name = f"blk.{layer}.{file_norm(spec, norm)}.weight"
-    gain = torch.from_numpy(file.values(name)).double()
-    if not (torch.isfinite(gain) & (gain > 0)).all():
-        raise Differs(f"tensor {name}: what it multiplies by is not always above 0, and no diagonal has other values")
-    return gain
+def _diagonal(
+    file: FileTensors, spec: ModelSpec, layer: int, site: Site, weights: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """The diagonal in a norm, ones where there is none: its gain, or what gain and bias were multiplied by."""
+    name = f"blk.{layer}.{file_norm(spec, site.norm)}"
+    found = torch.from_numpy(file.values(f"{name}.weight")).double()
+    if site.keeps_gain:
+        gain, bias = spec.family.norm.gain(weights[f"{site.norm}.weight"]), weights[f"{site.norm}.bias"].double()
+        energy = gain.square() + bias.square()
+        both = gain * found + bias * torch.from_numpy(file.values(f"{name}.bias")).double()
+        # a channel that is always 0 tells nothing, and needs nothing
+        found = torch.where(energy > 0, both / energy.clamp_min(1e-300), 1.0)
+    if not (torch.isfinite(found) & (found > 0)).all():
+        raise Differs(f"tensor {name}.weight: what it multiplies by is not always above 0, and no diagonal has other values")
+    return found
 
 
 def _row_scale(
@@ -110,8 +119,10 @@ def _key_scale(
     """What keys were divided by, the same for both values of a RoPE pair: from the gains of their norm, or their rows."""
     spec = checkpoint.spec
     if norm := spec.family.key_norm:
-        kept = weights[f"{norm}.weight"].double()[None, :, None]
-        found = torch.from_numpy(file.values(f"blk.{layer}.attn_k_norm.weight")).double()[None, :, None]
+        shape = (-1, spec.head_dim, 1)
+        kept = spec.family.norm.gain(weights[f"{norm}.weight"]).reshape(shape)
+        stored = file.values(f"blk.{layer}.{file_norm(spec, norm)}.weight")
+        found = torch.from_numpy(np.ascontiguousarray(stored)).double().reshape(shape)
     else:
         linear, rows = spec.key_rows
         stored = _stored(file, checkpoint, layer, linear)[rows]
@@ -120,16 +131,17 @@ def _key_scale(
         found[torch.from_numpy(file_rows(spec, linear, np.arange(len(stored))))] = stored
         shape = (spec.kv_heads, spec.head_dim, -1)
         kept, found = folded[f"{linear}.weight"][rows].reshape(shape), found.reshape(shape)
-    same, energy = (_of_pairs((kept * other).sum(-1), spec.rotary_dim // 2) for other in (found, kept))
+    same, energy = (_of_pairs((kept * other).sum(-1), spec) for other in (found, kept))
     # a row that came out as zeros has lost its scale; the comparison of its tensor will tell
     usable = (same > 0) & (energy > 0)
     return torch.where(usable, energy / same.where(usable, 1.0), 1.0).expand(spec.kv_heads, -1)
 
 
-def _of_pairs(values: torch.Tensor, pairs: int) -> torch.Tensor:
+def _of_pairs(values: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     """The sum over both values of each RoPE pair, at the place of both, ``[heads, head_dim]``."""
+    values, pairs = in_halves(values, spec), spec.rotary_dim // 2
     both = values[:, :pairs] + values[:, pairs : 2 * pairs]
-    return torch.cat([both, both, values[:, 2 * pairs :]], -1)
+    return from_halves(torch.cat([both, both, values[:, 2 * pairs :]], -1), spec)
 
 
 def _stored(file: FileTensors, checkpoint: Checkpoint, layer: int, linear: str) -> torch.Tensor:

@@ -14,7 +14,8 @@ from kurtail_gguf.messages.errors import Differs
 from kurtail_gguf.messages.progress import Progress, Stage
 from kurtail_gguf.method.calibration.prose import TOKENS, prose_tokens
 from kurtail_gguf.method.calibration.tokens import load_tokenizer
-from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer, fold_reader
+from kurtail_gguf.method.fold.layer import LayerTransforms, fold_layer
+from kurtail_gguf.model.ending import Ending
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.runner import LayerRunner
 from kurtail_gguf.runtime.cache_types import CACHE_BITS, F16, FILE
@@ -121,8 +122,8 @@ def _said(
     spec, device = checkpoint.spec, torch.device("cpu")
     r1 = None if transforms is None else transforms[0].r1  # all layers'
     runner = LayerRunner(checkpoint, device, len(ids))
-    rotary = runner.rotary(0, len(ids))
-    gain = checkpoint.tensor(f"{spec.family.final_norm}.weight").double()
+    positions = runner.positions(0, len(ids))
+    ending = Ending.of(checkpoint, device)
     with torch.inference_mode():
         hidden = runner.embed(torch.tensor(ids))[None]
         if r1 is not None:
@@ -132,12 +133,11 @@ def _said(
             if transforms is not None:
                 folded = fold_layer(weights, spec, replace(transforms[layer], online={}))
                 weights = {name: value.float() for name, value in folded.items()}
-            hidden = runner.run(layer, weights, hidden, rotary)
+            hidden = runner.run(layer, weights, hidden, positions)
             stage.advance(1, f"layer {layer}, {'original' if transforms is None else 'transformed'}")
-        hidden = hidden[0] * torch.rsqrt(hidden[0].square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
-        logits = [
-            hidden @ fold_reader(rows, gain, r1).float().T / spec.logit_divisor
-            for _, rows in checkpoint.rows(checkpoint.head_name)
-        ]
-        return torch.log_softmax(torch.cat(logits, -1), -1).numpy()
+        if r1 is not None:
+            hidden = (hidden.double() @ r1.T).float()
+        normed = ending.normed(hidden[0])
+        products = torch.cat([normed @ rows.T for _, rows in checkpoint.rows(checkpoint.head_name)], -1)
+        return torch.log_softmax(ending.logits(products), -1).numpy()
 

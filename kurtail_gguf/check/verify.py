@@ -145,7 +145,7 @@ def _tensors(
     unrounded = BOUNDS[ggml.F32] if provenance.weights == "f32" else FOUND_AGAIN
     with progress.stage("compare tensors", spec.layers + 1) as stage:
         r1, online = find_r1(checkpoint, file, provenance), find_online(checkpoint, file)
-        gain = checkpoint.tensor(f"{family.final_norm}.weight").double()
+        gain = family.norm.gain(checkpoint.tensor(f"{family.final_norm}.weight"))
         none = torch.ones_like(gain)
         worst = max(worst, _compare_table(checkpoint, file, f"{family.embedding}.weight", EMBEDDING, none, r1))
         if not is_tied(spec, r1):
@@ -153,6 +153,9 @@ def _tensors(
         elif HEAD in file:
             raise Differs(f"tensor {HEAD} is there, but the model's head is its embedding")
         _compare(file, "output_norm.weight", (gain if r1 is None else none).numpy())
+        for bias, name in ((f"{family.final_norm}.bias", "output_norm.bias"), (f"{family.head}.bias", "output.bias")):
+            if bias in spec.ending:
+                _compare(file, name, checkpoint.tensor(bias).double().numpy())
         stage.advance(1, "embedding and head")
         layers = []
         for layer in range(spec.layers):
@@ -168,9 +171,12 @@ def _tensors(
                     bias = name.removesuffix("weight") + "bias"
                     rows = file_rows(spec, linear, folded[f"{linear}.bias"].numpy())
                     _compare(file, bias, rows, unrounded=unrounded)
-            for norm in (family.query_norm, family.key_norm, *(site.norm for site in spec.sites)):
+            for norm in (family.query_norm, family.key_norm, *spec.norms):
                 if norm:
-                    _compare(file, f"blk.{layer}.{file_norm(spec, norm)}.weight", folded[f"{norm}.weight"].numpy())
+                    stored = f"blk.{layer}.{file_norm(spec, norm)}"
+                    _compare(file, f"{stored}.weight", family.norm.gain(folded[f"{norm}.weight"]).numpy())
+                    if f"{norm}.bias" in folded:
+                        _compare(file, f"{stored}.bias", folded[f"{norm}.bias"].numpy())
             layers.append(transforms)
             stage.advance(1, f"layer {layer}")
     return layers, f"relative error at most {worst[0]:.1e} ({worst[1]})"

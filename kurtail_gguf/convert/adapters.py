@@ -124,7 +124,8 @@ def _folded(
     r1 = transforms.r1_on(cpu)
     for (layer, linear), (a, b) in sorted(adapter.pairs.items()):
         prefix = spec.layer_prefix(layer)
-        gains = {site.norm: checkpoint.tensor(f"{prefix}{site.norm}.weight") for site in spec.sites if site.norm}
+        norms = {f"{name}.weight": checkpoint.tensor(f"{prefix}{name}.weight") for name in spec.norms}
+        gains = {site.norm: gain for site in spec.sites if (gain := spec.gain(site, norms)) is not None}
         a, b = fold_pair(a, b, linear, gains, spec, transforms.layer(layer, r1, cpu))
         name, _ = file_tensor(spec, layer, linear)
         rows = file_rows(spec, linear, b.float().numpy())

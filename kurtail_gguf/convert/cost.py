@@ -59,7 +59,7 @@ class Speed:
 class Sizes:
     """Values of things: a layer, its linears, the widest of them, a table, the model; stops of GPTQ as (rows, inputs).
 
-    ``readers`` is the values of the linears that read a norm, ``attention`` those of attention's.
+    ``readers`` is the values of the linears that read the residual stream, ``attention`` those of attention's.
     """
 
     layer: int
@@ -86,7 +86,7 @@ class Sizes:
             table=spec.vocab_size * spec.hidden_size,
             parameters=spec.layers * layer + sum(math.prod(shape) for shape in spec.top_shapes().values()),
             stops=tuple((sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in groups),
-            readers=max(sum(math.prod(shapes[name]) for name in site.readers) for site in spec.sites if site.norm),
+            readers=max(sum(math.prod(shapes[name]) for name in site.readers) for site in spec.residual_sites),
             attention=sum(math.prod(shapes[name]) for site in spec.sites[:2] for name in site.readers),
         )  # fmt: skip
 

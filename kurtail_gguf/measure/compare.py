@@ -265,7 +265,7 @@ def _draw(config: CompareConfig, source: str, scratch: Path, progress: Progress)
     sides = {}
     for method in config.methods:
         path = scratch / method.name / _TRANSFORMS_FILE
-        if path.exists() and (sites := transformed(samples.sites(), load_transforms(path))) is not None:
+        if path.exists() and (sites := transformed(samples.sites(), samples.kinds, load_transforms(path))) is not None:
             sides[method.name] = sites
     with progress.stage("outliers", 1 + len(sides)) as stage:
         before = measure_outliers(samples.sites())
@@ -291,7 +291,7 @@ def _activations(config: CompareConfig, source: Path, scratch: Path, progress: P
         directory = scratch / method.name / _CAPTURE
         if directory.is_dir():
             name = calibration_name(any_method.calibration)
-            return Capture(directory, checkpoint.spec.layers), f"the calibration text ({name})"
+            return Capture.of(directory, checkpoint.spec), f"the calibration text ({name})"
     with config.text.path.open(encoding="utf-8", errors="replace") as file:
         head = file.read(_SEQUENCES * _LENGTH * 16)
     tokenizer = load_tokenizer(source)

@@ -93,7 +93,7 @@ def measure_figures(
     samples = captured(checkpoint, tokens, work_dir, seed, device, progress)
     directory = work_dir / "figures"
     directory.mkdir(exist_ok=True)
-    before, after = samples.sites(), transformed(samples.sites(), transforms)
+    before, after = samples.sites(), transformed(samples.sites(), samples.kinds, transforms)
     sides = {"before": before} if after is None else {"before": before, "after": after}
     with progress.stage("measure for the report", len(sides) + (0 if block_format is None else 2 * spec.layers)) as stage:
         outliers = {}

@@ -30,10 +30,11 @@ def file_tensor(spec: ModelSpec, layer: int, linear: str) -> tuple[str, int | No
 def file_norm(spec: ModelSpec, norm: str) -> str:
     """A norm's name in the file, between the layer's prefix and its suffix (``attn_norm``)."""
     family = spec.family
-    return {
-        family.attention_norm: "attn_norm", family.ffn_norm: "ffn_norm", family.query_norm: "attn_q_norm",
-        family.key_norm: "attn_k_norm",
-    }[norm]  # fmt: skip
+    usual = {
+        family.attention_norm: "attn_norm", family.attention_post_norm: "post_attention_norm", family.ffn_norm: "ffn_norm",
+        family.ffn_post_norm: "post_ffw_norm", family.query_norm: "attn_q_norm", family.key_norm: "attn_k_norm",
+    }  # fmt: skip
+    return (family.file_norms or {}).get(norm) or usual[norm]
 
 
 def file_rows(spec: ModelSpec, linear: str, rows: npt.NDArray) -> npt.NDArray:

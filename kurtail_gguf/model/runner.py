@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -16,12 +17,31 @@ from kurtail_gguf.numerics.simulation.attention import CacheSettings
 from kurtail_gguf.numerics.simulation.hooks import empty_model
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Positions:
+    """Where tokens stand, for the attention of every layer.
+
+    Args:
+        turned: by layer, cosines and sines of RoPE, float32 ``[1, length, rotary_dim]`` each.
+        masks: by layer, see :meth:`LayerRunner.positions`; None where attention is causal and nothing else.
+        numbers: int64 ``[1, length]``.
+    """
+
+    turned: list[tuple[torch.Tensor, torch.Tensor]]
+    masks: list[torch.Tensor | None]
+    numbers: torch.Tensor
+
+    def arguments(self, layer: int) -> dict[str, Any]:
+        """For the layer's module, or its attention alone."""
+        return {"position_embeddings": self.turned[layer], "attention_mask": self.masks[layer], "position_ids": self.numbers}
+
+
 class LayerRunner:
     """Runs single layers of a checkpoint without ever holding more than one layer's weights.
 
     The modules live on torch's meta device and stay without storage; ``functional_call`` lends them
-    the tensors of the layer being run. The masks are transformers' default: causal, which its SDPA
-    attention does by itself when no mask is given.
+    the tensors of the layer being run. Attention is causal by itself where it is given no mask; one is given where a
+    layer's window is shorter than what it attends to.
 
     Args:
         checkpoint: the model.
@@ -31,7 +51,7 @@ class LayerRunner:
         multiplied_in: what the linears multiply in, everything else being float32 (``model/precision.py``).
 
     Raises:
-        SourceError: a sliding window shorter than that, where the default mask would be wrong.
+        SourceError: a sliding window shorter than that which the runtime does not have.
     """
 
     def __init__(
@@ -59,6 +79,10 @@ class LayerRunner:
         self._cache = "cache" if "cache" in signature(self._layers[0].forward).parameters else "past_key_values"
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
+        kinds = getattr(model.config, "layer_types", None) or []
+        # Gemma 3 and Olmo 3 turn layers with windows by other frequencies
+        self._kinds = kinds if "layer_type" in signature(self._rotary.forward).parameters else []
+        self._windows = [checkpoint.spec.window_of(layer) for layer in range(checkpoint.spec.layers)]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What :meth:`run` wants a layer's tensor in, by its name below the layer's prefix: biases as their linears."""
@@ -68,10 +92,17 @@ class LayerRunner:
         """The layer's module, to hang hooks on (weights on the meta device)."""
         return self._layers[layer]
 
-    def rotary(self, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of positions start…start+length, float32 ``[1, length, head_dim]`` each."""
-        positions = torch.arange(start, start + length, device=self._device)[None]
-        return self._rotary(torch.empty(0, device=self._device), positions)
+    def positions(self, start: int, length: int) -> Positions:
+        """What attention has to know of positions start…start+length, of which those before ``start`` are in a cache."""
+        numbers = torch.arange(start, start + length, device=self._device)[None]
+        empty = torch.empty(0, device=self._device)
+        if self._kinds:
+            each = {kind: self._rotary(empty, numbers, kind) for kind in set(self._kinds)}
+            turned = [each[kind] for kind in self._kinds]
+        else:
+            turned = [self._rotary(empty, numbers)] * len(self._windows)
+        masks = {window: _mask(start, length, window, self._device) for window in set(self._windows)}
+        return Positions(turned, [masks[window] for window in self._windows], numbers)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """What token ids int64 ``[…]`` put on the residual stream, float32 ``[…, hidden]``; only their rows are read."""
@@ -83,7 +114,7 @@ class LayerRunner:
         layer: int,
         weights: dict[str, torch.Tensor],
         hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        positions: Positions,
         cache: Any = None,
     ) -> torch.Tensor:
         """The layer's output, float32 ``[batch, length, hidden]``, for an input of the same shape.
@@ -92,13 +123,22 @@ class LayerRunner:
             layer: layer number.
             weights: as :meth:`Checkpoint.layer` gives them with :meth:`dtype_of`.
             hidden: residual stream before the layer.
-            rotary: as :meth:`rotary` gives them for the positions of ``hidden``.
+            positions: as :meth:`positions` gives them for ``hidden``.
             cache: an object with transformers' ``update``, or None.
         """
         output = functional_call(
             self._layers[layer],
             module_weights(self._checkpoint.spec, weights),
             (hidden,),
-            {"position_embeddings": rotary, "attention_mask": None} | ({} if cache is None else {self._cache: cache}),
+            positions.arguments(layer) | ({} if cache is None else {self._cache: cache}),
         )
         return output[0] if isinstance(output, tuple) else output
+
+
+def _mask(start: int, length: int, window: int, device: torch.device) -> torch.Tensor | None:
+    """Which of the tokens before it and itself each token attends to, bool ``[1, 1, length, start + length]``; None for all."""
+    if not window or start + length <= window:
+        return None
+    own = torch.arange(start, start + length, device=device)[:, None]
+    others = torch.arange(start + length, device=device)
+    return ((others <= own) & (others > own - window))[None, None]

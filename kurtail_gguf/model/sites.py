@@ -14,8 +14,6 @@ import torch
 
 #: The kinds of sites, in the order of the forward pass. Transforms are chosen by kind, and are a layer's own.
 ATTENTION, ATTENTION_OUTPUT, FFN, FFN_OUTPUT = SITES = ("attention", "attention-output", "ffn", "ffn-output")
-#: Where the residual stream is read, behind a norm.
-NORMED = (ATTENTION, FFN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,10 @@ class Site:
         kind: one of :data:`SITES`; experts have one ``ffn-output`` each.
         readers: the block linears that read it.
         size: values of a token.
-        norm: the RMSNorm whose output it is, which reads the residual stream; empty where it is none's.
+        residual: whether it is the residual stream, as it is or behind a norm.
+        norm: the norm whose output it is, which reads the residual stream; empty where it is none's.
+        keeps_gain: whether that norm has a bias too. Its gain then stays in it, and a diagonal multiplies both; otherwise the
+            gain is folded into the readers and the diagonal takes its place.
         unrounded: what else reads the norm's output, as it is: the router of a mixture of experts.
         source: where there is no norm, a linear and those of its rows that the channels are multiples of: values in
             attention's output, up in the FFN's. None where no diagonal is offered.
@@ -37,7 +38,9 @@ class Site:
     kind: str
     readers: tuple[str, ...]
     size: int
+    residual: bool = False
     norm: str = ""
+    keeps_gain: bool = False
     unrounded: tuple[str, ...] = ()
     source: tuple[str, slice] | None = None
     groups: int = 1
@@ -57,3 +60,18 @@ class Site:
     def shared(self, values: torch.Tensor) -> torch.Tensor:
         """Squares of channels ``[size]`` summed over those that have one entry of the diagonal, ``[scale_size]``."""
         return values.reshape(self.groups, self.repeats, -1).sum(1).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One of the two ways through a layer, attention or FFN, from the residual stream and back to it.
+
+    Args:
+        entry: what its first linears read; another branch may read the same.
+        output: what its writer reads; None where experts have one each.
+        post_norm: the norm behind the writer, before its output is added; empty for none.
+    """
+
+    entry: Site
+    output: Site | None
+    post_norm: str

@@ -13,22 +13,25 @@ from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.sites import SITES
 
 
-@pytest.mark.parametrize("kind", ["llama-biases", "llama3", "mistral", "qwen3", "phi3"])
+@pytest.mark.parametrize("kind", ["llama-biases", "llama3", "mistral", "qwen3", "phi3", "gemma2", "olmo2", "stablelm", "phi"])
 @pytest.mark.parametrize("rotated", [True, False])
 def test_the_pair_is_folded_as_the_weight_is(kind, rotated, tiny_checkpoint):
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
-    spec, family = checkpoint.spec, checkpoint.spec.family
+    spec = checkpoint.spec
     weights = {name: tensor.double() for name, tensor in checkpoint.layer(0).items()}
     transforms = LayerTransforms()
     if rotated:
         rng = np.random.default_rng(2)
         r2 = np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.kv_heads)])
-        scales = {site.kind: torch.from_numpy(np.exp(rng.standard_normal(site.scale_size))) for site in spec.sites}
+        scales = {
+            site.kind: torch.from_numpy(np.exp(rng.standard_normal(site.scale_size)))
+            for site in spec.sites if site.norm or site.source
+        }  # fmt: skip
         online = dict(zip(SITES, (64, 32, 16, 8), strict=True))
-        r1 = torch.from_numpy(random_orthogonal(spec.hidden_size, rng))
+        r1 = None if spec.family.kept_in_place else torch.from_numpy(random_orthogonal(spec.hidden_size, rng))
         keys = torch.from_numpy(np.exp(rng.standard_normal((spec.kv_heads, spec.head_dim))))
         transforms = LayerTransforms(r1, torch.from_numpy(r2), online, scales, keys)
-    gains = {norm: weights[f"{norm}.weight"] for norm in (family.attention_norm, family.ffn_norm)}
+    gains = {site.norm: gain for site in spec.sites if (gain := spec.gain(site, weights)) is not None}
     plain = fold_layer(weights, spec, transforms)
     generator = torch.Generator().manual_seed(0)
     for linear in spec.linears:

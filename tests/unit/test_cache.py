@@ -43,7 +43,7 @@ def test_scores_change_by_a_constant_of_each_query_alone(kind, tiny_checkpoint):
     queries = torch.randn(1, spec.heads, length, dim, generator=generator, dtype=torch.float64)
     tables = _tables(length, dim)
     statistics = KeyStatistics(keys.mean((0, 2)), keys.square().mean((0, 2)), queries.square().mean((0, 2)).reshape(spec.kv_heads, group, -1).mean(1), keys[:, :, 0])
-    found = condition(statistics, spec, tables, rope=True, cache=ROUNDED)
+    found = condition(statistics, spec, tables, ROUNDED)
     assert found.offset.any()
     q, k = apply_rotary_pos_emb(queries, keys, tables[0][None], tables[1][None])
     # scaled before RoPE, as weights are
@@ -64,11 +64,11 @@ def test_the_offset_is_the_mean_key_over_the_positions(tiny_checkpoint):
     mean = torch.randn(spec.kv_heads, spec.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tables = _tables(100, spec.head_dim)
     ones = torch.ones_like(mean)
-    found = condition(KeyStatistics(mean, mean.square() + 0.01 * ones, ones, mean[None]), spec, tables, True, ROUNDED)
+    found = condition(KeyStatistics(mean, mean.square() + 0.01 * ones, ones, mean[None]), spec, tables, ROUNDED)
     _, turned = apply_rotary_pos_emb(mean[None, :, None], mean[None, :, None].expand(-1, -1, 100, -1), tables[0][None], tables[1][None])
     assert torch.allclose(found.offset.double() * found.scale, turned[0].mean(1), atol=1e-6)
     # without RoPE it is the mean itself
-    found = condition(KeyStatistics(mean, mean.square() + 0.01 * ones, ones, mean[None]), spec, tables, False, ROUNDED)
+    found = condition(KeyStatistics(mean, mean.square() + 0.01 * ones, ones, mean[None]), spec, None, ROUNDED)
     assert torch.allclose(found.offset.double() * found.scale, mean, atol=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_scales_balance_keys_and_queries_pair_by_pair(tiny_checkpoint):
     generator = torch.Generator().manual_seed(2)
     keys, queries = (torch.rand(shape, generator=generator, dtype=torch.float64).add(0.1) for _ in range(2))
     mean = torch.zeros(shape, dtype=torch.float64)
-    found = condition(KeyStatistics(mean, keys, queries, mean[None]), spec, _tables(10, spec.head_dim), True, ROUNDED)
+    found = condition(KeyStatistics(mean, keys, queries, mean[None]), spec, _tables(10, spec.head_dim), ROUNDED)
     assert not found.offset.any()
     half = spec.head_dim // 2
     assert torch.equal(found.scale[:, :half], found.scale[:, half:])
@@ -118,7 +118,7 @@ def test_the_first_key_is_scaled_as_rope_scales_position_0(tiny_checkpoint):
     tables = tuple(1.25 * table for table in _tables(10, spec.head_dim))
     first = torch.randn(spec.kv_heads, spec.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     zeros, ones = torch.zeros_like(first), torch.ones_like(first)
-    found = condition(KeyStatistics(zeros, ones, ones, first.expand(3, -1, -1)), spec, tables, True, ROUNDED)
+    found = condition(KeyStatistics(zeros, ones, ones, first.expand(3, -1, -1)), spec, tables, ROUNDED)
     stored = 1.25 * first / found.scale - found.offset
     assert torch.allclose(round_to(stored.float(), 4, CACHE_BLOCK).double(), stored, atol=1e-6)
 

@@ -26,7 +26,6 @@ from kurtail_gguf.method.calibration.tokens import (
 )  # fmt: skip
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.runner import LayerRunner
-from kurtail_gguf.model.sites import NORMED
 from kurtail_gguf.numerics.simulation.attention import CacheSettings
 
 CPU = torch.device("cpu")
@@ -246,7 +245,7 @@ def test_captured_activations_are_the_models(tiny_checkpoint, tiny_model, tmp_pa
     with torch.no_grad():
         model(torch.from_numpy(ids.astype(np.int64)))
     for layer in range(2):
-        for site in NORMED:
+        for site in ("attention", "ffn"):
             x = inputs[layer, site].reshape(ids.size, -1)
             expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps)
             found = torch.from_numpy(seen.site(layer, site).astype(np.float32))
@@ -266,6 +265,46 @@ def test_captured_activations_are_the_models(tiny_checkpoint, tiny_model, tmp_pa
         assert np.abs(seen.values(layer) - values.numpy()).max() < 1e-4
     assert recorder.stages == [["capture activations", 2, 2]]
     assert not (tmp_path / "hidden.npy").exists()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2", "phi"])
+def test_what_is_captured_where_norms_are_others(tiny_checkpoint, tiny_model, tmp_path, ids, kind):
+    """Behind a gain of 1 + weight and before a norm; without a norm; behind one with a bias, which attention and FFN share."""
+    checkpoint = open_checkpoint(tiny_checkpoint(kind))
+    seen = capture(checkpoint, ids, tmp_path, 0, CPU, NullProgress())
+    model, eps = tiny_model(kind, dtype=torch.float32), checkpoint.spec.eps
+    layer, inputs, outputs = model.model.layers[1], {}, {}
+    for name, module in layer.named_modules():
+
+        def hook(_module, arguments, output, name=name):
+            inputs[name], outputs[name] = arguments[0] if arguments else None, output
+
+        module.register_forward_hook(hook)
+    with torch.no_grad():
+        model(torch.from_numpy(ids.astype(np.int64)))
+
+    def unit(x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    def channels(x):
+        return x.flatten(0, 1).square().mean(0).sqrt().numpy()
+
+    first = "self_attn.q_proj"
+    expected = {"gemma2": lambda: unit(inputs["input_layernorm"]), "olmo2": lambda: unit(inputs[first]), "phi": lambda: inputs[first]}
+    assert np.abs(seen.channels(1, "attention") / channels(expected[kind]()) - 1).max() < 1e-4
+    assert seen.kinds == (("attention",) if kind == "phi" else ("attention", "ffn"))
+    writer, stream = {
+        "gemma2": ("mlp.down_proj", inputs["pre_feedforward_layernorm"] if kind == "gemma2" else None),
+        "olmo2": ("mlp.down_proj", inputs.get("mlp.gate_proj")),
+        "phi": ("self_attn.dense", inputs.get("input_layernorm")),
+    }[kind]
+    x = inputs[writer] * torch.rsqrt(stream.square().mean(-1, keepdim=True) + eps)
+    if kind != "phi":
+        # an error there counts relative to what is normed
+        x = x * torch.rsqrt(outputs[writer].square().mean(-1, keepdim=True) + eps)
+    site = "attention-output" if kind == "phi" else "ffn-output"
+    assert np.abs(seen.channels(1, site) / channels(x) - 1).max() < 1e-4
+    assert (tmp_path / "layer-00001-ffn-output-channels.npy").exists() == (kind != "phi")
 
 
 def test_samples_are_bounded_and_hold_every_first_token(tiny_checkpoint, tmp_path, ids):
@@ -311,8 +350,8 @@ def test_runners_of_one_checkpoint_keep_their_own_attention(tiny_checkpoint):
     weights = checkpoint.layer(0, CPU)
     hidden = torch.randn(1, 24, 128, generator=torch.Generator().manual_seed(0))
     rounding = LayerRunner(checkpoint, CPU, 24, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
-    rotary = rounding.rotary(0, 24)
-    rounded = rounding.run(0, weights, hidden, rotary)
-    exact = LayerRunner(checkpoint, CPU, 24).run(0, weights, hidden, rotary)
-    assert torch.equal(rounding.run(0, weights, hidden, rotary), rounded)
+    positions = rounding.positions(0, 24)
+    rounded = rounding.run(0, weights, hidden, positions)
+    exact = LayerRunner(checkpoint, CPU, 24).run(0, weights, hidden, positions)
+    assert torch.equal(rounding.run(0, weights, hidden, positions), rounded)
     assert not torch.allclose(exact, rounded, atol=1e-3)

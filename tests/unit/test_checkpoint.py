@@ -95,14 +95,6 @@ def test_unknown_architecture_lists_the_supported(tiny_checkpoint):
     assert all(name in message for name in FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"])
-def test_why_gemma_is_refused_is_told(tiny_checkpoint, name):
-    directory = tiny_checkpoint()
-    _edit_config(directory, architectures=[name])
-    message = _refused(directory, UnsupportedArchitecture)
-    assert name in message and "its layers are not described yet" in message
-
-
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
@@ -111,6 +103,9 @@ def test_why_gemma_is_refused_is_told(tiny_checkpoint, name):
         ("qwen3-moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
         ("qwen3-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation silu"),
+        ("gemma2", {"query_pre_attn_scalar": 32}, "query_pre_attn_scalar 32 cannot be converted: the runtime has 64"),
+        ("gemma3", {"layer_types": ["full_attention"] * 6}, "the runtime attends to everything in every 6. layer"),
         ("smollm3", {"mlp_bias": True}, "mlp_bias True"),
     ],
 )
@@ -118,6 +113,24 @@ def test_what_the_runtime_does_not_compute_is_refused(tiny_checkpoint, kind, cha
     directory = tiny_checkpoint(kind)
     _edit_config(directory, **changes)
     assert told in _refused(directory, UnsupportedArchitecture)
+
+
+#: What a model that sees calls its text, as transformers saves it today and as it did.
+PREFIXES = [("model.language_model.", "lm_head."), ("language_model.model.", "language_model.lm_head.")]
+
+
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_the_text_of_a_model_that_sees(tiny_checkpoint, wrap_text, prefixes):
+    directory = tiny_checkpoint("gemma3")
+    plain = open_checkpoint(directory)
+    expected, sizes = {name: tensor.clone() for name, tensor in plain.layer(5).items()}, plain.stored_sizes(5)
+    wrap_text(directory, "Gemma3ForConditionalGeneration", "gemma3", prefixes)
+    found = open_checkpoint(directory)
+    assert (found.spec, found.head_name) == (plain.spec, plain.head_name)
+    assert found.config.model_type == "gemma3_text"
+    assert found.layer(5).keys() == expected.keys()
+    assert all(torch.equal(found.layer(5)[name], tensor) for name, tensor in expected.items())
+    assert found.stored_sizes(5) == sizes
 
 
 @pytest.mark.parametrize(

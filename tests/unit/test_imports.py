@@ -19,7 +19,7 @@ LAYERS = (
     ("model",),
     ("model.families",),
     ("model.loading",),
-    ("model.runner",),
+    ("model.ending", "model.runner"),
     ("method.calibration", "method.fold"),
     ("method.rotation", "method.quantize", "method.tuning"),
     ("method.activations",),

@@ -48,7 +48,7 @@ def test_after_transforms(sites):
     _, r1 = random_rotation(192, np.random.default_rng(1))
     scale = np.exp(np.random.default_rng(2).normal(size=(1, 192)))
     transforms = Transforms("random", r1=r1, scales={"ffn": scale}, online={"attention": 64, "ffn": 32})
-    found = transformed(sites, transforms)
+    found = transformed(sites, ("attention", "ffn"), transforms)
     expected = [
         sites[0].astype(np.float64) @ r1 @ np.kron(np.eye(3), hadamard(64) / 8),
         (sites[1].astype(np.float64) @ r1 * scale) @ np.kron(np.eye(6), hadamard(32) / 32**0.5),
@@ -58,7 +58,7 @@ def test_after_transforms(sites):
         assert np.abs(x - y).max() < 1e-3
     # what rotations are for
     assert measure_outliers(found).kurtosis[1] < measure_outliers(sites).kurtosis[1] / 5
-    assert transformed(sites, Transforms(online={"ffn-output": 64})) is None
+    assert transformed(sites, ("attention", "ffn"), Transforms(online={"ffn-output": 64})) is None
 
 
 @needs_matplotlib

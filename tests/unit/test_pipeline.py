@@ -519,9 +519,12 @@ def test_free_memory_changes_no_bytes(tiny_checkpoint, tmp_path, exported, text,
 
 
 @pytest.mark.parametrize("lost", [(0, 1), (1,)])
-def test_gptq_goes_on_from_the_last_finished_layer(tiny_checkpoint, tmp_path, exported, text, recorder, lost):
+@pytest.mark.parametrize(
+    ("kind", "rotation"), [("qwen2", "hadamard"), ("gemma2", "diagonal"), ("olmo2", "diagonal"), ("phi", "diagonal")]
+)
+def test_gptq_goes_on_from_the_last_finished_layer(tiny_checkpoint, tmp_path, exported, text, recorder, kind, rotation, lost):
     config = _config(
-        tiny_checkpoint("qwen2"), tmp_path / "o.gguf", rotation="hadamard", weights="gptq", calibration=(str(text),),
+        tiny_checkpoint(kind), tmp_path / "o.gguf", rotation=rotation, weights="gptq", calibration=(str(text),),
         work_dir=tmp_path / "w",
     )  # fmt: skip
     pipeline.convert(config, NullProgress())
@@ -575,6 +578,8 @@ def test_nothing_is_rounded_with_unquantized_weights(changes, tmp_path):
         ("mixtral", {"rotation": "spinquant"}, "--rotation spinquant is not offered for MixtralForCausalLM"),
         ("granite", {"rotation": "spinquant"}, "--rotation spinquant is not offered for GraniteForCausalLM"),
         ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not offered for Phi3ForCausalLM"),
+        ("gemma2", {"rotation": "output"}, "it has norms behind attention and FFN, .*: give --rotation diagonal"),
+        ("cohere2", {"rotation": "hadamard"}, "it has norms that take the mean off, .*: give --rotation diagonal"),
     ],
 )
 def test_what_does_not_know_a_family_is_refused(tiny_checkpoint, tmp_path, exported, kind, changes, told):
@@ -592,7 +597,7 @@ def test_rotations_are_kept_where_asked_for(tiny_checkpoint, tmp_path, exported)
     assert dataclasses.replace(transforms, online={}).sha256() != provenance.rotations_sha256
 
 
-@pytest.mark.parametrize("kind", ["granite", "phi3", "smollm3", "mixtral"])
+@pytest.mark.parametrize("kind", ["granite", "phi3", "smollm3", "mixtral", "gemma2", "exaone4", "stablelm-parallel", "starcoder2"])
 def test_the_default_goes_through_for_other_families(kind, tiny_checkpoint, tmp_path, exported, text, few_steps, plain_embedding):
     """Learned rotations, GPTQ and tuning; a mixture of experts is not tuned."""
     config = ConvertConfig(

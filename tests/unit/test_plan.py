@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from click.testing import CliRunner
 from transformers import LlamaConfig
 
@@ -22,8 +23,8 @@ from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.messages.errors import SourceError, UnsupportedArchitecture
 from kurtail_gguf.method.rotation import spinquant
 from kurtail_gguf.method.tuning import layer_files
+from kurtail_gguf.model.build import build_spec
 from kurtail_gguf.model.families.registry import find_family
-from kurtail_gguf.model.spec import build_spec
 
 GIB = 1 << 30
 
@@ -145,12 +146,23 @@ def test_what_does_not_fit_would_be_refused(tmp_path, room):
     assert "the whole model in memory" in told
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "olmo3", "exaone4", "glm4", "starcoder2", "phi", "cohere2", "nemotron"])
+def test_other_families_have_a_plan(kind, tiny_checkpoint, tmp_path, room):
+    room(16 * GIB, 16 * GIB)
+    found = plan(ConvertConfig(str(tiny_checkpoint(kind)), tmp_path / "o.gguf"))
+    assert found.refused == ()
+    assert found.parameters == sum(
+        tensor.numel() for path in (tmp_path / f"{kind}-0").glob("*.safetensors") for tensor in load_file(path).values()
+    )
+
+
 @pytest.mark.parametrize(
     ("architecture", "asked", "told"),
     [
         ("mixtral", {"activations": "auto"}, "--activations auto is not offered for MixtralForCausalLM"),
         ("mixtral", {"tune": 8}, "--tune 8 is not offered for MixtralForCausalLM"),
         ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not offered for Phi3ForCausalLM"),
+        ("olmo2", {"rotation": "output"}, "--rotation output is not offered for Olmo2ForCausalLM: it has norms behind"),
     ],
 )
 def test_what_the_family_does_not_offer_would_be_refused(tiny_checkpoint, tmp_path, room, architecture, asked, told):

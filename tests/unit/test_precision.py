@@ -13,7 +13,7 @@ from kurtail_gguf.method.quantize.quantized_prefix import QuantizedPrefix
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.precision import forward_dtype, linear
 from kurtail_gguf.model.runner import LayerRunner
-from kurtail_gguf.model.sites import NORMED, SITES
+from kurtail_gguf.model.sites import SITES
 from kurtail_gguf.numerics.simulation.attention import CacheSettings
 from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 
@@ -50,7 +50,7 @@ def test_samples_are_those_of_single_precision_within_a_bound(tiny_checkpoint, t
     assert np.array_equal(narrow.site(0, "attention"), single.site(0, "attention"))
     worst = 0.0
     for layer in range(2):
-        names = [(what, layer, kind) for what in ("site", "readers") for kind in NORMED] + [("values", layer)]
+        names = [(what, layer, kind) for what in ("site", "readers") for kind in ("attention", "ffn")] + [("values", layer)]
         known = SITES[:3] if kind == "mixtral" else SITES
         names += [(what, layer, one) for what in ("channels", "columns") for one in known]
         for name, *arguments in names:

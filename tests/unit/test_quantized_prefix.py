@@ -20,7 +20,11 @@ from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 CPU = torch.device("cpu")
 IDS = np.random.default_rng(0).integers(3, 320, (6, 20)).astype(np.int32)
 HALVES = CacheSettings(bits=16, rotation=0, rotate_v=False, paired=False)
-KINDS = ["llama", "llama-biases", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite", "phi3"]
+KINDS = [
+    *("llama", "llama-biases", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite", "phi3", "gemma2"),
+    *("gemma3", "olmo2", "olmo3", "seed-oss", "exaone4", "glm4", "stablelm", "stablelm-parallel"),
+    *("starcoder2", "phi", "cohere2", "ernie4_5", "hunyuan", "nemotron", "ministral3"),
+]
 
 
 def _prefix(checkpoint, rounding, directory) -> QuantizedPrefix:
@@ -53,7 +57,7 @@ def test_without_rounding_it_is_the_model(kind, tiny_checkpoint, tmp_path):
     hidden = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
     for layer, folded in _layers(checkpoint, ONLINE):
         prefix.run_layer(layer, folded, lambda names, hessian: {})
-        hidden = runner.run(layer, checkpoint.layer(layer), hidden, runner.rotary(0, IDS.shape[1]))
+        hidden = runner.run(layer, checkpoint.layer(layer), hidden, runner.positions(0, IDS.shape[1]))
         found = np.load(tmp_path / "prefix-hidden.npy")
         assert np.abs(found - hidden.detach().numpy()).max() < 2e-3 * float(hidden.abs().max())
     prefix.close()
@@ -94,11 +98,11 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
     weights = {name: value.float() for name, value in folded.items()}
     weights |= {f"{name}.weight": value for name, value in halved.items()}
     start = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
-    output = runner.run(layer, weights, start, runner.rotary(0, IDS.shape[1]))
+    output = runner.run(layer, weights, start, runner.positions(0, IDS.shape[1]))
     assert np.allclose(np.load(tmp_path / "prefix-hidden.npy"), output.numpy(), atol=1e-4)
     units = [x / x.square().mean(-1, keepdim=True).sqrt() for x in (start, residual[0])]
     assert prefix.kurtosis == pytest.approx([float((x**4).mean()) for x in units], rel=1e-2)
-    eps = checkpoint.config.rms_norm_eps
+    eps = checkpoint.spec.eps
     streams = {family.attention_writer: start, family.ffn_writer: residual[0]}
     for names, hessian in stops:
         x = seen[names[0]]
@@ -130,7 +134,7 @@ def test_an_expert_is_quantized_on_the_tokens_that_transformers_routes_to_it(tin
     block = runner.module(0).mlp
     block.experts.register_forward_pre_hook(lambda _module, inputs: seen.update(x=inputs[0], chosen=inputs[1]))
     start = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
-    runner.run(0, checkpoint.layer(0), start, runner.rotary(0, IDS.shape[1]))
+    runner.run(0, checkpoint.layer(0), start, runner.positions(0, IDS.shape[1]))
     # the folded experts read what the norm gives before its gain
     x = seen["x"] / checkpoint.layer(0)["post_attention_layernorm.weight"]
 

@@ -42,7 +42,8 @@ def _quantized(checkpoint, directory: Path) -> Path:
     rng = np.random.default_rng(2)
     r2 = np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.layers * spec.kv_heads)])
     shape = (spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
-    transforms = Transforms("random", "random", random_orthogonal(spec.hidden_size, rng), r2.reshape(shape), online=ONLINE)
+    kind, r1 = ("none", None) if spec.family.kept_in_place else ("random", random_orthogonal(spec.hidden_size, rng))
+    transforms = Transforms(kind, "random", r1, r2.reshape(shape), online=ONLINE)
     target = directory / "quantized"
     return fold_and_quantize(
         checkpoint, transforms, FORMAT, CalibratedOn(IDS, ROUNDING), target, CPU, NullProgress()
@@ -61,7 +62,7 @@ def _tune(checkpoint, quantized: Path, target: Path, steps: int, progress=None) 
     return layer_files.tune(checkpoint, IDS, quantized, FORMAT, ROUNDING, steps, target, CPU, progress or NullProgress())
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-biases", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "llama-biases", "mistral", "qwen2", "gemma2", "gemma3", "olmo2", "phi", "cohere2"])
 def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_path):
     """The same layers, run by the prefix one linear after the other and by the student whole."""
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
@@ -136,7 +137,7 @@ def test_more_is_kept_where_there_is_more_memory(tiny_checkpoint, monkeypatch):
         assert bool(layer_files.memory_shortage(checkpoint, 64, CPU)) == short
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "granite", "gemma2", "phi", "cohere2", "nemotron"])
 def test_the_teacher_is_transformers(kind, tiny_checkpoint, tmp_path):
     directory = tiny_checkpoint(kind)
     checkpoint = open_checkpoint(directory)
@@ -181,7 +182,8 @@ def _divergence(checkpoint, directory: Path, tmp_path: Path) -> float:
     right = Teacher(checkpoint, np.load(tmp_path / "t.npy"), CPU).log_probabilities(np.arange(len(IDS)))
     rows = layer_files.EmbeddingRows(directory, checkpoint.spec)
     hidden = _student(checkpoint, directory).hidden(torch.from_numpy(rows(IDS.astype(np.int64)))).flatten(0, 1)
-    hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
+    gain = tables.read_ending(directory)["model.norm.weight"]
+    hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps) * gain
     found = torch.log_softmax(hidden @ torch.from_numpy(tables.read_head(directory)).T, -1)
     return float(torch.nn.functional.kl_div(found, right, reduction="batchmean", log_target=True).detach())
 

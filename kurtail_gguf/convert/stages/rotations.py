@@ -30,8 +30,14 @@ class Rotations(Stage):
         return {"rotation": job.config.rotation}
 
     def refuse(self, job: Job) -> Iterator[str]:
-        spec = job.spec
-        if job.config.rotation != "spinquant":
+        spec, rotation = job.spec, job.config.rotation
+        if job.config.has_r1 and (between := spec.family.kept_in_place):
+            yield (
+                f"--rotation {rotation} is not offered for {spec.family.architecture}: it has {between}, which a rotated "
+                "residual stream does not pass: give --rotation diagonal"
+            )
+            return
+        if rotation != "spinquant":
             return
         scaled = (spec.embedding_scale, spec.residual_scale, spec.logit_divisor) != (1, 1, 1)
         if spec.experts or scaled or spec.family.fused_attention:
@@ -75,9 +81,9 @@ def capturing(estimate: Estimate) -> Cost:
     """Activations that are captured, for learning or for the report."""
     spec, shapes = estimate.spec, estimate.spec.linear_shapes()
     hidden, ffn = spec.hidden_size, spec.intermediate_size
-    readers = sum(min(SKETCH_ROWS, shapes[name][0]) for site in spec.sites if site.norm for name in site.readers)
+    readers = sum(min(SKETCH_ROWS, shapes[name][0]) for site in spec.residual_sites for name in site.readers)
     a_layer = 4 * MAX_SAMPLE * (hidden + spec.kv_heads * spec.head_dim) + 4 * readers * hidden
-    a_layer += 8 * sum(site.size for site in spec.sites if site.norm or site.source)
+    a_layer += 8 * sum(site.size for site in spec.sites if site.residual or site.source)
     samples = 4 * MAX_SAMPLE * (3 * hidden + spec.kv_heads * spec.head_dim)
     sketch = 4 * estimate.sizes.readers + 4 * MAX_SAMPLE * (hidden + 4 * ffn)
     memory = estimate.moment(

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kurtail_gguf.model.rope import from_halves, in_halves
 from kurtail_gguf.model.spec import ModelSpec
 from kurtail_gguf.numerics.simulation.attention import CacheSettings, in_cache, out_of_cache
 from kurtail_gguf.numerics.simulation.rounding import CACHE_BLOCK, round_to
@@ -38,7 +39,8 @@ _WORTH = 0.05
 
 @dataclass(frozen=True, slots=True)
 class KeyStatistics:
-    """What a layer's keys and queries are before RoPE, float64 ``[kv_heads, head_dim]`` each.
+    """What a layer's keys and queries are before RoPE, or behind a norm that comes after it, float64 ``[kv_heads, head_dim]``
+    each, and with both values of a RoPE pair in halves, whatever the checkpoint has (model/rope.py).
 
     Args:
         mean: of the keys.
@@ -96,7 +98,7 @@ class KeyWatcher:
 
     def _add_keys(self, output: Tensor) -> None:
         keys = self._heads(output, self._spec.kv_heads)
-        self._first.append(output.reshape(*output.shape[:2], self._spec.kv_heads, -1)[:, 0].double())
+        self._first.append(self._by_head(output, self._spec.kv_heads)[:, 0])
         self._tokens += len(keys)
         self._sums[0] = self._sums[0] + keys.sum(0)
         self._sums[1] = self._sums[1] + keys.square().sum(0)
@@ -107,10 +109,15 @@ class KeyWatcher:
         self._sums[2] = self._sums[2] + energy.mean(1)
 
     def _heads(self, output: Tensor, heads: int) -> Tensor:
-        """float64 ``[tokens, heads, head_dim]`` of ``[batch, length, heads head_dim]``, or with heads apart already."""
-        batch, length = output.shape[:2]
-        skipped = min(SKIPPED, length - 1)
-        return output.reshape(batch, length, heads, -1)[:, skipped:].flatten(0, 1).double()
+        """float64 ``[tokens, heads, head_dim]``."""
+        tokens = self._by_head(output, heads)
+        return tokens[:, min(SKIPPED, tokens.shape[1] - 1) :].flatten(0, 1)
+
+    def _by_head(self, output: Tensor, heads: int) -> Tensor:
+        """float64 ``[batch, length, heads, head_dim]`` of ``[batch, length, heads head_dim]``, or with heads apart already."""
+        if self._spec.family.heads_first and output.ndim == 4:
+            output = output.transpose(1, 2)
+        return in_halves(output.reshape(*output.shape[:2], heads, -1).double(), self._spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +126,8 @@ class Conditioned:
 
     Args:
         scale: float64 ``[kv_heads, head_dim]``: keys are divided, their queries multiplied by it.
-        offset: float32 of the same shape, of the scaled keys after RoPE; zeros where it is not worth having.
+        offset: float32 of the same shape, of the scaled keys after RoPE; zeros where it is not worth having, or where scores
+            are capped and softmax would see it. Both are in the checkpoint's order.
     """
 
     scale: Tensor
@@ -127,7 +135,7 @@ class Conditioned:
 
 
 def condition(
-    statistics: KeyStatistics, spec: ModelSpec, turned: tuple[Tensor, Tensor], rope: bool, cache: CacheSettings
+    statistics: KeyStatistics, spec: ModelSpec, turned: tuple[Tensor, Tensor] | None, cache: CacheSettings
 ) -> Conditioned:
     """Scale and offset of a layer's keys.
 
@@ -135,16 +143,17 @@ def condition(
         statistics: of the layer.
         spec: sizes and roles.
         turned: cosines and sines of the first :data:`POSITIONS` positions, ``[positions, rotary_dim]`` each, attention
-            factors of YaRN and the like included.
-        rope: whether the layer has RoPE.
+            factors of YaRN and the like included; None for a layer without RoPE.
         cache: how the runtime stores keys.
     """
-    rotary = spec.rotary_dim if rope else 0
+    rotary = 0 if turned is None or spec.family.norms_behind_rope else spec.rotary_dim
     pairs = spec.rotary_dim // 2
     offset = statistics.mean.clone()
     energy = statistics.energy.clone()
     if rotary:
-        cosine, sine = (table.double()[:, :pairs] for table in turned)
+        # once a pair: pairs side by side have theirs side by side too, or in halves as others do
+        doubled = spec.family.interleaved and torch.equal(turned[0][:, ::2], turned[0][:, 1::2])
+        cosine, sine = ((table[:, ::2] if doubled else table[:, :pairs]).double() for table in turned)
         first, second = statistics.mean[:, :pairs], statistics.mean[:, pairs:rotary]
         c, s = cosine.mean(0), sine.mean(0)
         offset[:, :rotary] = torch.cat([first * c - second * s, second * c + first * s], -1)
@@ -152,14 +161,16 @@ def condition(
     left = (_paired(energy, pairs) - _paired(offset.square(), pairs)).clamp(min=0)
     queries = _paired(statistics.queries, pairs)
     worth = 1 - _cost(left, queries) / _cost(_paired(energy, pairs), queries).clamp(min=1e-300)
-    if not worth > _WORTH:
+    if spec.attention_cap or not worth > _WORTH:
         offset, left = torch.zeros_like(offset), _paired(energy, pairs)
     scale = _scales(left, queries, spec)
     first = statistics.first.clone()
     if rotary:
         # position 0 is not turned, but YaRN and the like scale it
-        first[..., :rotary] *= turned[0][0].double()
-    return Conditioned(scale, exact_first(first / scale, (offset / scale).float(), cache))
+        first[..., :rotary] *= cosine[0].repeat(2)
+    first, offset = (from_halves(value, spec) for value in (first / scale, offset / scale))
+    scale = from_halves(scale, spec)
+    return Conditioned(scale, offset.float() if spec.attention_cap else exact_first(first, offset.float(), cache))
 
 
 def exact_first(first: Tensor, offset: Tensor, cache: CacheSettings) -> Tensor:
@@ -194,7 +205,7 @@ def _cost(keys: Tensor, queries: Tensor) -> Tensor:
 
 def _scales(keys: Tensor, queries: Tensor, spec: ModelSpec) -> Tensor:
     """s with s² = rms(k) / rms(q), of geometric mean 1 in each head; where one of them is zero, it stays."""
-    if spec.family.key_norm:
+    if spec.family.key_norm and not spec.family.wide_norms:
         # one gain for all heads
         keys, queries = keys.mean(0, keepdim=True), queries.mean(0, keepdim=True)
     usable = (keys > 0) & (queries > 0)
@@ -204,9 +215,7 @@ def _scales(keys: Tensor, queries: Tensor, spec: ModelSpec) -> Tensor:
     return spread.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE).exp().expand(spec.kv_heads, -1).contiguous()
 
 
-def turned_positions(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """``LayerRunner.rotary``'s answer without its batch, on the CPU."""
-    cosine, sine = rotary
+def turned_positions(turned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A layer's of ``Positions.turned`` without its batch, on the CPU."""
+    cosine, sine = turned
     return cosine[0].cpu(), sine[0].cpu()
-
-

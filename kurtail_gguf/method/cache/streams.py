@@ -23,6 +23,7 @@ from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.activations.damage import DamageMeter
 from kurtail_gguf.method.cache.condition import POSITIONS, Conditioned, KeyWatcher, condition, turned_positions
 from kurtail_gguf.method.fold.layer import fold_attention
+from kurtail_gguf.model.ending import Ending
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.loading.prefetch import layer_stream
 from kurtail_gguf.model.runner import LayerRunner
@@ -75,8 +76,9 @@ class Streams:
         self._plain = LayerRunner(checkpoint, device, length)
         self._rounded = LayerRunner(checkpoint, device, length, cache)
         self._cache = cache
-        self._rotary = self._plain.rotary(0, length)
-        self._turned = turned_positions(self._plain.rotary(0, POSITIONS))
+        self._positions = self._plain.positions(0, length)
+        self._turned = self._plain.positions(0, POSITIONS).turned
+        self._ending = Ending.of(checkpoint, device)
 
     def forward(
         self, layers: Sequence[LayerCache], conditioned: Sequence[Conditioned] | None, name: str, progress: Progress
@@ -108,8 +110,8 @@ class Streams:
                 with KeyWatcher(module, spec) as watcher:
                     plain = self._run(self._plain, layer, weights, plain)
                 if conditioned is None:
-                    rope = getattr(module.self_attn, "use_rope", True)
-                    found.append(condition(watcher.statistics(), spec, self._turned, bool(rope), self._cache))
+                    turned = None if layer in spec.unturned else turned_positions(self._turned[layer])
+                    found.append(condition(watcher.statistics(), spec, turned, self._cache))
                 else:
                     found.append(conditioned[layer])
                 inputs[layer : layer + 1] = rounded[None].cpu().numpy()
@@ -154,7 +156,7 @@ class Streams:
                 gradients = []
                 for one, above in zip(hidden, gradient, strict=True):
                     entered = one[None].requires_grad_()
-                    self._rounded.run(layer, weights, entered, self._rotary).backward(above[None])
+                    self._rounded.run(layer, weights, entered, self._positions).backward(above[None])
                     gradients.append(entered.grad[0])
                 gradient = torch.stack(gradients)
                 stage.advance(1, f"layer {layer}")
@@ -166,7 +168,7 @@ class Streams:
 
     def _run(self, runner: LayerRunner, layer: int, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
         # a sequence at a time: the attention of all is the largest thing in memory
-        return torch.cat([runner.run(layer, weights, one[None], self._rotary) for one in hidden])
+        return torch.cat([runner.run(layer, weights, one[None], self._positions) for one in hidden])
 
     def _set(self, layer: int, bits: LayerCache, conditioned: Conditioned, cache: CacheSettings) -> None:
         own = replace(bits, offset=conditioned.offset if conditioned.offset.any() else None)
@@ -192,11 +194,12 @@ class Streams:
         for sequence in range(len(ids)):
             for start in range(first, length, LOGIT_TOKENS):
                 part = slice(start, min(start + LOGIT_TOKENS, length))
-                teacher = self._log_probabilities(self._normed(plain[sequence, part]))
+                teacher = torch.log_softmax(self._logits(self._ending.normed(plain[sequence, part])), -1)
                 # a leaf of its own: what was computed in inference mode has no gradient
                 hidden = rounded[sequence, part].clone().requires_grad_(with_gradient)
-                normed = self._normed(hidden)
-                student = self._log_probabilities(normed.detach())
+                normed = self._ending.normed(hidden)
+                logits = self._logits(normed.detach())
+                student = torch.log_softmax(logits, -1)
                 total += float((teacher.exp() * (teacher - student)).sum(dtype=torch.float64))
                 following = ids[sequence, start + 1 : start + 1 + len(hidden)].to(self._device)[:, None]
                 known = slice(0, len(following))
@@ -204,20 +207,16 @@ class Streams:
                 unlikely += float(lost.sum(dtype=torch.float64))
                 predictions += len(following)
                 if with_gradient:
-                    normed.backward(self._through_head((student.exp() - teacher.exp()) / count))
+                    products = self._ending.back((student.exp() - teacher.exp()) / count, logits)
+                    normed.backward(self._through_head(products))
                     gradient[sequence, part] = hidden.grad
         if not math.isfinite(total):
             raise KurtailError("measuring the cache: the divergence is not finite; give --kv 16")
         return CacheCost(total / count, math.exp(unlikely / predictions), count), gradient
 
-    def _normed(self, hidden: Tensor) -> Tensor:
-        checkpoint, family = self._checkpoint, self._checkpoint.spec.family
-        gain = checkpoint.tensor(f"{family.final_norm}.weight").to(hidden) / checkpoint.spec.logit_divisor
-        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps) * gain
-
-    def _log_probabilities(self, normed: Tensor) -> Tensor:
+    def _logits(self, normed: Tensor) -> Tensor:
         chunks = self._checkpoint.rows(self._checkpoint.head_name)
-        return torch.log_softmax(torch.cat([normed @ rows.to(normed).T for _, rows in chunks], -1), -1)
+        return self._ending.logits(torch.cat([normed @ rows.to(normed).T for _, rows in chunks], -1))
 
     def _through_head(self, gradient: Tensor) -> Tensor:
         chunks = self._checkpoint.rows(self._checkpoint.head_name)

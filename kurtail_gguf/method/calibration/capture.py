@@ -23,7 +23,7 @@ from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.loading.prefetch import layer_stream
 from kurtail_gguf.model.precision import forward_dtype
 from kurtail_gguf.model.runner import LayerRunner
-from kurtail_gguf.model.sites import ATTENTION, FFN, NORMED
+from kurtail_gguf.model.sites import FFN, Site
 from kurtail_gguf.model.spec import ModelSpec
 
 #: Most tokens kept at a site: 2048 tokens x 60 sites x 576 halves are 140 MB on disk.
@@ -42,12 +42,18 @@ class Capture:
 
     directory: Path
     layers: int
+    kinds: tuple[str, ...]
+
+    @classmethod
+    def of(cls, directory: Path, spec: ModelSpec) -> Capture:
+        """What :func:`capture` filled ``directory`` with."""
+        return cls(directory, spec.layers, tuple(site.kind for site in spec.residual_sites))
 
     def site(self, layer: int, kind: str) -> npt.NDArray[np.float16]:
-        """x̂ = x / rms(x) at the input of attention or FFN, before the norm's gain.
+        """x̂ = x / rms(x) at the input of attention or FFN (``kinds``), before the norm's gain and behind one that has a bias.
 
         Returns:
-            float16 ``[tokens, hidden]``; magnitudes are at most √hidden, well inside a half.
+            float16 ``[tokens, hidden]``; magnitudes are at most about √hidden, well inside a half.
         """
         return np.load(self.directory / _name(layer, kind), mmap_mode="r")
 
@@ -56,7 +62,7 @@ class Capture:
         return np.load(self.directory / _name(layer, _VALUE), mmap_mode="r")
 
     def readers(self, layer: int, kind: str) -> npt.NDArray[np.float32]:
-        """Sketch A of the linears that read one of :data:`NORMED`, norm gains folded in, float32 ``[rows, hidden]``.
+        """Sketch A of the linears that read one of ``kinds``, norm gains folded in, float32 ``[rows, hidden]``.
 
         An error e of x̂ changes their outputs by Σ ‖W e‖² / E‖W x̂‖² ≈ ‖A e‖²: a random projection of each
         weight matrix, divided by the root of its output's mean energy.
@@ -64,8 +70,9 @@ class Capture:
         return np.load(self.directory / _name(layer, kind, _READERS), mmap_mode="r")
 
     def channels(self, layer: int, kind: str) -> npt.NDArray[np.float32]:
-        """Root mean square of each channel of a site, float32 ``[Site.size]``: of x̂ behind a norm, elsewhere with tokens
-        weighed by 1 / ‖residual‖². There is none of experts' ``ffn-output``."""
+        """Root mean square of each channel of a site, float32 ``[Site.size]``: of x̂ where the residual stream is read,
+        elsewhere with tokens weighed by 1 / ‖residual‖², and by 1 / ‖output‖² where what is written is normed. There is none
+        of what no diagonal can be folded into: experts' ``ffn-output``, or that of a FFN without a gate."""
         return np.load(self.directory / _name(layer, kind, _CHANNELS))
 
     def columns(self, layer: int, kind: str) -> npt.NDArray[np.float32]:
@@ -77,11 +84,11 @@ class Capture:
 
     def all_readers(self) -> Mapped:
         """The sketches in the order of :meth:`sites`."""
-        return Mapped([self.directory / _name(layer, kind, _READERS) for layer in range(self.layers) for kind in NORMED])
+        return Mapped([self.directory / _name(layer, kind, _READERS) for layer in range(self.layers) for kind in self.kinds])
 
     def sites(self) -> Mapped:
-        """:meth:`site` of :data:`NORMED` in the order of the forward pass."""
-        return Mapped([self.directory / _name(layer, kind) for layer in range(self.layers) for kind in NORMED])
+        """:meth:`site` of ``kinds`` in the order of the forward pass."""
+        return Mapped([self.directory / _name(layer, kind) for layer in range(self.layers) for kind in self.kinds])
 
     def all_values(self) -> Mapped:
         """:meth:`values` of every layer."""
@@ -137,7 +144,7 @@ def capture(
     )
     path = directory / "hidden.npy"
     hidden = RowFile(path, (sequences, length, spec.hidden_size))
-    rotary = runner.rotary(0, length)
+    positions = runner.positions(0, length)
     with (
         progress.stage("capture activations", spec.layers) as stage,
         torch.inference_mode(),
@@ -150,29 +157,28 @@ def capture(
             weights = next(layers)
             samples = [
                 _Sample(choose_tokens(sequences, length, max_sample, (seed, layer, site)), length)
-                for site in range(3)
+                for site in range(len(spec.residual_sites) + 1)
             ]
-            with _Hooks(runner.module(layer), spec, checkpoint.config.rms_norm_eps) as hooks:
+            with _Hooks(runner.module(layer), spec, weights) as hooks:
                 for start in range(0, sequences, BATCH):
                     batch = torch.from_numpy(hidden[start : start + BATCH]).to(device)
-                    output = runner.run(layer, weights, batch, rotary)
+                    output = runner.run(layer, weights, batch, positions)
                     hidden[start : start + BATCH] = output.cpu().numpy()
                     for sample, seen in zip(samples, hooks.take(), strict=True):
                         sample.add(start, seen)
             for kind, squares in hooks.squares.items():
                 np.save(directory / _name(layer, kind, _CHANNELS), (squares / ids.size).sqrt().cpu().numpy())
             kurtosis = []
-            for number, (sample, kind) in enumerate(zip(samples, NORMED, strict=False)):
-                site = spec.site(kind)
-                rows = sample.rows()
+            for number, (sample, site) in enumerate(zip(samples, spec.residual_sites, strict=False)):
+                kind, rows = site.kind, sample.rows()
                 kurtosis.append(_kurtosis(rows))
                 np.save(directory / _name(layer, kind), rows.astype(np.float16))
                 # torch takes 64 bits, and a seed has up to 63 itself
                 generator = torch.Generator().manual_seed((seed * 2 * spec.layers + 2 * layer + number) % 2**63)
                 # as many rows of all experts' linears together as of a single FFN's
                 share = max(1, SKETCH_ROWS * 2 // len(site.readers)) if kind == FFN and spec.experts else SKETCH_ROWS
-                gain = weights[f"{site.norm}.weight"]
-                folded = [weights[f"{name}.weight"] * gain for name in site.readers]
+                gain = spec.gain(site, weights)
+                folded = [weights[f"{name}.weight"] * (1 if gain is None else gain.float()) for name in site.readers]
                 sketch, columns = sketch_readers(folded, torch.from_numpy(rows).to(device), generator, share)
                 np.save(directory / _name(layer, kind, _READERS), sketch.cpu().numpy())
                 np.save(directory / _name(layer, kind, _COLUMNS), columns.cpu().numpy())
@@ -182,13 +188,13 @@ def capture(
                     (name,) = site.readers
                     columns = torch.linalg.vector_norm(weights[f"{name}.weight"].float(), dim=0)
                     np.save(directory / _name(layer, site.kind, _COLUMNS), columns.cpu().numpy())
-            values = samples[2].rows().reshape(-1, spec.kv_heads, spec.head_dim)
+            values = samples[-1].rows().reshape(-1, spec.kv_heads, spec.head_dim)
             np.save(directory / _name(layer, _VALUE), values)
             del weights  # the next layer wants their memory
             stage.advance(1, f"layer {layer}, kurtosis {' '.join(f'{value:.1f}' for value in kurtosis)}")
     hidden.close()
     path.unlink()
-    return Capture(directory, spec.layers)
+    return Capture.of(directory, spec)
 
 
 def _kurtosis(rows: npt.NDArray[np.float32]) -> float:
@@ -259,24 +265,27 @@ class _Sample:
 
 
 class _Hooks:
-    """Sees what both norms and the writers read, and the output of v_proj, while a layer runs.
+    """Sees what is read from the residual stream, what the writers read, and the output of v_proj, while a layer runs.
 
     :attr:`squares` are the sums of the squared channels of each site over all tokens, ``[Site.size]`` by kind.
     """
 
-    def __init__(self, module: torch.nn.Module, spec: ModelSpec, eps: float) -> None:
-        self._eps = eps
+    def __init__(self, module: torch.nn.Module, spec: ModelSpec, weights: dict[str, torch.Tensor]) -> None:
+        self._spec, self._weights = spec, weights
         self._seen: dict[str, torch.Tensor] = {}
         self.squares: dict[str, torch.Tensor] = {}
         self._handles = []
+        for site in spec.residual_sites:
+            reader = module.get_submodule(site.norm or site.readers[0])
+            self._handles.append(reader.register_forward_pre_hook(partial(self._residual_hook, site), prepend=True))
+        posts = {branch.output.kind: branch.post_norm for branch in spec.branches if branch.output}
         for site in spec.sites:
-            if site.norm:
-                hook = partial(self._norm_hook, site.kind)
-                self._handles.append(module.get_submodule(site.norm).register_forward_pre_hook(hook))
-            elif site.source is not None:
-                hook = partial(self._output_hook, site.kind)
+            if site.source is not None:
+                writer = module.get_submodule(site.readers[0])
                 # before the linear makes its input what it multiplies in
-                self._handles.append(module.get_submodule(site.readers[0]).register_forward_pre_hook(hook, prepend=True))
+                self._handles.append(writer.register_forward_pre_hook(partial(self._input_hook, site.kind), prepend=True))
+                hook = partial(self._output_hook, site.kind, bool(posts[site.kind]))
+                self._handles.append(writer.register_forward_hook(hook))
         value, self._value_rows = spec.value_rows
         self._handles.append(module.get_submodule(value).register_forward_hook(self._value_hook))
 
@@ -287,23 +296,32 @@ class _Hooks:
         for handle in self._handles:
             handle.remove()
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the last run showed: x̂ before attention, x̂ before the FFN, values."""
-        return self._seen.pop(ATTENTION), self._seen.pop(FFN), self._seen.pop(_VALUE)
+    def take(self) -> list[torch.Tensor]:
+        """What the last run showed: x̂ at each site of the residual stream, values."""
+        return [self._seen.pop(name) for name in (*(site.kind for site in self._spec.residual_sites), _VALUE)]
 
     def _add(self, kind: str, x: torch.Tensor) -> None:
         squares = x.square().flatten(0, -2).sum(0)
         self.squares[kind] = self.squares[kind] + squares if kind in self.squares else squares
 
-    def _norm_hook(self, kind: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0]
-        self._scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
-        self._seen[kind] = x * self._scale
-        self._add(kind, self._seen[kind])
+    def _residual_hook(self, site: Site, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x, form, eps = inputs[0], self._spec.family.norm, self._spec.eps
+        self._scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        if site.keeps_gain:
+            self._seen[site.kind] = form.apply(x, self._weights, site.norm, eps)
+        else:
+            self._seen[site.kind] = form.unit(x, eps) if site.norm else x * self._scale
+        self._add(site.kind, self._seen[site.kind])
 
-    def _output_hook(self, kind: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        # what a writer adds is seen relative to the residual stream: the last norm's
-        self._add(kind, inputs[0] * self._scale)
+    def _input_hook(self, kind: str, _module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._seen[kind] = inputs[0]
+
+    def _output_hook(
+        self, kind: str, normed: bool, _module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
+        # what a writer adds is seen relative to the residual stream, and behind a norm of its own relative to itself
+        x = self._seen.pop(kind) * self._scale
+        self._add(kind, x * torch.rsqrt(output.square().mean(-1, keepdim=True) + self._spec.eps) if normed else x)
 
     def _value_hook(self, _module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
         self._seen[_VALUE] = output[..., self._value_rows]

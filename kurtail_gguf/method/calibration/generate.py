@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.model.ending import Ending
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.loading.prefetch import layer_stream
 from kurtail_gguf.model.precision import forward_dtype
@@ -93,33 +94,22 @@ def _sample(checkpoint, runner, layers, prompt, length, generator, device, stage
     caches = [
         _LayerCache(batch, spec.kv_heads, length, spec.head_dim, device) for _ in range(spec.layers)
     ]
-    head, gain = _head(checkpoint, device)
+    head = checkpoint.tensor(checkpoint.head_name).to(device=device, dtype=torch.float32)
+    ending = Ending.of(checkpoint, device)
     tokens = list(prompt)
     for position in range(length - 1):
         hidden = runner.embed(tokens[position])[:, None]
-        rotary = runner.rotary(position, 1)
+        positions = runner.positions(position, 1)
         for layer, cache in enumerate(caches):
-            hidden = runner.run(layer, next(layers), hidden, rotary, cache)
+            hidden = runner.run(layer, next(layers), hidden, positions, cache)
         stage.advance()
         if position + 1 < len(tokens):
             continue
-        logits = torch.nn.functional.rms_norm(
-            hidden[:, 0], (spec.hidden_size,), gain, checkpoint.config.rms_norm_eps
-        ) @ head.T
+        logits = ending.logits(ending.normed(hidden[:, 0]) @ head.T)
         greedy = position + 1 < len(prompt) + GREEDY_TOKENS
         tokens.append(logits.argmax(-1).cpu() if greedy else _draw(logits, generator))
     stage.advance()
     return torch.stack(tokens, dim=1)
-
-
-def _head(checkpoint: Checkpoint, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Head ``[vocab, hidden]`` (a view of the file where it is float32) and final gain ``[hidden]``.
-
-    What logits are divided by is in the gain.
-    """
-    head = checkpoint.tensor(checkpoint.head_name).to(device=device, dtype=torch.float32)
-    gain = checkpoint.tensor(f"{checkpoint.spec.family.final_norm}.weight", check=True)
-    return head, gain.to(device=device, dtype=torch.float32) / checkpoint.spec.logit_divisor
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -8,27 +8,27 @@ import numpy as np
 import numpy.typing as npt
 
 from kurtail_gguf.method.fold.transforms import Transforms
-from kurtail_gguf.model.sites import NORMED
 from kurtail_gguf.numerics.hadamard import walsh_hadamard_
 
 
 def transformed(
-    sites: Sequence[npt.NDArray[np.floating]], transforms: Transforms
+    sites: Sequence[npt.NDArray[np.floating]], kinds: Sequence[str], transforms: Transforms
 ) -> Sequence[npt.NDArray[np.float32]] | None:
     """What is rounded where the residual stream is read.
 
     Args:
-        sites: x̂ ``[tokens, hidden]`` at the sites of :data:`NORMED` of each layer in turn, before the norm's gain.
+        sites: x̂ ``[tokens, hidden]`` at the sites of ``kinds`` of each layer in turn, before the norm's gain.
+        kinds: of a layer's sites.
         transforms: of the conversion.
 
     Returns:
         The same, float32, each computed when it is asked for; None where all is left as it is.
     """
-    if transforms.r1 is None and not any(kind in {**transforms.scales, **transforms.online} for kind in NORMED):
+    if transforms.r1 is None and not any(kind in {**transforms.scales, **transforms.online} for kind in kinds):
         return None
 
     def at(number: int) -> npt.NDArray[np.float32]:
-        layer, kind = number // len(NORMED), NORMED[number % len(NORMED)]
+        layer, kind = number // len(kinds), kinds[number % len(kinds)]
         x = np.array(sites[number], np.float32)
         if transforms.r1 is not None:
             x = x @ transforms.r1.astype(np.float32)

@@ -2,7 +2,8 @@
 
 Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = x R1 on the residual:
 
-* RMSNorm without gain commutes with R1, since the norm of x' is that of x;
+* RMSNorm without gain commutes with R1, since the norm of x' is that of x; norms that take the mean off, and those behind
+  a writer, do not, and such a family is not rotated (``Family.kept_in_place``);
 * a reader sees x̂ ⊙ g = (x̂' R1ᵀ) diag(g), hence W' = W diag(g) R1, bias unchanged;
 * a writer gives y' = y R1, hence W' = R1ᵀ W and b' = b R1;
 * values become v R2 (a KV head each): W_v' = R2ᵀ W_v, b_v' = b_v R2, and every query head of the group
@@ -14,7 +15,8 @@ At each site (kurtail_gguf/model/sites.py), behind all of this:
 
 * the diagonal s: readers get W' = W diag(1/s), and the norm's gain becomes s (1 without one), or the rows of what makes the
   site are multiplied by it: up's by s, which down's columns are divided by, values' likewise. A router reads the norm's
-  output too, so its columns are divided as well;
+  output too, so its columns are divided as well. A norm with a bias b keeps both: readers see x̂ ⊙ g + b, so gain and bias
+  become g ⊙ s and b ⊙ s, and nothing but s is folded into the readers;
 * the runtime multiplies the site by the block-diagonal H: W' = W H for its readers, a router not being among them.
 
 Where q, k and v, or gate and up, are one linear, the rows of v and up are what the above is about. R3 acts on queries and
@@ -69,19 +71,27 @@ def fold_layer(
         transforms: what to fold.
 
     Returns:
-        float64 tensors of the same names and shapes; norm weights are the sites' diagonals, ones where there are none.
+        float64 tensors of the same names and shapes; gains of norms before readers are the sites' diagonals, ones where
+        there are none, unless the norm has a bias.
+
+    Raises:
+        ValueError: R1 for a family that it does not commute with.
     """
+    if transforms.r1 is not None and spec.family.kept_in_place:
+        raise ValueError(f"{spec.family.architecture} has {spec.family.kept_in_place}: R1 cannot be folded")
     folded = {name: tensor.double() for name, tensor in weights.items()}
     for site in spec.sites:
-        if site.norm:
-            _fold_norm(folded, site, transforms.r1)
+        if (gain := spec.gain(site, folded)) is not None:
+            for weight in (f"{name}.weight" for name in (*site.readers, *site.unrounded)):
+                folded[weight] = fold_reader(folded[weight], gain, transforms.r1)
+            folded[f"{site.norm}.weight"] = spec.family.norm.weight(torch.ones_like(gain))
     if transforms.r2 is not None:
         _fold_r2(folded, spec, transforms.r2)
     if transforms.key_scale is not None:
         _fold_key_scale(folded, spec, transforms.key_scale)
     for site in spec.sites:
         if site.kind in transforms.scales:
-            _fold_scale(folded, site, transforms.scales[site.kind])
+            _fold_scale(folded, spec, site, transforms.scales[site.kind])
         for weight in (f"{name}.weight" for name in site.readers):
             folded[weight] = rotated(folded[weight], transforms.online.get(site.kind, 0))
     if transforms.r1 is not None:
@@ -120,19 +130,15 @@ def fold_reader(weight: torch.Tensor, gain: torch.Tensor, r1: torch.Tensor | Non
     return scaled if r1 is None else scaled @ r1
 
 
-def _fold_norm(folded: dict[str, torch.Tensor], site: Site, r1: torch.Tensor | None) -> None:
-    norm = f"{site.norm}.weight"
-    for weight in (f"{name}.weight" for name in (*site.readers, *site.unrounded)):
-        folded[weight] = fold_reader(folded[weight], folded[norm], r1)
-    folded[norm] = torch.ones_like(folded[norm])
-
-
-def _fold_scale(folded: dict[str, torch.Tensor], site: Site, scale: torch.Tensor) -> None:
+def _fold_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, site: Site, scale: torch.Tensor) -> None:
     channels = site.channels(scale)
     for weight in (f"{name}.weight" for name in (*site.readers, *site.unrounded)):
         folded[weight] = folded[weight] / channels
     if site.norm:
-        folded[f"{site.norm}.weight"] = scale.clone()
+        form, weight = spec.family.norm, f"{site.norm}.weight"
+        folded[weight] = form.weight(form.gain(folded[weight]) * scale)
+        if form.biased:
+            folded[f"{site.norm}.bias"] = folded[f"{site.norm}.bias"] * scale
         return
     if site.source is None:
         raise ValueError(f"no diagonal can be folded into what makes the site {site.kind} of {', '.join(site.readers)}")
@@ -145,8 +151,11 @@ def _fold_scale(folded: dict[str, torch.Tensor], site: Site, scale: torch.Tensor
 def _fold_key_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, scale: torch.Tensor) -> None:
     family = spec.family
     if family.key_norm:
-        folded[f"{family.key_norm}.weight"] = folded[f"{family.key_norm}.weight"] / scale[0]
-        folded[f"{family.query_norm}.weight"] = folded[f"{family.query_norm}.weight"] * scale[0]
+        keys = scale.flatten() if family.wide_norms else scale[0]
+        queries = query_scale(scale, spec) if family.wide_norms else scale[0]
+        for norm, factor in ((family.key_norm, 1 / keys), (family.query_norm, queries)):
+            gain = family.norm.gain(folded[f"{norm}.weight"])
+            folded[f"{norm}.weight"] = family.norm.weight(gain * factor)
         return
     for (name, rows), factor in ((spec.key_rows, 1 / scale.flatten()), (spec.query_rows, query_scale(scale, spec))):
         _change(folded, f"{name}.weight", rows, lambda weight, factor=factor: weight * factor[:, None])

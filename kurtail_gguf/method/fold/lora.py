@@ -22,7 +22,7 @@ def fold_pair(
         a: ``[rank, in]``.
         b: ``[out, rank]``.
         linear: the linear's name below the layer's prefix.
-        gains: weights of the layer's norms, by the norms' names.
+        gains: what is folded of the layer's norms (``ModelSpec.gain``), by the norms' names; without those that keep theirs.
         spec: sizes and roles; not a mixture of experts where the linear is of the FFN.
         transforms: what was folded into the layer.
 
@@ -36,7 +36,7 @@ def fold_pair(
 def _inputs(
     a: torch.Tensor, site: Site, gains: dict[str, torch.Tensor], spec: ModelSpec, transforms: LayerTransforms
 ) -> torch.Tensor:
-    if site.norm:
+    if site.norm in gains:
         a = fold_reader(a, gains[site.norm], transforms.r1)
     elif site.kind == ATTENTION_OUTPUT and transforms.r2 is not None:
         a = rotate_heads(a, spec, transforms.r2)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from kurtail_gguf.files.atomic import replacing
 from kurtail_gguf.files.row_file import RowFile
@@ -55,12 +55,14 @@ def fold_tables(checkpoint: Checkpoint, r1: torch.Tensor | None, target: Path, p
     Args:
         checkpoint: the model; weights are checked for NaN as they are read.
         r1: float64 ``[hidden, hidden]`` or None.
-        target: a directory; see :data:`EMBEDDING` (.npy, float32 ``[vocab, hidden]``, as :data:`HEAD`), :data:`FINAL`.
+        target: a directory; see :data:`EMBEDDING` (.npy, float32 ``[vocab, hidden]``, as :data:`HEAD`), :data:`FINAL`
+            (the final norm, and the head's bias where there is one).
         progress: one stage.
     """
     spec = checkpoint.spec
-    norm = f"{spec.family.final_norm}.weight"
-    gain = checkpoint.tensor(norm, check=True)
+    norm, form = f"{spec.family.final_norm}.weight", spec.family.norm
+    ending = {name: checkpoint.tensor(name, check=True) for name in spec.ending}
+    gain = form.gain(ending[norm])
     folds: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
         EMBEDDING: (f"{spec.family.embedding}.weight", lambda rows: rows if r1 is None else rows @ r1)
     }
@@ -73,16 +75,21 @@ def fold_tables(checkpoint: Checkpoint, r1: torch.Tensor | None, target: Path, p
             if not (target / name).exists():
                 _stream(checkpoint, tensor, target / name, fold, r1)
             stage.advance(1, name.removesuffix(".npy"))
-    kept = np.ones(spec.hidden_size, np.float32) if r1 is not None else gain.float().numpy()
+    if r1 is not None:
+        ending[norm] = form.weight(torch.ones_like(gain))
     with replacing(target / FINAL) as scratch:
-        save_file({norm: kept}, scratch)
+        save_file({name: tensor.float().contiguous() for name, tensor in ending.items()}, scratch)
 
 
 def read_head(directory: Path) -> npt.NDArray[np.float32]:
-    """What the normalised residual stream is multiplied by, ``[vocab, hidden]``, the final norm's gain folded in."""
-    (gain,) = load_file(directory / FINAL).values()
+    """What the final norm's output is multiplied by, ``[vocab, hidden]``."""
     path = directory / HEAD
-    return np.load(path if path.exists() else directory / EMBEDDING) * gain
+    return np.load(path if path.exists() else directory / EMBEDDING)
+
+
+def read_ending(directory: Path) -> dict[str, torch.Tensor]:
+    """The final norm and the head's bias, float32, by their names in the checkpoint and as it has them."""
+    return load_file(directory / FINAL)
 
 
 class EmbeddingRows:

@@ -24,7 +24,7 @@ from kurtail_gguf.method.quantize.expert_tokens import ExpertTokens, Routes, rou
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.precision import forward_dtype, linear
 from kurtail_gguf.model.runner import LayerRunner
-from kurtail_gguf.model.sites import Site
+from kurtail_gguf.model.sites import ATTENTION_OUTPUT, Site
 from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 
 #: Sequences in one forward pass.
@@ -70,8 +70,7 @@ class QuantizedPrefix:
         self._shape = sequences, length = ids.shape
         self._multiplied_in = forward_dtype(device) if multiplied_in is None else multiplied_in
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache, self._multiplied_in)
-        self._rotary = self._runner.rotary(0, length)
-        self._eps = checkpoint.config.rms_norm_eps
+        self._positions = self._runner.positions(0, length)
         #: Of what attention and FFN of the last layer read, mean over the tokens: 3 for normal values.
         self.kurtosis: list[float] = []
         self._batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]
@@ -97,14 +96,13 @@ class QuantizedPrefix:
         Returns:
             How many experts saw too few tokens for Hessians of their own (calibration/expert_tokens.py).
         """
-        attention, attention_output, ffn, ffn_output = self._spec.sites[:4]
         quantized: dict[str, Tensor] = {}
 
         def stop(names: tuple[str, ...], seen: RowFile, weights_of: Callable[[slice], Tensor] | None = None) -> None:
             for name, weight in quantize(names, lambda: self._hessian(seen, weights_of)).items():
                 quantized[f"{name}.weight"] = weight.to(self._device)
 
-        def close_part(site: Site, seen: RowFile, arguments: dict) -> None:
+        def close_part(site: Site, post_norm: str, seen: RowFile, arguments: dict) -> None:
             """From the quantized weights of the readers before it to the residual stream behind the one that reads ``site``."""
             (writer,) = site.readers
             name = f"{writer.rpartition('.')[0]}."
@@ -117,21 +115,27 @@ class QuantizedPrefix:
             self._run_to(module, site, own, seen, values, arguments)
             # the next Hessian wants the memory more than they do
             del own
-            quantized.clear()
-            stop((writer,), values, self._token_weights)
-            self._add(values, folded | quantized, writer)
-            quantized.clear()
+            for key in [key for key in quantized if key.startswith(name)]:
+                del quantized[key]
+            sizes = self._sizes(values, folded, writer) if post_norm else None
+            stop((writer,), values, lambda batch: self._token_weights(batch, sizes))
+            self._add(values, folded | quantized, writer, post_norm)
+            quantized.pop(f"{writer}.weight", None)
 
         self.kurtosis = []
         module = self._runner.module(layer)
-        normed = self._normed(attention, folded)
-        stop(attention.readers, normed)
-        close_part(attention_output, normed, {"position_embeddings": self._rotary, "attention_mask": None})
-        normed = self._normed(ffn, folded)
-        if self._spec.experts:
-            return self._run_experts(normed, {name: tensor.float() for name, tensor in folded.items()}, ffn, quantize)
-        stop(ffn.readers, normed)
-        close_part(ffn_output, normed, {})
+        read, normed = None, None
+        for branch in self._spec.branches:
+            entry = branch.entry
+            if entry != read:
+                normed = self._normed(entry, folded)
+                if branch.output is None:
+                    return self._run_experts(normed, {name: tensor.float() for name, tensor in folded.items()}, entry, quantize)
+                # what is read without a norm is as large as the residual stream
+                stop(entry.readers, normed, None if entry.norm else self._token_weights)
+                read = entry
+            attends = branch.output.kind == ATTENTION_OUTPUT
+            close_part(branch.output, branch.post_norm, normed, self._positions.arguments(layer) if attends else {})
         return 0
 
     def close(self) -> None:
@@ -151,24 +155,29 @@ class QuantizedPrefix:
         seen = self._scratch("normed", site.size)
         total = 0.0
         for batch in self._batches:
-            x = self._unit(batch)
-            total += float((x**4).mean(-1).sum())
-            seen[batch] = self._rounding.activations(x * weights[f"{site.norm}.weight"].float(), site.kind).cpu().numpy()
+            x = self._load(self._hidden, batch)
+            total += float((self._spec.family.norm.unit(x, self._spec.eps) ** 4).mean(-1).sum())
+            seen[batch] = self._rounding.activations(self._read(x, site, weights), site.kind).cpu().numpy()
         self.kurtosis.append(total / (self._shape[0] * self._shape[1]))
         return seen
 
-    def _unit(self, batch: slice) -> Tensor:
-        """The residual stream with root mean square 1."""
-        x = self._load(self._hidden, batch)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._eps)
+    def _read(self, hidden: Tensor, site: Site, weights: dict[str, Tensor]) -> Tensor:
+        """What a site of the residual stream is before anything is done to it online."""
+        return self._spec.family.norm.apply(hidden, weights, site.norm, self._spec.eps) if site.norm else hidden
 
-    def _token_weights(self, batch: slice) -> Tensor:
+    def _token_weights(self, batch: slice, sizes: Tensor | None = None) -> Tensor:
         """How much an error of a writer's output will matter at each token, ``[batch, length]``.
 
         What a writer adds is seen through the next norm, hence relative to the residual stream's length; without
-        the weight a few massive sequence-first tokens are all that the Hessian knows.
+        the weight a few massive sequence-first tokens are all that the Hessian knows. With a norm of its own behind it an
+        error counts relative to the writer's output, whose mean squares ``sizes`` are.
         """
-        return 1 / (self._load(self._hidden, batch).square().mean(-1) + self._eps)
+        weights = 1 / (self._load(self._hidden, batch).square().mean(-1) + self._spec.eps)
+        return weights if sizes is None else weights / (sizes[batch].to(self._device) + self._spec.eps)
+
+    def _sizes(self, values: RowFile, weights: dict[str, Tensor], writer: str) -> Tensor:
+        """Mean squares of a writer's output before it is quantized, ``[sequences, length]``."""
+        return torch.cat([self._written(values, batch, weights, writer).square().mean(-1).cpu() for batch in self._batches])
 
     def _hessian(self, seen: RowFile, weights_of: Callable[[slice], Tensor] | None) -> Tensor:
         """Σ w x xᵀ over the tokens' inputs x of a linear; without ``weights_of`` all tokens weigh the same."""
@@ -206,10 +215,10 @@ class QuantizedPrefix:
         """Quantize every expert and add what it writes; the number of experts that saw too few tokens."""
         spec, width = self._spec, self._spec.hidden_size
         (router,) = (weights[f"{name}.weight"] for name in ffn.unrounded)
-        gain = weights[f"{ffn.norm}.weight"]
         routes, importance = [], []
         for batch in self._batches:
-            routes.append(route((self._unit(batch) * gain).flatten(0, 1), router, spec.experts_used))
+            read = self._read(self._load(self._hidden, batch), ffn, weights)
+            routes.append(route(read.flatten(0, 1), router, spec.experts_used))
             importance.append(self._token_weights(batch).flatten())
         experts, shares = (torch.cat([getattr(one, name) for one in routes]).cpu() for name in ("experts", "shares"))
         tokens = ExpertTokens(
@@ -226,12 +235,18 @@ class QuantizedPrefix:
         self._hidden[:] = hidden.reshape(*self._shape, width)
         return starved
 
-    def _add(self, values: RowFile, weights: dict[str, Tensor], writer: str) -> None:
-        """Add the writer's output to the residual stream."""
-        weight, bias = weights[f"{writer}.weight"].to(self._multiplied_in), weights.get(f"{writer}.bias")
+    def _add(self, values: RowFile, weights: dict[str, Tensor], writer: str, post_norm: str) -> None:
+        """Add the writer's output, through its norm where it has one, to the residual stream."""
         for batch in self._batches:
-            added = linear(self._load(values, batch), weight, self._multiplied_in, bias)
+            added = self._written(values, batch, weights, writer)
+            if post_norm:
+                added = self._spec.family.norm.apply(added, weights, post_norm, self._spec.eps)
             self._hidden[batch] += (added * self._spec.residual_scale).cpu().numpy()
+
+    def _written(self, values: RowFile, batch: slice, weights: dict[str, Tensor], writer: str) -> Tensor:
+        """A writer's output, float32 ``[batch, length, hidden]``."""
+        weight, bias = weights[f"{writer}.weight"].to(self._multiplied_in), weights.get(f"{writer}.bias")
+        return linear(self._load(values, batch), weight, self._multiplied_in, bias)
 
 
 def remove_files(directory: Path) -> None:

@@ -81,7 +81,8 @@ def _learn(
     """From captured activations, layer by layer."""
     r1, scales = None, {}
     if rotation == "diagonal":
-        scales = {kind: _scales(checkpoint.spec, samples, kind) for kind in DIAGONALS}
+        own = {site.kind for site in checkpoint.spec.sites}
+        scales = {kind: _scales(checkpoint.spec, samples, kind) for kind in DIAGONALS if kind in own}
     elif rotation == "output":
         r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), seed, device, progress)
         scales = {FFN_OUTPUT: _scales(checkpoint.spec, samples, FFN_OUTPUT)}
@@ -144,4 +145,4 @@ def captured(
         with filling(target) as directory:
             sequences = -(-CAPTURED_TOKENS // tokens.ids.shape[1])
             capture(checkpoint, tokens.ids[:sequences], directory, seed, device, progress)
-    return Capture(target, checkpoint.spec.layers)
+    return Capture.of(target, checkpoint.spec)

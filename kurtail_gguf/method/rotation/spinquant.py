@@ -141,7 +141,7 @@ class RotatedNetwork:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._spec = checkpoint.spec
-        self._eps = checkpoint.config.rms_norm_eps
+        self._eps = checkpoint.spec.eps
         self._rounding = rounding
         self._device = device
         self._dtype = dtype

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 from kurtail_gguf.files.atomic import filling, publish
 from kurtail_gguf.machine.memory import memory_available
 from kurtail_gguf.messages.progress import Progress
-from kurtail_gguf.method.fold.tables import EmbeddingRows, read_head
+from kurtail_gguf.method.fold.tables import EmbeddingRows, read_ending, read_head
 from kurtail_gguf.method.tuning.scales import STEP_TOKENS, Outside, tune_scales
 from kurtail_gguf.method.tuning.student import QuantizedLayer, Rounded, Student
 from kurtail_gguf.method.tuning.teacher import Teacher, run_teacher
+from kurtail_gguf.model.ending import Ending
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.spec import ModelSpec
 from kurtail_gguf.numerics.formats.targets import BlockFormat
@@ -146,8 +147,8 @@ def open_student(
     layers = [read_layer(path, prefix, block_format, device, kept > Kept.NOTHING) for prefix, path in files]
     student = Student(checkpoint, layers, rounding, device, length, recompute=kept < Kept.ALL, **options)
     spec = checkpoint.spec
-    head = torch.from_numpy(read_head(quantized)).to(device) / spec.logit_divisor
-    return student, Outside(EmbeddingRows(quantized, spec), head, checkpoint.config.rms_norm_eps)
+    head = torch.from_numpy(read_head(quantized)).to(device)
+    return student, Outside(EmbeddingRows(quantized, spec), head, Ending(spec, read_ending(quantized), device))
 
 
 def _layer_files(quantized: Path, spec: ModelSpec) -> list[tuple[str, Path]]:

@@ -25,6 +25,7 @@ from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.tuning.student import Student
 from kurtail_gguf.method.tuning.teacher import Teacher
+from kurtail_gguf.model.ending import Ending
 
 #: First learning rate as a share of a linear's median scale; it rises over a few steps and falls to zero as a cosine.
 LR = 2e-3
@@ -43,13 +44,13 @@ class Outside:
 
     Args:
         embed: what tokens put on the residual stream, float32 ``[n, hidden]`` for ids int64 ``[n]``.
-        head: float32 ``[vocab, hidden]``, with the final norm's gain, R1 and what logits are divided by folded in.
-        eps: of the final norm.
+        head: float32 ``[vocab, hidden]``, with R1 folded in, and the final norm's gain where R1 is.
+        ending: the final norm, and what becomes of the products with the head.
     """
 
     embed: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float32]]
     head: Tensor
-    eps: float
+    ending: Ending
 
 
 def tune_scales(
@@ -121,8 +122,8 @@ def divergence(
     tokens = ids[sequences].astype(np.int64)
     embedded = torch.from_numpy(outside.embed(tokens.reshape(-1))).to(device).unflatten(0, tokens.shape)
     hidden = student.hidden(embedded).flatten(0, 1)
-    hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + outside.eps)
-    found = torch.log_softmax(hidden @ outside.head.T, -1)
+    ending = outside.ending
+    found = torch.log_softmax(ending.logits(ending.normed(hidden) @ outside.head.T), -1)
     with torch.no_grad():
         right = teacher.log_probabilities(sequences)
     return torch.nn.functional.kl_div(found, right, reduction="batchmean", log_target=True)

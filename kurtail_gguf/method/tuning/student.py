@@ -68,7 +68,7 @@ class Student:
         self.layers = layers
         self._rounding, self._rounded = rounding, rounded
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
-        self._rotary = self._runner.rotary(0, length)
+        self._positions = self._runner.positions(0, length)
         linears = [(name, site.kind) for site in checkpoint.spec.sites for name in site.readers]
         for layer in range(checkpoint.spec.layers):
             module = self._runner.module(layer)
@@ -92,7 +92,7 @@ class Student:
     def _layer(self, layer: int, names: list[str], hidden: Tensor, *scales: Tensor) -> Tensor:
         codes = self.layers[layer].codes()
         weights = {f"{name}.weight": _Scaled.apply(codes[name], scale) for name, scale in zip(names, scales, strict=True)}
-        return self._runner.run(layer, weights | self.layers[layer].rest, hidden, self._rotary)
+        return self._runner.run(layer, weights | self.layers[layer].rest, hidden, self._positions)
 
     def _rounds(self, weight: str) -> Callable[[Tensor], Tensor]:
         bits, block = self._rounding.bits_of(weight), self._rounding.activation_block

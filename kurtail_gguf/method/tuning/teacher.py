@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kurtail_gguf.files.row_file import RowFile
 from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.model.ending import Ending
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.loading.prefetch import layer_stream
 from kurtail_gguf.model.runner import LayerRunner
@@ -24,35 +25,33 @@ class Teacher:
 
     Args:
         checkpoint: the model.
-        hidden: the normalised residual stream behind the last layer, float32 ``[sequences, length, hidden]``.
+        hidden: what the head reads, float32 ``[sequences, length, hidden]``.
         device: where to compute.
     """
 
     def __init__(self, checkpoint: Checkpoint, hidden: npt.NDArray[np.float32], device: torch.device) -> None:
         self._hidden = hidden
         self._device = device
-        gain = checkpoint.tensor(f"{checkpoint.spec.family.final_norm}.weight").float()
-        self._gain = gain.to(device)
         self._head = checkpoint.tensor(checkpoint.head_name).to(device, torch.float32)
-        self._divisor = checkpoint.spec.logit_divisor
+        self._ending = Ending.of(checkpoint, device)
 
     def log_probabilities(self, sequences: npt.NDArray[np.int64]) -> Tensor:
         """Of every token of the vocabulary at each position of some sequences, float32 ``[tokens, vocab]``."""
         hidden = torch.from_numpy(self._hidden[sequences]).to(self._device).flatten(0, 1)
-        return torch.log_softmax((hidden * (self._gain / self._divisor)) @ self._head.T, -1)
+        return torch.log_softmax(self._ending.logits(hidden @ self._head.T), -1)
 
 
 def run_teacher(
     checkpoint: Checkpoint, ids: npt.NDArray[np.int32], path: Path, device: torch.device, progress: Progress
 ) -> None:
-    """Write the normalised last hidden states to ``path`` (.npy, float32 ``[sequences, length, hidden]``).
+    """Write what the head reads to ``path`` (.npy, float32 ``[sequences, length, hidden]``).
 
     One layer's weights are in memory at a time. Everything is in single precision: quantized models are measured by it.
     """
     spec = checkpoint.spec
     sequences, length = ids.shape
     runner = LayerRunner(checkpoint, device, length)
-    rotary = runner.rotary(0, length)
+    positions = runner.positions(0, length)
     hidden = RowFile(path, (sequences, length, spec.hidden_size))
     batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]
     with (
@@ -66,11 +65,10 @@ def run_teacher(
             weights = next(layers)
             for batch in batches:
                 x = torch.from_numpy(hidden[batch]).to(device)
-                hidden[batch] = runner.run(layer, weights, x, rotary).cpu().numpy()
+                hidden[batch] = runner.run(layer, weights, x, positions).cpu().numpy()
             del weights  # the next layer wants their memory
             stage.advance(1, f"layer {layer}")
+        ending = Ending.of(checkpoint, torch.device("cpu"))
         for batch in batches:
-            x = torch.from_numpy(hidden[batch])
-            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + checkpoint.config.rms_norm_eps)
-            hidden[batch] = (x * scale).numpy()
+            hidden[batch] = ending.normed(torch.from_numpy(hidden[batch])).numpy()
     hidden.close()

@@ -1,7 +1,10 @@
-"""Mistral 7B and Nemo: Llama's layers without biases, head_dim free of hidden_size (Nemo: 128 of 5120/32)."""
+"""Mistral 7B and Nemo, and the text part of Mistral Small 3.1 and later: Llama's layers without biases, head_dim free of
+hidden_size (Nemo: 128 of 5120/32)."""
 
 from __future__ import annotations
 
-from kurtail_gguf.model.spec import Family
+from kurtail_gguf.model.family import Family
 
-FAMILY = Family(architecture="MistralForCausalLM", rope_pairs=True)
+FAMILY = Family(
+    architecture="MistralForCausalLM", wrappers={"Mistral3ForConditionalGeneration": "mistral"}, rope_pairs=True
+)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kurtail_gguf.model.families.mistral import FAMILY as MISTRAL
-from kurtail_gguf.model.spec import ExpertNames
+from kurtail_gguf.model.family import ExpertNames
 
 FAMILY = replace(
     MISTRAL,
     architecture="MixtralForCausalLM",
+    wrappers=None,
     experts=ExpertNames(
         router="block_sparse_moe.gate",
         gate="block_sparse_moe.experts.{}.w1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kurtail_gguf.model.spec import Family
+from kurtail_gguf.model.family import Family
 
 FAMILY = Family(
     architecture="Qwen2ForCausalLM",

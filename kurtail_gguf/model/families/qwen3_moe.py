@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kurtail_gguf.model.families.qwen3 import FAMILY as QWEN3
-from kurtail_gguf.model.spec import ExpertNames
+from kurtail_gguf.model.family import ExpertNames
 
 FAMILY = replace(
     QWEN3,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from kurtail_gguf.model.spec import Family
+from kurtail_gguf.model.family import Family
 
 FAMILY = Family(
     architecture="SmolLM3ForCausalLM",
     rope_pairs=True,
+    turned=lambda config, layer: bool(config["no_rope_layers"][layer]),  # 0 where there is none
     refused={
         "attention_bias": "upstream's graph has no biases for SmolLM3",
         "mlp_bias": "upstream's graph has no biases for SmolLM3",

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from kurtail_gguf.messages.errors import SourceError
-from kurtail_gguf.model.families.registry import find_family
+from kurtail_gguf.model.build import build_spec
+from kurtail_gguf.model.families.registry import TEXT_PREFIXES, find_family
 from kurtail_gguf.model.loading.untrusted import check_sizes, check_token_ids, read_json
 from kurtail_gguf.model.loading.weight_files import WeightFiles, check_directory
-from kurtail_gguf.model.spec import ModelSpec, build_spec
+from kurtail_gguf.model.spec import ModelSpec
 
 #: What can be read, and bytes of a value.
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -37,7 +38,7 @@ class Checkpoint:
 
     Args:
         directory: the HF directory.
-        config: transformers' config object for it.
+        config: transformers' config object for it, of its text where it is more than that.
         spec: sizes and roles.
         files: where each tensor lies.
     """
@@ -201,18 +202,22 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise SourceError(f"{directory / 'config.json'}: 'architectures' must name one architecture")
-    family = find_family(str(architectures[0]))
-    check_sizes(raw, directory / "config.json")  # transformers makes lists as long as the layers are many
-    config = _load_config(directory)
+    text = raw.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, dict) else None
+    family = find_family(str(architectures[0]), str(text_type))
+    for part in (raw, text):
+        if isinstance(part, dict):
+            check_sizes(part, directory / "config.json")  # transformers makes lists as long as the layers are many
+    config = _load_config(directory).get_text_config()
     check_sizes(config.to_dict(), directory / "config.json")
     try:
         spec = build_spec(family, config.to_dict())
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
     check_token_ids(raw, spec.vocab_size, directory / "config.json")
     generation = directory / "generation_config.json"
     check_token_ids(_generation_config(generation), spec.vocab_size, generation)
-    files = WeightFiles(directory, allow_pickle)
+    files = WeightFiles(directory, allow_pickle, () if architectures[0] == family.architecture else TEXT_PREFIXES)
     _check_tensors(spec, files, directory)
     return Checkpoint(directory, config, spec, files)
 

@@ -28,7 +28,8 @@ SIZES = {
 #: Numbers that must be finite and above zero, and what they are at most.
 REALS = {
     "rms_norm_eps": 1.0, "rope_theta": 1e12, "embedding_multiplier": 1e6, "residual_multiplier": 1e6,
-    "attention_multiplier": 1e6, "logits_scaling": 1e6,
+    "attention_multiplier": 1e6, "logits_scaling": 1e6, "logit_scale": 1e6, "query_pre_attn_scalar": 1e6,
+    "attn_logit_softcapping": 1e6, "final_logit_softcapping": 1e6, "layer_norm_eps": 1.0, "norm_eps": 1.0, "norm_epsilon": 1.0,
 }  # fmt: skip
 #: Keys that may be null, which means the architecture's default.
 _MAY_BE_NULL = frozenset({"num_key_value_heads", "head_dim", "sliding_window"})
@@ -114,6 +115,8 @@ def _check_rope(table: Mapping[str, Any], where: str) -> None:
         if key in ("rope_type", "type"):
             if not isinstance(value, str):
                 raise SourceError(f"{where}.{key} is {_shown(value)}, which is no name")
+        elif isinstance(value, Mapping) and key.endswith("_attention"):
+            _check_rope(value, f"{where}.{key}")  # layers of that kind have their own
         elif value is not None and (not isinstance(value, bool) or key in ("rope_theta", "factor")):
             for one in value if isinstance(value, list) else [value]:
                 if not _real(one, limit):

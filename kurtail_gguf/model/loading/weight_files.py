@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class WeightFiles:
     Args:
         directory: the HF directory; safetensors are taken where there are both.
         allow_pickle: read ``pytorch_model.bin`` and its shards where there are no safetensors.
+        prefixes: what names of tensors may begin with in the files, and what they then begin with here.
 
     Attributes:
         by_tensor: tensor name -> the file that holds it, from the index or the single file.
@@ -52,12 +53,13 @@ class WeightFiles:
         SourceError: no weights, pickles that are not allowed, an index that names what is no shard beside it.
     """
 
-    def __init__(self, directory: Path, allow_pickle: bool) -> None:
+    def __init__(self, directory: Path, allow_pickle: bool, prefixes: Sequence[tuple[str, str]] = ()) -> None:
+        self._prefixes = prefixes
         self._pickles: dict[Path, PickledFile] = {}
         self._lock = threading.Lock()
         found = _locate(directory, allow_pickle)
         if found.name.endswith(_INDEX):
-            self.by_tensor = _read_index(found)
+            self.by_tensor = {self._renamed(name): path for name, path in _read_index(found).items()}
             self._stamps = {path: _stamp(path) for path in sorted(set(self.by_tensor.values()))}
         else:
             self._stamps = {found: _stamp(found)}
@@ -79,13 +81,43 @@ class WeightFiles:
         # looked at when it is open: whatever was put in its place before that is seen
         if _stamp(path) != self._stamps[path]:
             raise SourceError(f"{path} was changed while it was being read: begin again when the checkpoint stays as it is")
-        return file
+        return _Renamed(file, self._renamed) if self._prefixes else file
+
+    def _renamed(self, name: str) -> str:
+        for stored, ours in self._prefixes:
+            if name.startswith(stored):
+                return ours + name.removeprefix(stored)
+        return name
 
     def _pickled(self, path: Path) -> PickledFile:
         with self._lock:  # the thread that reads ahead may ask for the same file
             if path not in self._pickles:
                 self._pickles[path] = PickledFile(path)
             return self._pickles[path]
+
+
+class _Renamed:
+    """A file's reader under other names of its tensors."""
+
+    def __init__(self, file: Any, renamed: Callable[[str], str]) -> None:
+        self._file, self._rename = file, renamed
+
+    def __enter__(self) -> _Renamed:
+        self._reader = self._file.__enter__()
+        self._stored = {self._rename(name): name for name in self._reader.keys()}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def keys(self) -> list[str]:
+        return list(self._stored)
+
+    def get_tensor(self, name: str) -> Any:
+        return self._reader.get_tensor(self._stored[name])
+
+    def get_slice(self, name: str) -> Any:
+        return self._reader.get_slice(self._stored[name])
 
 
 def check_weights(directory: Path, allow_pickle: bool) -> None:

@@ -83,20 +83,24 @@ def use_simulated_attention() -> str:
 
 def simulated_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    dropout: float = 0.0, **kwargs: Any,
+    dropout: float = 0.0, softcap: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention over a rounded cache, as llama.cpp's CPU flash attention computes it.
 
     Args:
-        module: the attention layer; carries the CacheSettings as ``kurtail_cache`` and its number as ``layer_idx``.
+        module: the attention layer; carries the CacheSettings as ``kurtail_cache``, None for a cache that rounds nothing, and
+            its number as ``layer_idx``.
         query: ``[batch, heads, tokens, head_dim]``, after RoPE; key and value with the KV heads.
-        attention_mask: unused: chunks are whole and start empty, so causality is all there is.
+        attention_mask: which keys each query attends to, bool or added to the scores, where it is not to all up to its own.
         scaling: of the scores.
+        softcap: c in c tanh(score / c); None for no cap.
 
     Returns:
         ``[batch, tokens, heads, head_dim]``, and no attention weights.
     """
-    cache: CacheSettings = module.kurtail_cache
+    cache: CacheSettings | None = module.kurtail_cache
+    if cache is None:
+        return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2).contiguous(), None
     number = module.layer_idx
     own = cache.layer(number)
     if own.offset is not None:
@@ -110,12 +114,28 @@ def simulated_attention(
         query = round_through(query, 8, CACHE_BLOCK)
     key = cache.rounded(key, f"k{number}", own.k_bits, CACHE_BLOCK)
     value = cache.rounded(value, f"v{number}", own.v_bits, CACHE_BLOCK)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    result = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    result = _attend(query, key, value, attention_mask, scaling, softcap)
     if cache.rotates_v:
         result = rotated(result, V_ROTATION)
     return result.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    """``[batch, heads, tokens, head_dim]`` of what is ready to be multiplied."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, scale=scaling
+        )
+    scores = torch.tanh(query @ key.mT * (scaling / softcap)) * softcap
+    if mask is None:
+        # the last query is the last key's
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(key.shape[2] - query.shape[2])
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1) @ value
 
 
 class _Rotated(torch.autograd.Function):

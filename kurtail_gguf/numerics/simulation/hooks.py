@@ -37,7 +37,7 @@ def empty_model(config: Any, cache: CacheSettings | None, dtype: torch.dtype = t
 
     Args:
         config: transformers' own; it stays as it is.
-        cache: what attention rounds; None for transformers' own attention.
+        cache: what attention rounds; None for nothing.
         dtype: of weights and activations.
 
     Raises:
@@ -45,7 +45,9 @@ def empty_model(config: Any, cache: CacheSettings | None, dtype: torch.dtype = t
     """
     from transformers import AutoModelForCausalLM
 
-    attention = "sdpa" if cache is None else use_simulated_attention()
+    # torch's own knows no caps of scores
+    capped = getattr(config, "attn_logit_softcapping", None)
+    attention = "sdpa" if cache is None and not capped else use_simulated_attention()
     try:
         with torch.device("meta"):
             # a copy: from_config writes the attention into it, and modules made before would ask it for theirs
@@ -53,12 +55,11 @@ def empty_model(config: Any, cache: CacheSettings | None, dtype: torch.dtype = t
     except Exception as error:  # whatever it stumbles on is the config's fault
         told = " ".join(f"{type(error).__name__} {error}".split())
         raise SourceError(f"{config.name_or_path}: transformers makes no model of config.json: {told}") from error
-    if cache is not None:
-        round_cache(model.model.layers, cache)
+    round_cache(model.model.layers, cache)
     return model
 
 
-def round_cache(layers: Iterable[nn.Module], cache: CacheSettings) -> None:
+def round_cache(layers: Iterable[nn.Module], cache: CacheSettings | None) -> None:
     """Tell decoder layers, whose model has :func:`use_simulated_attention`'s, what their attention rounds."""
     for layer in layers:
         layer.self_attn.kurtail_cache = cache

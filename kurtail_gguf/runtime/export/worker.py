@@ -280,6 +280,8 @@ def _model_class(source: Path) -> type:
     hparams = conversion.ModelBase.load_hparams(source, False)
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     base = conversion.get_model_class(architecture)
+    # Mistral 3's is a shell around one of two others; that around Mistral 4's is for no model that is converted here
+    base = getattr(base, "Ministral3Model", base)
     keys = source / UNPACKED_KEYS
     return _with_vocabulary(base, keys) if keys.is_file() else base
 

@@ -1,0 +1,41 @@
+"""Cohere 2 (Command R7B and A): attention and FFN read the same LayerNorm, three of four layers have a window and RoPE, the
+others neither; pairs of RoPE lie side by side in the checkpoint already, and logits are multiplied by a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.norms import NormForm
+
+_PERIOD = 4
+
+
+def _turned(config: Mapping[str, Any], layer: int) -> bool:
+    return config["layer_types"][layer] == "sliding_attention"
+
+
+def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    layers = range(config["num_hidden_layers"])
+    if config["layer_types"] != ["full_attention" if (layer + 1) % _PERIOD == 0 else "sliding_attention" for layer in layers]:
+        return "layer_types", f"the runtime attends to everything in every {_PERIOD}. layer and to a window in the others"
+    if not config["tie_word_embeddings"]:
+        return "tie_word_embeddings", "upstream's graph has no head of its own for Cohere 2"
+    if config["num_attention_heads"] * config["head_dim"] != config["hidden_size"]:
+        return "head_dim", "upstream's graph wants heads that are hidden_size together"
+    return None
+
+
+FAMILY = Family(
+    architecture="Cohere2ForCausalLM",
+    norm=NormForm(centred=True, eps="layer_norm_eps"),
+    parallel=True,
+    ffn_norm="",
+    interleaved=True,
+    turned=_turned,
+    windows=True,
+    logit_factor="logit_scale",
+    refused={"attention_bias": "upstream's converter wants no biases for Cohere 2"},
+    check=_check,
+)

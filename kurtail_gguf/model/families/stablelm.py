@@ -1,0 +1,17 @@
+"""StableLM: LayerNorm with biases and RoPE on a quarter of a head; in some models attention and FFN read the same."""
+
+from __future__ import annotations
+
+from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.norms import NormForm
+
+FAMILY = Family(
+    architecture="StableLmForCausalLM",
+    norm=NormForm(centred=True, biased=True, eps="layer_norm_eps"),
+    biased_by={"use_qkv_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
+    refused={
+        "qk_layernorm": "norms of single heads of q and k are not described",
+        "tie_word_embeddings": "upstream's graph wants a head of its own for StableLM",
+    },
+    variants={"use_parallel_residual": {"parallel": True, "ffn_norm": ""}},
+)
