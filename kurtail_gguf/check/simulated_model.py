@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.model.families.registry import find_family
+from kurtail_gguf.model.family import Family
 from kurtail_gguf.numerics.formats import kt4
 from kurtail_gguf.numerics.simulation.attention import V_ROTATION, CacheSettings, LayerCache, use_simulated_attention
 from kurtail_gguf.numerics.simulation.hooks import round_cache, round_input
@@ -66,8 +67,9 @@ def load_model(info: GgufInfo, library: ggml.GgmlBase) -> PreTrainedModel:
     config = _config(info)
     config.tie_word_embeddings = not any(tensor.name == "output.weight" for tensor in info.tensors)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=use_simulated_attention())
-    paired = find_family(type(model).__name__).rope_pairs
-    _load_weights(model, info, library, paired)
+    family = find_family(type(model).__name__)
+    paired = family.rope_pairs
+    _load_weights(model, info, library, family)
     _simulate_linears(model, info)
     round_cache(model.model.layers, _cache_settings(info, paired))
     return model.eval()
@@ -121,7 +123,7 @@ def _simulate_linears(model: PreTrainedModel, info: GgufInfo) -> None:
         round_input(model.get_submodule(module), rounded, online.get(tensor.name, 0))
 
 
-def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase, paired: bool) -> None:
+def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase, family: Family) -> None:
     missing = set(dict(model.named_parameters()))
     data = np.memmap(info.path, dtype=np.uint8, mode="r")
     for tensor in info.tensors:
@@ -129,7 +131,9 @@ def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase
         if name not in missing:
             raise SimulationError(f"{tensor.name} of {info.path} has no place in {type(model).__name__}")
         values = _read(tensor, data, library)
-        if paired and re.search(r"\.(q|k)_proj\.", name):
+        if name.endswith("norm.weight"):
+            values = values - np.float32(family.norm.offset)
+        if family.rope_pairs and re.search(r"\.(q|k)_proj\.", name):
             heads = info.hyper("attention.head_count" if ".q_proj." in name else "attention.head_count_kv")
             values = _pairs_to_halves(values, int(heads))
         parameter = model.get_parameter(name)

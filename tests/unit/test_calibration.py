@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from kurtail_gguf.messages.errors import CalibrationError, SourceError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.method.calibration.capture import capture, choose_tokens
-from kurtail_gguf.method.calibration.generate import generate
+from kurtail_gguf.method.calibration.generate import _LayerCache, generate
 from kurtail_gguf.method.calibration.prose import PROSE, TOKENS, prose_contexts
 from kurtail_gguf.method.calibration.texts import read_texts
 from kurtail_gguf.method.calibration.tokens import (
@@ -200,7 +200,7 @@ def test_generated_text_is_seeded_and_shaped(tiny_checkpoint, kind):
     assert not np.array_equal(ids, _generate(directory, seed=1))
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "mistral", "qwen2", "gemma2", "gemma3", "cohere2", "phi", "hunyuan"])
 def test_greedy_tokens_are_what_the_model_says(tiny_checkpoint, tiny_model, kind):
     # Positions 2–4 are greedy: the whole model, run by transformers, must choose the same.
     ids = torch.from_numpy(_generate(tiny_checkpoint(kind)).astype(np.int64))
@@ -208,6 +208,22 @@ def test_greedy_tokens_are_what_the_model_says(tiny_checkpoint, tiny_model, kind
     with torch.no_grad():
         chosen = model(ids).logits.argmax(-1)
     assert torch.equal(chosen[:, 1:4], ids[:, 2:5])
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "cohere2", "ministral3"])
+def test_a_token_at_a_time_is_the_whole_text(tiny_checkpoint, kind):
+    """Windows that end within the text, with a cache and without; caps, and queries that grow with the position."""
+    checkpoint = open_checkpoint(tiny_checkpoint(kind))
+    spec, length = checkpoint.spec, 40
+    runner = LayerRunner(checkpoint, CPU, length)
+    start = runner.embed(torch.from_numpy(np.random.default_rng(1).integers(3, 250, (2, length)).astype(np.int64)))
+    for layer in (0, spec.layers - 1):
+        weights, cache = checkpoint.layer(layer), _LayerCache(2, spec.kv_heads, length, spec.head_dim, CPU)
+        whole = runner.run(layer, weights, start, runner.positions(0, length))
+        single = [
+            runner.run(layer, weights, start[:, at : at + 1], runner.positions(at, 1), cache) for at in range(length)
+        ]
+        assert (torch.cat(single, 1) - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
 def test_sampled_tokens_follow_the_models_distribution(tiny_checkpoint, tiny_model):
