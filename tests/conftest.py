@@ -114,9 +114,13 @@ _CONFIGS = {
         **_SIZES, sliding_window=None, layer_types=["full_attention"] * 2, tie_word_embeddings=True
     ),
     # the 32B's windows and layers without RoPE, which upstream knows by the number of layers
-    "exaone4-windows": lambda: Exaone4Config(**_SIZES | {"num_hidden_layers": 64}, sliding_window=16, tie_word_embeddings=False),
+    "exaone4-windows": lambda: Exaone4Config(
+        **_SIZES | {"num_hidden_layers": 64}, sliding_window=16, tie_word_embeddings=False
+    ),
     "glm4": lambda: Glm4Config(**_SIZES, head_dim=64, tie_word_embeddings=False),
-    "stablelm": lambda: StableLmConfig(**_SIZES | {"num_attention_heads": 2}, use_qkv_bias=True, tie_word_embeddings=False),
+    "stablelm": lambda: StableLmConfig(
+        **_SIZES | {"num_attention_heads": 2}, use_qkv_bias=True, tie_word_embeddings=False
+    ),
     "stablelm-parallel": lambda: StableLmConfig(
         **_SIZES | {"num_attention_heads": 2}, use_parallel_residual=True, tie_word_embeddings=False
     ),

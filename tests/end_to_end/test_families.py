@@ -166,7 +166,7 @@ def test_with_activations_of_eight_bits_it_is_nearer_and_passes_every_check(kind
 
 
 def _wrong(out: Path, source: Path, tmp_path: Path) -> list[Check]:
-    """What verify finds; not of vocabularies, as the borrowed ones are not what upstream's converter expects of some families."""
+    """What verify finds; not of vocabularies: the borrowed ones are not what upstream's converter expects of some families."""
     checks = list(verify(out, str(source), tmp_path / "work", NullProgress()))
     assert [check.name for check in checks] == ["metadata", "tokenizer", "tensors", "logits", "cache"], checks
     return [check for check in checks if not check.right and check.name != "tokenizer"]
@@ -181,7 +181,9 @@ WRAPPED = [
 
 
 @pytest.mark.parametrize(("architecture", "model_type", "prefixes", "kind"), WRAPPED)
-def test_the_text_of_a_model_that_sees(architecture, model_type, prefixes, kind, family, wrap_text, expected, tokens, text, tmp_path):
+def test_the_text_of_a_model_that_sees(
+    architecture, model_type, prefixes, kind, family, wrap_text, expected, tokens, text, tmp_path
+):
     source, out = tmp_path / "source", tmp_path / "out.gguf"
     shutil.copytree(family(kind), source)
     wrap_text(source, architecture, model_type, prefixes)

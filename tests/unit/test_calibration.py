@@ -306,8 +306,8 @@ def test_what_is_captured_where_norms_are_others(tiny_checkpoint, tiny_model, tm
         return x.flatten(0, 1).square().mean(0).sqrt().numpy()
 
     first = "self_attn.q_proj"
-    expected = {"gemma2": lambda: unit(inputs["input_layernorm"]), "olmo2": lambda: unit(inputs[first]), "phi": lambda: inputs[first]}
-    assert np.abs(seen.channels(1, "attention") / channels(expected[kind]()) - 1).max() < 1e-4
+    x = inputs[first] if kind == "phi" else unit(inputs["input_layernorm" if kind == "gemma2" else first])
+    assert np.abs(seen.channels(1, "attention") / channels(x) - 1).max() < 1e-4
     assert seen.kinds == (("attention",) if kind == "phi" else ("attention", "ffn"))
     writer, stream = {
         "gemma2": ("mlp.down_proj", inputs["pre_feedforward_layernorm"] if kind == "gemma2" else None),
