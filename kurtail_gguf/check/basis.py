@@ -75,7 +75,7 @@ def find_layer_transforms(
         r2 = _nearest_rotation(value @ found.mT)
     for site in spec.sites:
         if site.kind == FFN_OUTPUT and site.source and provenance.rotation in OWN_ROTATIONS:
-            scales[site.kind] = _row_scale(folded, file, checkpoint, layer, *site.source)
+            scales[site.kind] = _row_scale(folded, file, checkpoint, layer, *site.source) ** site.power
     return LayerTransforms(r1, r2, online, scales, _key_scale(checkpoint, file, layer, weights, folded))
 
 

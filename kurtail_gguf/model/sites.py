@@ -31,6 +31,7 @@ class Site:
         unrounded: what else reads the norm's output, as it is: the router of a mixture of experts.
         source: where there is no norm, a linear and those of its rows that the channels are multiples of: values in
             attention's output, up in the FFN's. None where no diagonal is offered.
+        power: of those rows that the channels are multiples of: 2 where they went through ReLU², else 1.
         groups: with ``source``, heads of the source; each head's rows stand for ``repeats`` neighbouring pieces of the site.
         repeats: query heads of a KV head in attention's output, 1 elsewhere.
     """
@@ -43,6 +44,7 @@ class Site:
     keeps_gain: bool = False
     unrounded: tuple[str, ...] = ()
     source: tuple[str, slice] | None = None
+    power: int = 1
     groups: int = 1
     repeats: int = 1
 
@@ -50,6 +52,10 @@ class Site:
     def scale_size(self) -> int:
         """Values of a diagonal that can be folded into what produces the site."""
         return self.size // self.repeats
+
+    def source_scale(self, scale: torch.Tensor) -> torch.Tensor:
+        """What the rows of the source are multiplied by for a diagonal ``[scale_size]`` of the site."""
+        return scale if self.power == 1 else scale ** (1 / self.power)
 
     def channels(self, scale: torch.Tensor) -> torch.Tensor:
         """A diagonal ``[scale_size]`` as the site's channels have it, ``[size]``."""

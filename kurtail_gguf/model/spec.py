@@ -104,8 +104,11 @@ class ModelSpec:
             ATTENTION_OUTPUT, (family.attention_writer,), attended, source=self.value_rows, groups=self.kv_heads,
             repeats=self.value_group,
         )  # fmt: skip
-        source = self.up_rows if names is None and family.gated else None
-        outputs = (Site(FFN_OUTPUT, (name,), self.intermediate_size, source=source) for name in self.ffn_writers)
+        squared = not family.gated and family.activation == "relu2"
+        source = self.up_rows if names is None and (family.gated or squared) else None
+        outputs = (
+            Site(FFN_OUTPUT, (name,), self.intermediate_size, source=source, power=2 if squared else 1) for name in self.ffn_writers
+        )
         if family.parallel:
             return (first, second, *outputs)
         third = Site(

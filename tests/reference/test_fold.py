@@ -152,7 +152,7 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
 def _without_diagonal(spec):
     """Sites whose makers take none: experts' outputs, what a FFN without a gate reads behind its activation, and so on."""
     family = spec.family
-    found = {FFN_OUTPUT} if spec.experts or not family.gated else set()
+    found = {FFN_OUTPUT} if spec.experts or not (family.gated or family.activation == "relu2") else set()
     return found | ({ATTENTION} if not family.attention_norm else set()) | ({FFN} if not family.ffn_norm else set())
 
 

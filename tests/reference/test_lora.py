@@ -13,7 +13,7 @@ from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.sites import SITES
 
 
-@pytest.mark.parametrize("kind", ["llama-biases", "llama3", "mistral", "qwen3", "phi3", "gemma2", "olmo2", "stablelm", "phi"])
+@pytest.mark.parametrize("kind", ["llama-biases", "llama3", "mistral", "qwen3", "phi3", "gemma2", "olmo2", "stablelm", "phi", "nemotron"])
 @pytest.mark.parametrize("rotated", [True, False])
 def test_the_pair_is_folded_as_the_weight_is(kind, rotated, tiny_checkpoint):
     checkpoint = open_checkpoint(tiny_checkpoint(kind))

@@ -14,7 +14,8 @@ Activations are row vectors and a linear computes ``y = x Wᵀ + b``. With x' = 
 At each site (kurtail_gguf/model/sites.py), behind all of this:
 
 * the diagonal s: readers get W' = W diag(1/s), and the norm's gain becomes s (1 without one), or the rows of what makes the
-  site are multiplied by it: up's by s, which down's columns are divided by, values' likewise. A router reads the norm's
+  site are multiplied by it: up's by s, which down's columns are divided by, values' likewise (by √s where they go through
+  ReLU², which makes s of it). A router reads the norm's
   output too, so its columns are divided as well. A norm with a bias b keeps both: readers see x̂ ⊙ g + b, so gain and bias
   become g ⊙ s and b ⊙ s, and nothing but s is folded into the readers;
 * the runtime multiplies the site by the block-diagonal H: W' = W H for its readers, a router not being among them.
@@ -142,10 +143,10 @@ def _fold_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, site: Site, sc
         return
     if site.source is None:
         raise ValueError(f"no diagonal can be folded into what makes the site {site.kind} of {', '.join(site.readers)}")
-    name, rows = site.source
-    _change(folded, f"{name}.weight", rows, lambda weight: weight * scale[:, None])
+    (name, rows), factor = site.source, site.source_scale(scale)
+    _change(folded, f"{name}.weight", rows, lambda weight: weight * factor[:, None])
     if f"{name}.bias" in folded:
-        _change(folded, f"{name}.bias", rows, lambda bias: bias * scale)
+        _change(folded, f"{name}.bias", rows, lambda bias: bias * factor)
 
 
 def _fold_key_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, scale: torch.Tensor) -> None:

@@ -54,7 +54,10 @@ def _outputs(b: torch.Tensor, linear: str, spec: ModelSpec, transforms: LayerTra
     factors = []
     if transforms.key_scale is not None and not spec.family.key_norm:
         factors += [(spec.key_rows, 1 / transforms.key_scale.flatten()), (spec.query_rows, query_scale(transforms.key_scale, spec))]
-    factors += [(site.source, transforms.scales[site.kind]) for site in spec.sites if site.source and site.kind in transforms.scales]
+    factors += [
+        (site.source, site.source_scale(transforms.scales[site.kind]))
+        for site in spec.sites if site.source and site.kind in transforms.scales
+    ]  # fmt: skip
     for (name, rows), factor in factors:
         if linear == name:
             b[rows] = b[rows] * factor[:, None]

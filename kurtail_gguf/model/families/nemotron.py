@@ -1,4 +1,5 @@
-"""Nemotron and Minitron (dense): LayerNorm with gains of 1 + weight and biases, and a FFN without a gate, through ReLU²."""
+"""Nemotron and Minitron (dense): LayerNorm with gains of 1 + weight and biases, and a FFN without a gate, through ReLU²,
+which lets a diagonal through as its square."""
 
 from __future__ import annotations
 
