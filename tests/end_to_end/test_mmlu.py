@@ -47,6 +47,7 @@ def _told(path: Path, directory: Path) -> tuple[list[dict], int, list[tuple[mmlu
     request = {
         "path": str(path),
         "cache": "file",
+        "activations": "file",
         "subjects": [
             {
                 "heading": mmlu.heading(subject.name),
@@ -60,6 +61,8 @@ def _told(path: Path, directory: Path) -> tuple[list[dict], int, list[tuple[mmlu
     }
     messages: list[dict] = []
     computed = vendored.run("kurtail_gguf.measure.mmlu_worker", request, messages.append)
+    # the first tells the bits of activations: none in a file that rounds nothing
+    assert messages.pop(0) == {"activations": None}
     return messages, computed, [(subject, question) for subject in subjects for question in subject.questions]
 
 

@@ -47,7 +47,7 @@ def test_log_likelihoods_are_transformers_own(tiny_spm, tiny_reference, text, re
 def test_a_context_goes_through_the_model_once(tiny_reference, text):
     request = RetrievalRequest(text, (600,), (0.1, 0.3, 0.5, 0.7, 0.9), 2)
     contexts = retrieval.build(tiny_reference, text.read_text(encoding="utf-8"), request)
-    asked = {"path": str(tiny_reference), "cache": "file", "contexts": [asdict(one) for one in contexts]}
+    asked = {"path": str(tiny_reference), "cache": "file", "activations": "file", "contexts": [asdict(one) for one in contexts]}
     computed = vendored.run("kurtail_gguf.measure.retrieval_worker", asked)
     questions = sum(len(q.suffix) + len(q.answer) for one in contexts for q in one.questions)
     assert computed <= sum(len(one.prefix) for one in contexts) + questions
