@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from kurtail_gguf.messages.errors import KurtailError, SourceError, UnsupportedArchitecture
+from kurtail_gguf.model.ending import Ending
 from kurtail_gguf.model.families.registry import FAMILIES
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.runner import LayerRunner
 
 
 def _refused(directory, kind=SourceError) -> str:
@@ -40,7 +43,7 @@ def _shard(directory):
         save_file({name: tensors[name] for name in chosen}, path)
         weight_map |= dict.fromkeys(chosen, path.name)
         shards.append(path)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     single.unlink()
     return shards
 
@@ -296,3 +299,135 @@ def test_fingerprint_notices_a_changed_shard(tiny_checkpoint):
     assert open_checkpoint(directory).fingerprint() == before
     _rewrite(directory, lambda t: t["model.norm.weight"].fill_(2))
     assert open_checkpoint(directory).fingerprint() != before
+
+
+def _transformers_logits(directory) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 20)[None]).logits[0]
+
+
+def _logits(checkpoint) -> torch.Tensor:
+    """What we read from a checkpoint, as logits."""
+    runner, ids = LayerRunner(checkpoint, torch.device("cpu"), 32), torch.arange(3, 20)
+    ending, positions = Ending.of(checkpoint, torch.device("cpu")), runner.positions(0, len(ids))
+    with torch.no_grad():
+        hidden = runner.embed(ids)[None]
+        for layer in range(checkpoint.spec.layers):
+            hidden = runner.run(layer, checkpoint.layer(layer), hidden, positions)
+        head = torch.cat([rows for _, rows in checkpoint.rows(checkpoint.head_name)])
+        return ending.logits(ending.normed(hidden[0].float()) @ head.T)
+
+
+def test_a_head_that_config_says_is_the_embedding_but_is_not_counts(tiny_checkpoint):
+    directory = tiny_checkpoint("llama-tied")
+    generator = torch.Generator().manual_seed(7)
+    _rewrite(directory, lambda t: t.update({"lm_head.weight": torch.randn(320, 128, generator=generator) / 4}))
+    checkpoint = open_checkpoint(directory)
+    assert not checkpoint.spec.tied and checkpoint.head_name == "lm_head.weight"
+    assert "tie_word_embeddings is true, but lm_head.weight differs" in checkpoint.notes[0]
+    assert torch.allclose(_logits(checkpoint), _transformers_logits(directory), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_saved_head_that_is_the_embedding_stays_tied(tiny_checkpoint, dtype):
+    directory = tiny_checkpoint("llama-tied")
+    _rewrite(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].to(dtype, copy=True)}))
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.spec.tied and not checkpoint.notes
+
+
+def test_a_saved_head_of_another_shape_is_refused(tiny_checkpoint):
+    directory = tiny_checkpoint("llama-tied")
+    _rewrite(directory, lambda t: t.update({"lm_head.weight": torch.ones(300, 128)}))
+    assert "lm_head.weight has shape [300, 128], config.json asks for [320, 128]" in _refused(directory)
+
+
+def test_a_missing_head_is_told_with_the_switch(tiny_checkpoint):
+    directory = tiny_checkpoint("llama")
+    _rewrite(directory, lambda t: t.pop("lm_head.weight"))
+    assert "lm_head.weight is missing" in _refused(directory) and "set tie_word_embeddings to true" in _refused(directory)
+
+
+def test_a_bias_of_the_head_is_not_dropped_in_silence(tiny_checkpoint):
+    directory = tiny_checkpoint("llama")
+    _rewrite(directory, lambda t: t.update({"lm_head.bias": torch.ones(320)}))
+    assert "lm_head.bias is unknown" in _refused(directory)
+
+
+def test_a_single_file_beside_an_index_of_shards_is_refused(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    single = (directory / "model.safetensors").read_bytes()
+    _shard(directory)
+    (directory / "model.safetensors").write_bytes(single)
+    told = _refused(directory)
+    assert "holds model.safetensors and shards named by model.safetensors.index.json" in told and "delete the one" in told
+
+
+def test_an_index_of_the_single_file_is_read(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    names = load_file(directory / "model.safetensors")
+    weight_map = dict.fromkeys(names, "model.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    open_checkpoint(directory)
+
+
+def test_an_index_that_leaves_a_tensor_out_is_refused(tiny_checkpoint):
+    # of a head, nothing else would notice
+    directory = tiny_checkpoint("llama")
+    _shard(directory)
+    _edit_config(directory, tie_word_embeddings=True)
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps(content))
+    assert "tensor lm_head.weight is not in model.safetensors.index.json" in _refused(directory)
+
+
+def test_a_tensor_in_two_shards_is_refused(tiny_checkpoint):
+    directory = tiny_checkpoint("llama")
+    first, second = _shard(directory)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: 2 * tensor}, second)
+    assert f"tensor {name} is in {first.name} too" in _refused(directory)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["self_attn.rotary_emb.inv_freq", "self_attn.attention_mask", "attention_mask", "attention.bias", "attention.masked_bias"],
+)
+def test_buffers_of_old_exports_are_no_matter(tiny_checkpoint, name):
+    directory = tiny_checkpoint("llama")
+    before = _logits(open_checkpoint(directory))
+    _rewrite(directory, lambda t: t.update({f"model.layers.0.{name}": torch.ones(8)}))
+    assert torch.equal(_logits(open_checkpoint(directory)), before)
+
+
+def test_double_precision_is_read(tiny_checkpoint):
+    directory = tiny_checkpoint("llama")
+    before = _logits(open_checkpoint(directory))
+    _rewrite(directory, lambda t: t.update({key: value.double() for key, value in t.items()}))
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.tensor("model.norm.weight").dtype == torch.float64
+    assert torch.equal(_logits(checkpoint), before)
+    _rewrite(directory, lambda t: t["model.layers.0.mlp.up_proj.weight"].view(-1)[3].fill_(1e300))
+    with pytest.raises(SourceError, match=r"layers\.0\.mlp\.up_proj\.weight holds NaN or infinite"):
+        open_checkpoint(directory).layer(0, check=True)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied"])
+def test_a_base_model_is_read_as_transformers_reads_it(tiny_checkpoint, kind, sharded):
+    directory = tiny_checkpoint(kind)
+    before = _logits(open_checkpoint(directory))
+
+    def shorten(tensors) -> None:
+        shortened = {name.removeprefix("model."): value for name, value in tensors.items()}
+        tensors.clear()
+        tensors.update(shortened)
+
+    _rewrite(directory, shorten)
+    if sharded:
+        _shard(directory)
+    assert torch.equal(_logits(open_checkpoint(directory)), before)
+    assert torch.allclose(_transformers_logits(directory), before, atol=1e-4)

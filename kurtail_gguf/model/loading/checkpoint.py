@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,18 @@ from kurtail_gguf.model.loading.weight_files import WeightFiles, check_directory
 from kurtail_gguf.model.spec import ModelSpec
 
 #: What can be read, and bytes of a value.
-_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+#: Ends of the names of what a layer computes anew and old exports saved with its weights; nobody reads it.
+_BUFFERS = (
+    *(".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached"),
+    *(".attention_mask", ".causal_mask", ".attention.bias", ".attention.masked_bias"),
+)
+#: What is told of a head that is neither saved nor said to be the embedding: transformers makes one of random numbers.
+_NO_HEAD = (
+    ", and config.json says that the head is not the embedding (tie_word_embeddings false, or left out): set "
+    "tie_word_embeddings to true if it is, or download the shard that holds it"
+)
 #: Rows of an embedding checked or converted at once: 8192 x 4096 float32 is 128 MiB.
 CHUNK_ROWS = 8192
 
@@ -41,15 +51,17 @@ class Checkpoint:
         config: transformers' config object for it, of its text where it is more than that.
         spec: sizes and roles.
         files: where each tensor lies.
+        notes: what a user should know of it, a line each.
     """
 
     directory: Path
     config: Any
     spec: ModelSpec
     files: WeightFiles
+    notes: tuple[str, ...] = ()
 
     def tensor(self, name: str, check: bool = False) -> torch.Tensor:
-        """One tensor as stored, a view of the mapped file (float32, float16 or bfloat16), not to be written to.
+        """One tensor as stored, a view of the mapped file (of any floating type up to 64 bits), not to be written to.
 
         Raises:
             SourceError: with ``check``, where a weight is NaN or infinite; a file that changed since it was opened first.
@@ -218,8 +230,18 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     generation = directory / "generation_config.json"
     check_token_ids(_generation_config(generation), spec.vocab_size, generation)
     files = WeightFiles(directory, allow_pickle, () if architectures[0] == family.architecture else TEXT_PREFIXES)
-    _check_tensors(spec, files, directory)
-    return Checkpoint(directory, config, spec, files)
+    saved = spec.tied and f"{family.head}.weight" in files.by_tensor
+    _check_tensors(replace(spec, tied=False) if saved else spec, files, directory)
+    checkpoint = Checkpoint(directory, config, spec, files)
+    if not saved or _same_tables(checkpoint):
+        return checkpoint
+    # the tensors decide, as they do for transformers and for upstream's converter
+    config.tie_word_embeddings = False
+    note = (
+        f"{directory / 'config.json'}: tie_word_embeddings is true, but {family.head}.weight differs from the embedding: it is "
+        "taken for the head, as transformers does; set tie_word_embeddings to false"
+    )
+    return replace(checkpoint, spec=replace(spec, tied=False), notes=(note,))
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
@@ -237,6 +259,13 @@ def _load_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of a bad config, it is the config's fault
         raise SourceError(f"{directory / 'config.json'}: transformers refuses it: {error}") from error
+
+
+def _same_tables(checkpoint: Checkpoint) -> bool:
+    """Whether the head that was saved is the embedding, value by value."""
+    family = checkpoint.spec.family
+    pairs = zip(checkpoint.rows(f"{family.embedding}.weight"), checkpoint.rows(f"{family.head}.weight"), strict=True)
+    return all(torch.equal(embedding, head) for (_, embedding), (_, head) in pairs)
 
 
 def _check_tensors(spec: ModelSpec, files: WeightFiles, directory: Path) -> None:
@@ -261,10 +290,12 @@ def _check_tensors(spec: ModelSpec, files: WeightFiles, directory: Path) -> None
                     raise SourceError(
                         f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} can be read"
                     )
+    tops = tuple(f"{name}." for name in (spec.family.embedding, spec.family.final_norm, spec.family.head))
     for name, path in files.by_tensor.items():
         # a bias that the architecture does not know would be dropped in silence
         layer = _LAYER.match(name)
-        if layer and int(layer[1]) < spec.layers and name not in expected and not name.endswith("rotary_emb.inv_freq"):
+        known = name in expected or name.endswith(_BUFFERS) or name == f"{spec.family.head}.weight"
+        if not known and (name.startswith(tops) or (layer and int(layer[1]) < spec.layers)):
             raise SourceError(f"{path}: tensor {name} is unknown to {spec.family.architecture}")
 
 
@@ -276,11 +307,13 @@ def _expected(spec: ModelSpec, files: dict[str, Path], directory: Path) -> dict[
     for prefix, part in chain([("", spec.top_shapes())], layers):
         for name, shape in part.items():
             if prefix + name not in files:
-                raise SourceError(f"{directory}: tensor {prefix}{name} is missing from the checkpoint")
+                remedy = _NO_HEAD if name == f"{spec.family.head}.weight" else ""
+                raise SourceError(f"{directory}: tensor {prefix}{name} is missing from the checkpoint{remedy}")
             expected[prefix + name] = shape
     return expected
 
 
 def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
-    if not torch.isfinite(tensor).all():
+    # what is computed with is single precision, which holds less than float64
+    if not torch.isfinite(tensor.to(torch.float32)).all():
         raise SourceError(f"{path}: tensor {name} holds NaN or infinite weights: the checkpoint is damaged")

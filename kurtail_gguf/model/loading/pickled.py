@@ -18,7 +18,7 @@ from kurtail_gguf.messages.errors import SourceError
 #: Bytes of everything in the file that is no tensor's data, at most: the pickle of 10,000 tensors has 2 MB.
 MAX_PICKLE = 64 << 20
 #: safetensors' names of dtypes.
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 #: How torch's message names what a pickle wanted to call.
 _CALLED = re.compile(r"GLOBAL ([\w.]+)")
 

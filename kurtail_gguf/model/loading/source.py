@@ -146,8 +146,9 @@ def _convert(info: GgufInfo, target: Path) -> Iterator[str]:
         del config.quantization_config
     config.architectures = [type(model).__name__]
     weights = model.state_dict()
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+    if config.tie_word_embeddings and (head := weights.pop("lm_head.weight", None)) is not None:
+        if not torch.equal(head, model.get_input_embeddings().weight):
+            weights["lm_head.weight"], config.tie_word_embeddings = head, False
     _check_complete(info, places, list(weights), loaded)
     for name, tensor in weights.items():
         if tensor.dtype != torch.float32:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS
 _READ = frozenset({".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"})
 #: Names without the suffix of the file that holds everything, by suffix of the weights.
 _NAMES = {".safetensors": "model", ".bin": "pytorch_model"}
+#: How the names of all tensors but the head's begin, and those of the head's.
+_BASE, _HEAD = "model.", "lm_head."
 #: What the index of a model's shards is called after the name that one file would have.
 _INDEX = ".index.json"
 
@@ -44,27 +45,52 @@ class WeightFiles:
     Args:
         directory: the HF directory; safetensors are taken where there are both.
         allow_pickle: read ``pytorch_model.bin`` and its shards where there are no safetensors.
-        prefixes: what names of tensors may begin with in the files, and what they then begin with here.
+        prefixes: what names of tensors may begin with in the files, and what they then begin with here. Where no name begins
+            with ``model.`` then, as in a model that was saved without its head, names are given with it, but for the head's,
+            as transformers and upstream's converter read them.
 
     Attributes:
         by_tensor: tensor name -> the file that holds it, from the index or the single file.
 
     Raises:
-        SourceError: no weights, pickles that are not allowed, an index that names what is no shard beside it.
+        SourceError: no weights, pickles that are not allowed, an index that names what is no shard beside it, that does
+            not name a tensor of its shards, or that lies beside a single file of all weights; a tensor in two shards.
     """
 
     def __init__(self, directory: Path, allow_pickle: bool, prefixes: Sequence[tuple[str, str]] = ()) -> None:
         self._prefixes = prefixes
         self._pickles: dict[Path, PickledFile] = {}
-        self._lock = threading.Lock()
+        self._base = ""
         found = _locate(directory, allow_pickle)
         if found.name.endswith(_INDEX):
             self.by_tensor = {self._renamed(name): path for name, path in _read_index(found).items()}
             self._stamps = {path: _stamp(path) for path in sorted(set(self.by_tensor.values()))}
+            self._check_index(found)
         else:
             self._stamps = {found: _stamp(found)}
             with self.open(found) as file:
                 self.by_tensor = dict.fromkeys(file.keys(), found)
+        if not any(name.startswith(_BASE) for name in self.by_tensor):
+            self._base = _BASE
+            self.by_tensor = {self._renamed(name): path for name, path in self.by_tensor.items()}
+
+    def _check_index(self, index: Path) -> None:
+        """Refuse an index that is of other shards: what it leaves out would be left out in silence."""
+        seen: dict[str, Path] = {}
+        for path in self._stamps:
+            with self.open(path) as file:
+                names = file.keys()
+            for name in names:
+                if name not in self.by_tensor:
+                    raise SourceError(
+                        f"{path}: tensor {name} is not in {index.name}, which is of other shards: download both again, or "
+                        "save the model anew (save_pretrained)"
+                    )
+                if (other := seen.setdefault(name, path)) != path:
+                    raise SourceError(
+                        f"{path}: tensor {name} is in {other.name} too: delete the shard that is not the model's, or save it "
+                        "anew (save_pretrained)"
+                    )
 
     @property
     def stamps(self) -> Mapping[Path, tuple[int, int]]:
@@ -81,19 +107,19 @@ class WeightFiles:
         # looked at when it is open: whatever was put in its place before that is seen
         if _stamp(path) != self._stamps[path]:
             raise SourceError(f"{path} was changed while it was being read: begin again when the checkpoint stays as it is")
-        return _Renamed(file, self._renamed) if self._prefixes else file
+        return _Renamed(file, self._renamed) if self._prefixes or self._base else file
 
     def _renamed(self, name: str) -> str:
         for stored, ours in self._prefixes:
             if name.startswith(stored):
-                return ours + name.removeprefix(stored)
-        return name
+                name = ours + name.removeprefix(stored)
+                break
+        return name if name.startswith(_HEAD) else self._base + name
 
     def _pickled(self, path: Path) -> PickledFile:
-        with self._lock:  # the thread that reads ahead may ask for the same file
-            if path not in self._pickles:
-                self._pickles[path] = PickledFile(path)
-            return self._pickles[path]
+        if path not in self._pickles:  # which only the constructor meets: threads find them there
+            self._pickles[path] = PickledFile(path)
+        return self._pickles[path]
 
 
 class _Renamed:
@@ -142,6 +168,12 @@ def _locate(directory: Path, allow_pickle: bool) -> Path:
             continue
         if suffix == ".bin" and not allow_pickle:
             break
+        if single.exists() and index.exists() and set(_read_index(index).values()) != {single}:
+            # transformers reads the one, upstream's converter the other
+            raise SourceError(
+                f"{directory} holds {single.name} and shards named by {index.name}, one of them older: delete the one that is "
+                "not the model's"
+            )
         return index if index.exists() else single
     if not allow_pickle and any(directory.glob("*.bin")):
         raise SourceError(
