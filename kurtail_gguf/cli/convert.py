@@ -101,8 +101,9 @@ Examples:
 )
 @click.option(
     "--calibration", multiple=True, default=_DEFAULTS["calibration"], metavar="FILE", show_default=True,
-    help="Text or jsonl files (give the option once for each), hf:NAME for a dataset, or self: text "
-    "that the model generates.",
+    help="Text, jsonl (either also as .gz) or Parquet files, directories that the datasets library reads (give the option once "
+    "for each), hf:NAME for a dataset of the Hub, or self: text that the model generates. Rows have a text in the field text or "
+    "content, or a chat in messages, which is written by the model's chat template.",
 )
 @click.option(
     "--calibration-tokens", type=int, default=_DEFAULTS["calibration_tokens"], show_default=True,

@@ -19,7 +19,6 @@ from kurtail_gguf.convert.settings import ConvertConfig, ConvertResult
 from kurtail_gguf.convert.stages import STAGES
 from kurtail_gguf.convert.stages.activations import multiply_accumulates
 from kurtail_gguf.convert.workdir import discard, locked, open_work_dir
-from kurtail_gguf.files.atomic import file_sha256
 from kurtail_gguf.files.destinations import check_out
 from kurtail_gguf.machine.device import pick_device
 from kurtail_gguf.machine.memory import (
@@ -35,6 +34,7 @@ from kurtail_gguf.machine.resources import peak_memory
 from kurtail_gguf.measure.outliers import check_matplotlib
 from kurtail_gguf.messages.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.method.calibration.texts import check_texts, texts_sha256
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.loading.source import resolve_source
 from kurtail_gguf.runtime.export import check_vocabulary
@@ -180,7 +180,9 @@ class _Clock:
 
 
 def _text_hashes(config: ConvertConfig) -> dict[str, str]:
-    """Hashes of the text files: missing ones are noticed at once, edited ones on a rerun."""
+    """Hashes of the text files: missing ones, and what is no text, are noticed at once, edited ones on a rerun."""
     if not config.needs_calibration:
         return {}
-    return {name: file_sha256(Path(name), "calibration text", CalibrationError) for name in config.calibration_files}
+    hashes = {name: texts_sha256(name) for name in config.calibration_files}
+    check_texts(config.calibration_files)
+    return hashes

@@ -81,7 +81,8 @@ class ConvertConfig:
             None is ``auto``, and 16 for files that round nothing or leave the cache to stock llama.cpp (:attr:`cache_bits`).
         kv_budget: bits of a cached value on average, scales included, that ``auto`` may spend; None is
             :data:`DEFAULT_KV_BUDGET` (:attr:`cache_budget`).
-        calibration: ``("self",)``, text or jsonl files, or ``hf:NAME``.
+        calibration: ``("self",)``, files and directories of texts, or ``hf:NAME``
+            (:func:`kurtail_gguf.method.calibration.texts.read_texts`).
         calibration_tokens: how many tokens to calibrate on; tuning takes more of the same, 512 a step.
         tune: steps of tuning the block scales end to end; None lets the method decide (:attr:`tuning_steps`).
         seed: seed of everything random.
@@ -168,7 +169,7 @@ class ConvertConfig:
 
     @property
     def calibration_files(self) -> tuple[str, ...]:
-        """Those of ``calibration`` that are files."""
+        """Those of ``calibration`` that are files or directories."""
         return tuple(name for name in self.calibration if name != "self" and not name.startswith("hf:"))
 
     @property

@@ -292,7 +292,7 @@ def _activations(config: CompareConfig, source: Path, scratch: Path, progress: P
         if directory.is_dir():
             name = calibration_name(any_method.calibration)
             return Capture.of(directory, checkpoint.spec), f"the calibration text ({name})"
-    with config.text.path.open(encoding="utf-8", errors="replace") as file:
+    with config.text.path.open(encoding="utf-8-sig") as file:
         head = file.read(_SEQUENCES * _LENGTH * 16)
     tokenizer = load_tokenizer(source)
     ids = tokenizer(head, add_special_tokens=False, verbose=False)["input_ids"]

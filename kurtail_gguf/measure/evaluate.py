@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from kurtail_gguf.files.texts import check_text, without_mark
 from kurtail_gguf.measure import harness, mmlu, perplexity, retrieval
 from kurtail_gguf.measure.harness import TasksRequest, TasksResult
 from kurtail_gguf.measure.mmlu import MmluResult
@@ -169,6 +170,8 @@ def measure(
     infos = [read_gguf(path) for path in files]
     _check_lengths(infos, request)
     with ExitStack() as stack:
+        if request.text is not None:
+            request = replace(request, text=replace(request.text, path=stack.enter_context(without_mark(request.text.path))))
         subjects = [_Subject(info, cache, request.activations) for info in infos for cache in request.caches]
         results = [_row(subject, request.caches) for subject in subjects]
         if reference is not None:
@@ -224,7 +227,7 @@ def check(request: Request, divergence: bool) -> tuple[tuple[mmlu.Subject, ...],
         KurtailError: no such text, no such questions, too little to score, no bindings.
     """
     if request.text is not None:
-        _check_text(request.text.path)
+        check_text(request.text.path, KurtailError)
         if divergence:
             check_scored(request.text.context, request.text.chunks)
     if request.tasks is not None:
@@ -234,15 +237,6 @@ def check(request: Request, divergence: bool) -> tuple[tuple[mmlu.Subject, ...],
         return (), haystack
     require_bindings()
     return mmlu.read_mmlu(request.mmlu.directory, request.mmlu.shots, request.mmlu.limit), haystack
-
-
-def _check_text(text: Path) -> None:
-    try:
-        with text.open("rb") as file:
-            if not file.read(1):
-                raise KurtailError(f"{text} is empty: give a text to measure on")
-    except OSError as error:
-        raise KurtailError(f"cannot read {text}: {error.strerror}") from None
 
 
 def _perplexities(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kurtail_gguf.files.texts import check_text
 from kurtail_gguf.measure.llama_perplexity import EvaluationError
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import Progress
@@ -25,6 +26,8 @@ from kurtail_gguf.runtime.cache_types import FILE, stage_name
 
 LETTERS = ("A", "B", "C", "D")
 HEADER = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
+#: Answers as the paper's files have them, letters, and as copies with a header do, numbers.
+_ANSWERS = {name: number for number, letter in enumerate(LETTERS) for name in (letter, str(number))}
 #: Examples before each question, as in the paper.
 DEFAULT_SHOTS = 5
 
@@ -91,7 +94,10 @@ class MmluResult:
 
 
 def read_mmlu(directory: Path, shots: int = DEFAULT_SHOTS, limit: int | None = None) -> tuple[Subject, ...]:
-    """Read ``dev/SUBJECT_dev.csv`` and ``test/SUBJECT_test.csv``.
+    """Read ``dev/SUBJECT_dev.csv`` and ``test/SUBJECT_test.csv``: question, four choices, answer.
+
+    Both forms are read in which they are found: as the paper published them, without a header and with answers A to D, and
+    with a header and answers 0 to 3.
 
     Args:
         directory: holds ``dev`` and ``test``.
@@ -231,6 +237,7 @@ def _mean(subjects: list[Accuracy]) -> Accuracy:
 
 
 def _read(path: Path) -> Iterator[Question]:
+    check_text(path, MmluError, "MMLU's file")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)
@@ -239,23 +246,22 @@ def _read(path: Path) -> Iterator[Question]:
                 for row in rows:
                     # a quoted field may hold line breaks: the row is named by its first line
                     where, start = f"{path}:{start}", rows.line_num + 1
-                    if rows.line_num == 1:
-                        _check_header(row, where)
-                    elif row:
+                    if row and not (where == f"{path}:1" and _is_header(row, where)):
                         yield _question(row, where)
-                if rows.line_num == 0:
-                    raise MmluError(f"{path} is empty: its first line must be {','.join(HEADER)}")
             except csv.Error as error:
                 raise MmluError(f"{path}:{rows.line_num}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise MmluError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise MmluError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _check_header(row: list[str], where: str) -> None:
-    if tuple(row) != HEADER:
+def _is_header(row: list[str], where: str) -> bool:
+    """Whether a file's first row names the columns; one that names others, or in another order, is refused."""
+    names = tuple(name.strip().lower() for name in row)
+    if names[0] not in HEADER and names[-1] not in HEADER:
+        return False
+    if (len(names), names[0], names[-1]) != (len(HEADER), HEADER[0], HEADER[-1]):
         raise MmluError(f"{where}: the header is {','.join(row)[:80]!r}, not {','.join(HEADER)}")
+    return True
 
 
 def _question(row: list[str], where: str) -> Question:
@@ -265,6 +271,6 @@ def _question(row: list[str], where: str) -> Question:
     for name, field in zip(HEADER, (text, *choices), strict=False):
         if not field:
             raise MmluError(f"{where}: {name} is empty")
-    if answer not in ("0", "1", "2", "3"):
-        raise MmluError(f"{where}: the answer is {answer!r}, not 0, 1, 2 or 3")
-    return Question(text, tuple(choices), int(answer), where)
+    if answer.upper() not in _ANSWERS:
+        raise MmluError(f"{where}: the answer is {answer!r}, not A, B, C, D or 0, 1, 2, 3")
+    return Question(text, tuple(choices), _ANSWERS[answer.upper()], where)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kurtail_gguf.files.texts import read_text
 from kurtail_gguf.measure.haystack import CITIES, Context, Question
 from kurtail_gguf.measure.llama_perplexity import EvaluationError
 from kurtail_gguf.messages.errors import ConfigError
@@ -104,12 +105,7 @@ def check_retrieval(request: RetrievalRequest) -> str:
         EvaluationError: the text cannot be read, is not UTF-8 or is empty.
         BindingsError: no bindings.
     """
-    try:
-        text = request.text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{request.text} is not UTF-8: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise EvaluationError(f"cannot read {request.text}: {error.strerror}") from None
+    text = read_text(request.text, EvaluationError)
     if not text.strip():
         raise EvaluationError(f"{request.text} is empty: --retrieval needs a text to hide the facts in")
     require_bindings()

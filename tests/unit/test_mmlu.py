@@ -58,8 +58,8 @@ def test_without_shots_no_examples_are_read(files, tmp_path):
     ("rows", "told"),
     [
         ("q,a,b,c,d\n", r"a_test.csv:2: 5 fields, not 6"),
-        ("q,a,b,c,d,0\nq,a,b,c,d,4\n", r"a_test.csv:3: the answer is '4', not 0, 1, 2 or 3"),
-        ("q,a,b,c,d,B\n", r"a_test.csv:2: the answer is 'B'"),
+        ("q,a,b,c,d,0\nq,a,b,c,d,4\n", r"a_test.csv:3: the answer is '4', not A, B, C, D or 0, 1, 2, 3"),
+        ("q,a,b,c,d,E\n", r"a_test.csv:2: the answer is 'E'"),
         ("q,a, ,c,d,1\n", r"a_test.csv:2: choice1 is empty"),
         ('"a\nlong\nquestion",a,b,c,d,0\nq,a,b,c,d,\n', r"a_test.csv:5: the answer is ''"),
         ('"never closed,a,b,c,d,0\n', r"a_test.csv:2: unexpected end of data"),
@@ -80,7 +80,10 @@ def test_bad_files(files, tmp_path):
         mmlu.read_mmlu(directory)
     path = tmp_path / "test" / "a_test.csv"
     for content, told in (
-        (b"q,a,b,c,d,0\n", "a_test.csv:1: the header is"),
+        (b"answer,question,a,b,c,d\n", "a_test.csv:1: the header is"),
+        (b"question,a,b,answer\n", "a_test.csv:1: the header is"),
+        ("q,a,b,c,d,0\n".encode("utf-16"), "a_test.csv is UTF-16: convert it with iconv"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a_test.csv is a Git LFS pointer.*git lfs pull"),
         (b"", "a_test.csv is empty"),
         (HEADER.encode() + b"\xff,a,b,c,d,0\n", "is not UTF-8"),
     ):
@@ -90,8 +93,19 @@ def test_bad_files(files, tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + HEADER.encode() + b"q,a,b,c,d,0\r\n")  # as spreadsheets write it
     assert mmlu.read_mmlu(directory, shots=1)[0].questions[0].answer == 0
     (tmp_path / "dev" / "a_dev.csv").unlink()
-    with pytest.raises(MmluError, match=r"cannot read .*a_dev.csv: No such file"):
+    with pytest.raises(MmluError, match=r"a_dev.csv does not exist"):
         mmlu.read_mmlu(directory, shots=1)
+
+
+def test_the_published_files_are_read_as_they_are(tmp_path):
+    """No header, letters for answers; a question may be a number or begin with the word."""
+    for part, rows in (("dev", "Question 1?,a,b,c,d,B\n"), ("test", '4,1,2,3,4,D\n"What, then?",w,x,y,z,A\n')):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"a_{part}.csv").write_text(rows, encoding="utf-8")
+    (subject,) = mmlu.read_mmlu(tmp_path, shots=1)
+    assert [(one.text, one.answer, one.where.rpartition(":")[2]) for one in (*subject.examples, *subject.questions)] == [
+        ("Question 1?", 1, "1"), ("4", 3, "1"), ("What, then?", 0, "2"),
+    ]  # fmt: skip
 
 
 def test_the_first_of_equals_is_the_answer():

@@ -14,7 +14,7 @@ from kurtail_gguf.files.atomic import remove, replacing, write_atomically
 from kurtail_gguf.messages.errors import CalibrationError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.generate import BATCH, GENERATED_LENGTH, generate
-from kurtail_gguf.method.calibration.texts import read_texts
+from kurtail_gguf.method.calibration.texts import chat_template, read_texts
 from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, load_tokenizer, tokenize
 from kurtail_gguf.method.tuning.scales import STEP_TOKENS
 
@@ -85,7 +85,7 @@ def read(job: Job, tokens: int, tuning_tokens: int, progress: Progress) -> Calib
         wanted = max(tokens, tuning_tokens)
         ids = generate(checkpoint, wanted, tokenizer.bos_token_id, special, config.seed, job.device, progress)
     else:
-        ids = tokenize(read_texts(config.calibration), tokenizer, tokens, tuning_tokens)
+        ids = tokenize(read_texts(config.calibration, chat_template(tokenizer)), tokenizer, tokens, tuning_tokens)
         if ids.max() >= job.spec.vocab_size:
             raise CalibrationError(
                 f"{checkpoint.directory}: the tokenizer's id {ids.max()} is outside the model's "

@@ -34,8 +34,8 @@ class CalibrationTokens:
 
 
 def calibration_name(sources: tuple[str, ...]) -> str:
-    """``self``, ``hf:NAME``, or file names without their directories, joined by commas."""
-    return ",".join(source if source.startswith("hf:") else Path(source).name for source in sources)
+    """``self``, ``hf:NAME``, or names of files and directories without their directories, joined by commas."""
+    return ",".join(source if source.startswith("hf:") else Path(source).absolute().name for source in sources)
 
 
 def load_tokenizer(directory: Path) -> object:
