@@ -88,7 +88,7 @@ def verify(
     provenance = info.provenance
     if provenance is None:
         raise KurtailError(f"{path} has no kurtail keys: there is nothing to verify; only files of convert can be")
-    source = resolve_source(model, work_dir, progress)
+    source = resolve_source(model, work_dir, progress, allow_pickle)
     checkpoint = open_checkpoint(source, allow_pickle)
     file = FileTensors(info)
     yield _checked("metadata", lambda: _metadata(info, source))
@@ -127,13 +127,35 @@ def _metadata(info: GgufInfo, source: Path) -> str:
 
 def _tokenizer(path: Path, source: Path) -> str:
     tokenizer = load_tokenizer(source)
+    left_out = 0
     for text, found in zip(TEXTS, runtime_tokens(path, TEXTS), strict=True):
         expected = tokenizer.encode(text, add_special_tokens=False)
-        if found != expected:
+        if found != expected and _is_normalized(text, source):
+            left_out += 1
+        elif found != expected:
             same = [a == b for a, b in zip(found, expected, strict=False)]
             at = [*same, False].index(False)
             raise Differs(f"{text!r}: token {at} of the file's is {found[at:at + 1]}, of the model's {expected[at:at + 1]}")
-    return f"{len(TEXTS)} texts"
+    if not left_out:
+        return f"{len(TEXTS)} texts"
+    return (
+        f"{len(TEXTS) - left_out} texts; {left_out} more differ, for tokenizer.model changes line ends or blanks first, which llama.cpp "
+        "does not do, whoever converted the file"
+    )
+
+
+def _is_normalized(text: str, source: Path) -> bool:
+    """Whether a SentencePiece model that is the model's only tokenizer changes a text before it is split.
+
+    llama.cpp's vocabulary has no such rules, so tokens then differ for upstream's own files as well.
+    """
+    path = source / "tokenizer.model"
+    if (source / "tokenizer.json").exists() or not path.exists():
+        return False
+    from sentencepiece import SentencePieceProcessor
+
+    normalized = SentencePieceProcessor(model_file=str(path)).normalize(text)
+    return normalized.replace("\u2581", " ").removeprefix(" ") != text
 
 
 def _tensors(

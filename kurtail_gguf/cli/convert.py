@@ -147,8 +147,8 @@ def convert_command(
 ) -> None:
     """Convert MODEL to a 4-bit GGUF file.
 
-    MODEL is a Hugging Face directory, a GGUF file that transformers can read, or the name of a known
-    model (smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b). An interrupted run goes on where it was when the same line is typed again.
+    MODEL is a Hugging Face directory, a model of the Hugging Face Hub (hf:owner/name or its address), a GGUF file that
+    transformers can read, or the name of a known model (smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b). An interrupted run goes on where it was when the same line is typed again.
     """
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.convert.pipeline import convert

@@ -99,7 +99,7 @@ def convert_lora(
     kept = load_transforms(rotations)
     if kept.sha256() != provenance.rotations_sha256:
         raise AdapterError(f"{rotations} holds other rotations than {file}: give those that were kept with it")
-    checkpoint = open_checkpoint(resolve_source(model, work_dir, progress), allow_pickle)
+    checkpoint = open_checkpoint(resolve_source(model, work_dir, progress, allow_pickle), allow_pickle)
     loaded = read_adapter(adapter, checkpoint)
     known, tensors = {tensor.name for tensor in info.tensors}, {}
     with progress.stage("rotate adapter", len(loaded.pairs)) as stage:

@@ -125,7 +125,7 @@ def _convert(
     progress: Progress,
 ) -> ConvertResult:
     with clock.measure("source"):
-        source = resolve_source(config.model, work_dir, progress)
+        source = resolve_source(config.model, work_dir, progress, config.allow_pickle)
         checkpoint = open_checkpoint(source, config.allow_pickle)
         checkpoint.check_filled()
         check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour

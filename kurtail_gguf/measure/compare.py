@@ -197,7 +197,7 @@ def compare(config: CompareConfig, progress: Progress) -> Comparison:
         check_picture(config.picture)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(_scratch(config.out_dir)))
-        source = str(resolve_source(config.model, scratch, progress))
+        source = str(resolve_source(config.model, scratch, progress, config.allow_pickle))
         rows = []
         for method in config.methods:
             work_dir = scratch / method.name

@@ -322,7 +322,7 @@ def _reference(name: str, allow_pickle: bool, stack: ExitStack, progress: Progre
     if path.is_file():
         return read_gguf(path)
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kurtail-reference-")))
-    source = resolve_source(name, directory, progress)
+    source = resolve_source(name, directory, progress, allow_pickle)
     check_weights(source, allow_pickle)
     exported = directory / "reference.gguf"
     with progress.stage(f"export {name}", 1) as stage:

@@ -62,15 +62,16 @@ def run(
         Everything it printed.
 
     Raises:
-        EvaluationError: it ended with a status other than 0.
+        EvaluationError: it ended with a status other than 0, or computed NaN.
     """
-    # -lv 4: at its default the program leaves out what the library logs, the bits of activations among it
-    command = [str(native.executable(PROGRAM)), "-m", str(model), "-lv", "4", *arguments]
+    # -lv 4: at its default the program leaves out what the library logs, the bits of activations among it. Weights that are no
+    # numbers are told by their tensor's name before anything is computed.
+    command = [str(native.executable(PROGRAM)), "-m", str(model), "-lv", "4", "--check-tensors", *arguments]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment()
     )
     try:
-        output = _follow(process, name, progress, on_start)
+        output = _follow(process, model, name, progress, on_start)
         status = process.wait()
     finally:
         process.kill()
@@ -108,7 +109,9 @@ def explain(output: str, status: int) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
-def _follow(process: subprocess.Popen[bytes], name: str, progress: Progress, on_start: Callable[[int], None]) -> str:
+def _follow(
+    process: subprocess.Popen[bytes], model: Path, name: str, progress: Progress, on_start: Callable[[int], None]
+) -> str:
     output = ""
     searched = 0
     done = 0
@@ -129,7 +132,13 @@ def _follow(process: subprocess.Popen[bytes], name: str, progress: Progress, on_
                 # numbers that look like a chunk's in the statistics at the end are none
                 if reached == done + 1:
                     done = reached
-                    stage.advance(1, f"perplexity {match[2] or match[4]}")
+                    value = match[2] or match[4]
+                    if "nan" in value:  # it stays so, and the program would end with other words
+                        raise EvaluationError(
+                            f"{model} computes NaN in chunk {done} of the text, though its weights are numbers: the file is damaged, or "
+                            "values are too large for the precision that it is run in"
+                        )
+                    stage.advance(1, f"perplexity {value}")
     return output
 
 

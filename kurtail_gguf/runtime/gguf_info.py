@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from kurtail_gguf.files.kinds import refuse_pointer
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.runtime import ggml, vendored
 from kurtail_gguf.runtime.provenance import STOCK_KV_BITS, Provenance
@@ -253,6 +254,7 @@ def read_gguf(path: Path) -> GgufInfo:
             magic = file.read(4)
     except OSError as error:
         raise GgufError(f"cannot read {path}: {error.strerror}") from None
+    refuse_pointer(path, GgufError)
     if magic != b"GGUF":
         raise GgufError(f"{path} is no GGUF file: it starts with {magic!r}")
     try:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kurtail_gguf.runtime.export import export_reference
 from kurtail_gguf.runtime.gguf_info import read_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +238,29 @@ def test_a_gguf_with_a_scale_that_is_no_number(program, converted, tiny_spm, tmp
     done = program("llama-completion", "-m", path, *options)
     assert done.status not in (0, -11, -6), done.stderr
     assert tensor.name in done.stderr
+
+
+def test_a_reference_with_weights_that_are_no_numbers(cli, converted, tiny_spm, damaged, text, tmp_path):
+    """As a GGUF file and as a directory: told by the tensor, before a chunk is computed."""
+    shard = next(path for path in _shards(damaged) if "model.layers.1.mlp.up_proj.weight" in load_file(path))
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    export_reference(damaged, tmp_path / "reference.gguf")
+    file = converted(tiny_spm, "--rotation", "none", "--weights", "rtn")
+    for reference in (tmp_path / "reference.gguf", damaged):
+        line = cli("eval", file, "--text", text, "--context", "64", "--chunks", "8", "--reference", reference).error
+        assert "tensor 'blk.1.ffn_up.weight' has invalid data" in line and "standard deviation" not in line
+
+
+@pytest.mark.parametrize("option", ["--text", "--retrieval-text"])
+def test_what_is_no_text_is_not_measured_on(cli, converted, tiny_spm, tmp_path, option):
+    file = converted(tiny_spm, "--rotation", "none", "--weights", "rtn")
+    wide = tmp_path / "wide.txt"
+    wide.write_bytes("Some words. ".encode("utf-16") * 9999)
+    more = ("--retrieval",) if option == "--retrieval-text" else ()
+    for path, told in ((wide, "wide.txt is UTF-16: convert it with iconv"), (file, f"{file.name} is a GGUF file")):
+        assert told in cli("eval", file, option, path, *more).error
 
 
 def test_a_short_evaluation_text(cli, converted, tiny_spm, tmp_path):

@@ -65,6 +65,19 @@ def test_a_converted_file_passes(cli, source, file):
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["metadata", "tokenizer", "tensors", "logits", "cache", "pass"]
 
 
+def test_a_vocabulary_that_changes_blanks_first_is_compared_on_other_texts(cli, save_tiny, tiny_spm, tmp_path):
+    """transformers follows a Mistral's tokenizer.model in this, llama.cpp does not, whoever converts the file."""
+    model = tmp_path / "mistral"
+    save_tiny("mistral", model, vocab_size=400, bos_token_id=1, eos_token_id=2)
+    for path in tiny_spm.glob("tokenizer*"):
+        shutil.copy(path, model)
+    assert not (model / "tokenizer.json").exists()
+    convert(ConvertConfig(str(model), tmp_path / "o.gguf", rotation="hadamard", weights="rtn", activations=8), NullProgress())
+    done = cli("verify", tmp_path / "o.gguf", "--reference", model)
+    assert done.status == 0, done.stderr
+    assert "tokenizer: 4 texts; 2 more differ, for tokenizer.model changes line ends or blanks first" in done.stdout
+
+
 def test_another_model_fails_and_is_told_in_one_line(cli, file, source, save_tiny, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(source, other)

@@ -156,7 +156,7 @@ def test_missing_tokenizer_names_the_directory(tiny_checkpoint):
     directory = tiny_checkpoint()
     for path in directory.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(SourceError, match="no tokenizer"):
+    with pytest.raises(SourceError, match=r"holds no tokenizer \(none of tokenizer.json, tokenizer.model"):
         load_tokenizer(directory)
 
 

@@ -112,7 +112,7 @@ def test_output_may_come_in_any_pieces(program, recorder):
     [
         (REFUSED, 1, "invalid ggml type 164.*unable to load model"),
         (SHORT, 0, "at least 1024 tokens.*only 434 tokens"),
-        (HEAD + "[1]nan,[2]nan,[3]nan,\nFinal estimate: PPL = nan +/- nan\n", 0, "nan"),
+        (HEAD + "[1]nan,[2]nan,[3]nan,\nFinal estimate: PPL = nan +/- nan\n", 0, "computes NaN in chunk 1"),
         (HEAD + "[1]12.0,\n", 0, "no result"),
         ("", 3, "printed nothing"),
         ("ops.cpp:12: GGML_ASSERT(ne0 == ne1) failed\n", -6, "GGML_ASSERT"),
@@ -124,6 +124,13 @@ def test_no_result_is_one_line(program, recorder, output, status, told):
         perplexity(MODEL, TEXT, 512, 3, recorder)
     assert "\n" not in str(raised.value)
     assert "model.gguf" in str(raised.value)
+
+
+def test_values_that_are_no_numbers_end_it_at_once(program, recorder):
+    program(HEAD + "[1]12.5619,[2]nan,[3]nan,\n0.16.6 E Unexpected negative standard deviation of log(prob)\n")
+    with pytest.raises(EvaluationError, match="m.gguf computes NaN in chunk 2 of the text") as caught:
+        perplexity(Path("m.gguf"), Path("t.txt"), 512, None, recorder)
+    assert "standard deviation" not in str(caught.value)
 
 
 def test_options_in_the_environment_do_not_reach_the_program(program, recorder, monkeypatch):

@@ -208,6 +208,25 @@ def test_the_end_of_text_of_a_gguf_must_be_in_its_vocabulary(tmp_path):
 
 
 @needs_runtime
+def test_a_gguf_that_git_lfs_has_not_brought_is_called_so(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    for read in (lambda: resolve_source(str(path), tmp_path / "work", NullProgress()), lambda: read_gguf(path)):
+        with pytest.raises(KurtailError, match="model.gguf is a Git LFS pointer.*run git lfs pull"):
+            read()
+
+
+@needs_runtime
+def test_a_directory_without_a_tokenizer_is_told_so(tiny_checkpoint):
+    directory = tiny_checkpoint()
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(KurtailError, match="holds no tokenizer .none of tokenizer.json, tokenizer.model") as caught:
+        check_vocabulary(directory)
+    assert "sentencepiece" not in str(caught.value)
+
+
+@needs_runtime
 def test_a_part_of_a_gguf_is_refused(tmp_path):
     path = tmp_path / "model-00001-of-00003.gguf"
     _write_gguf(path, parts=3)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,23 @@ def _opens_or_refuses(directory: Path) -> None:
     else:
         weights = checkpoint.layer(0)
         assert {name: tuple(value.shape) for name, value in weights.items()} == checkpoint.spec.layer_shapes()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "generation_config.json"])
+def test_a_git_lfs_pointer_is_called_one(tiny_checkpoint, name):
+    directory = tiny_checkpoint()
+    (directory / name).write_bytes(POINTER)
+    assert f"{name} is a Git LFS pointer, not the file itself: run git lfs pull in its directory" in _refused(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_json_behind_a_byte_order_mark_is_told_with_the_remedy(tiny_checkpoint, name):
+    directory = tiny_checkpoint()
+    (directory / name).write_bytes(b"\xef\xbb\xbf" + (directory / name).read_bytes())
+    told = _refused(directory)
+    assert f"{name} begins with a byte order mark" in told
+    subprocess.run(told.partition("or run ")[2], shell=True, cwd=directory, check=True)
+    open_checkpoint(directory)

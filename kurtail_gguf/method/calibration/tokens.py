@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kurtail_gguf.messages.errors import CalibrationError, SourceError
+from kurtail_gguf.runtime.export import no_tokenizer
 
 #: Tokens in a sequence cut from texts.
 SEQ_LEN = 512
@@ -49,7 +50,9 @@ def load_tokenizer(directory: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # anything transformers makes of missing or damaged tokenizer files
-        raise SourceError(f"{directory}: no tokenizer that transformers can read: {error}") from error
+        # where there is no file of one, transformers asks for packages that are installed
+        told = no_tokenizer(directory) or f"{directory}: no tokenizer that transformers can read: {error}"
+        raise SourceError(told) from error
 
 
 def cut_sequences(

@@ -1,4 +1,4 @@
-"""MODEL, whatever it is, to an HF directory: a directory, a GGUF file, or a recipe's name."""
+"""MODEL, whatever it is, to an HF directory: a directory, a GGUF file, a model of the Hub, or a recipe's name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from kurtail_gguf.files.kinds import refuse_pointer
 from kurtail_gguf.messages.errors import KurtailError, SourceError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.model.families.registry import find_family
+from kurtail_gguf.model.loading.hub import fetch_model, parse_hub_model, snapshot_of
 from kurtail_gguf.model.loading.recipes import Recipe, fetch_recipe, find_recipe, recipe_names
 from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, GgufInfo, read_gguf, write_header
 
@@ -31,15 +33,16 @@ _CARD_KEYS = (
 _ROPE_SCALING = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
+def resolve_source(model: str, work_dir: Path, progress: Progress, allow_pickle: bool = False) -> Path:
     """The HF directory to convert.
 
     Args:
-        model: an HF directory, a GGUF file that transformers can read, or a recipe's name. A path
-            that exists wins over a recipe of the same name.
+        model: an HF directory, or its root in the Hub's cache; a GGUF file that transformers can read; a recipe's name; a model
+            of the Hub (:func:`kurtail_gguf.model.loading.hub.parse_hub_model`). A path that exists wins over names.
         work_dir: where a GGUF file given by the user is converted to (``work_dir/source``, reused by
             the next run); a recipe's model is converted in the user's cache instead.
         progress: told about downloads and conversions.
+        allow_pickle: download ``.bin`` files of a model of the Hub that has no others.
 
     Raises:
         SourceError: nothing of that name, a download that failed, a disk too small, a GGUF that cannot be read, is one
@@ -47,15 +50,23 @@ def resolve_source(model: str, work_dir: Path, progress: Progress) -> Path:
     """
     path = Path(model)
     if path.is_dir():
-        return path
+        return snapshot_of(path)
     if path.is_file():
         return _from_gguf(path, work_dir / "source", progress)
     recipe = find_recipe(model)
     if recipe is not None:
         gguf = fetch_recipe(recipe, progress)
         return _from_gguf(gguf, gguf.parent / "hf", progress, recipe)
-    raise SourceError(
-        f"{model} is neither a directory, a file nor a known model ({', '.join(recipe_names())})"
+    hub = parse_hub_model(model)
+    if hub is not None:
+        return fetch_model(hub, progress, allow_pickle)
+    raise _unknown(model)
+
+
+def _unknown(model: str) -> SourceError:
+    return SourceError(
+        f"{model} is neither a directory, a file nor a known model ({', '.join(recipe_names())}); models of the Hugging Face Hub are "
+        "called hf:owner/name"
     )
 
 
@@ -65,6 +76,7 @@ def _from_gguf(gguf: Path, target: Path, progress: Progress, recipe: Recipe | No
     A recipe's title replaces the name that the file gives itself.
     """
     title = None if recipe is None else recipe.title
+    refuse_pointer(gguf, SourceError)
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{gguf} is not a GGUF file (its first bytes are not 'GGUF')")

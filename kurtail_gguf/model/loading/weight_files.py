@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from kurtail_gguf.files.kinds import BOM, refuse_pointer
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.loading.pickled import PickledFile
 from kurtail_gguf.model.loading.untrusted import check_inside, read_json
@@ -24,14 +25,31 @@ _INDEX = ".index.json"
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse links that lead out of an HF directory, and what is no regular file.
+    """Refuse links that lead out of an HF directory, what is no regular file, Git LFS pointers, and JSON behind a byte order mark.
 
     Raises:
-        SourceError: with the link and its target.
+        SourceError: with the file, for a link also its target.
     """
     for path in sorted(directory.glob("*")):
         if path.suffix in _READ or path.name == UNPACKED_KEYS:
             check_inside(path, directory)
+            refuse_pointer(path, SourceError)
+            if path.suffix == ".json":
+                _refuse_mark(path)
+
+
+def _refuse_mark(path: Path) -> None:
+    # transformers, tokenizers and upstream's converter all read these files themselves, and none of them takes it
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(BOM))
+    except OSError:
+        return  # whoever reads it says why that fails
+    if head == BOM:
+        raise SourceError(
+            f"{path} begins with a byte order mark, which JSON may not: save it as UTF-8 without one, or run sed -i "
+            f"'1s/^\\xEF\\xBB\\xBF//' {path.name}"
+        )
 
 
 class WeightFiles:

@@ -14,10 +14,15 @@ from kurtail_gguf.files.atomic import publish, scratch_beside
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.runtime import vendored
-from kurtail_gguf.runtime.gguf_info import read_gguf
+from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, read_gguf
 from kurtail_gguf.runtime.provenance import TOOL, Provenance
 
 _WORKER, _ADAPTER_WORKER = "kurtail_gguf.runtime.export.worker", "kurtail_gguf.runtime.export.adapter_worker"
+
+#: Files that hold a vocabulary, one of which a tokenizer has.
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken", UNPACKED_KEYS,
+)  # fmt: skip
 
 #: Only float types of the checkpoint are offered for a reference.
 REFERENCE_TYPES = ("auto",)
@@ -25,6 +30,16 @@ REFERENCE_TYPES = ("auto",)
 
 class ExportError(KurtailError):
     """A GGUF file could not be written."""
+
+
+def no_tokenizer(directory: Path) -> str | None:
+    """What is wrong with an HF directory that holds no file of a vocabulary; None where it holds one."""
+    if any(next(directory.glob(name), None) for name in _VOCABULARIES):
+        return None
+    return (
+        f"{directory} holds no tokenizer (none of {', '.join(_VOCABULARIES[:4])}): copy the tokenizer's files there from where the "
+        "model comes from"
+    )
 
 
 def write_gguf(
@@ -138,7 +153,9 @@ def _run(
     try:
         vendored.run(worker, request, on_message)
     except vendored.WorkerError as error:
-        raise ExportError(f"{what}: {error}") from None
+        # upstream and transformers then blame packages that are installed
+        lacking = None if "source" not in request else no_tokenizer(Path(request["source"]))
+        raise ExportError(f"{what}: {lacking or error}") from None
 
 
 @contextlib.contextmanager
