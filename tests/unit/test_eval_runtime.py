@@ -127,7 +127,7 @@ def test_no_result_is_one_line(program, recorder, output, status, told):
 
 
 def test_values_that_are_no_numbers_end_it_at_once(program, recorder):
-    program(HEAD + "[1]12.5619,[2]nan,[3]nan,\n0.16.6 E Unexpected negative standard deviation of log(prob)\n")
+    program(_prints(HEAD + "[1]12.5619,[2]nan,[3]nan,\n0.16.6 E Unexpected negative standard deviation of log(prob)\n", 0))
     with pytest.raises(EvaluationError, match="m.gguf computes NaN in chunk 2 of the text") as caught:
         perplexity(Path("m.gguf"), Path("t.txt"), 512, None, recorder)
     assert "standard deviation" not in str(caught.value)
