@@ -112,7 +112,9 @@ def _checked(name: str, check: Callable[[], str]) -> Check:
 
 
 def _metadata(info: GgufInfo, source: Path) -> str:
-    """Hyper-parameters and vocabulary are what upstream's converter writes for the model."""
+    """Hyper-parameters and vocabulary are what upstream's converter writes for the model, and types what ours wrote."""
+    if info.requantized is not None:
+        raise Differs(f"it was quantized again after convert wrote it: its linears are {info.requantized}")
     with tempfile.TemporaryDirectory(prefix="kurtail-verify-") as directory:
         expected = read_metadata(source, Path(directory) / "header.gguf")
     prefixes = ("tokenizer.", f"{expected['general.architecture']}.", "general.architecture")

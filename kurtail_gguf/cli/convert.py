@@ -137,7 +137,7 @@ Examples:
 @click.option("--restart", is_flag=True, help="Begin anew, without what an interrupted run left there.")
 @click.option(
     "--plan", "only_plan", is_flag=True,
-    help="Convert nothing: read config.json and the shards' headers, and tell memory, disk, time, rotations and what "
+    help="Convert nothing and download no weights: read configuration and headers, and tell memory, disk, time, rotations and what "
     "would be refused.",
 )
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")

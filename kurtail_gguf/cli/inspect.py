@@ -79,6 +79,12 @@ def _print(info: GgufInfo, console: Console) -> None:
         _line(console, "no kurtail keys: a stock file")
         return
     _print_provenance(info, provenance, console)
+    if info.requantized is not None and provenance.target != "stock":
+        _line(
+            console,
+            f"requantized: its linears are {info.requantized}, not kt4, but expect the transforms that its keys tell of; stock llama.cpp "
+            "runs it without them and computes nonsense: convert the model again",
+        )
     if provenance.activation_choice == "auto":
         _line(console, _chosen(info, provenance.activation_budget))
     for name, bits in told["tensor_activation_bits"].items():

@@ -15,6 +15,7 @@ from kurtail_gguf import __version__
 from kurtail_gguf.cli.bindings import install_bindings_command
 from kurtail_gguf.cli.compare import compare_command
 from kurtail_gguf.cli.convert import convert_command
+from kurtail_gguf.cli.dump import dump_command
 from kurtail_gguf.cli.eval import eval_command
 from kurtail_gguf.cli.inspect import inspect_command
 from kurtail_gguf.cli.lora import convert_lora_command
@@ -57,6 +58,7 @@ commands.add_command(convert_command)
 commands.add_command(compare_command)
 commands.add_command(eval_command)
 commands.add_command(inspect_command)
+commands.add_command(dump_command)
 commands.add_command(verify_command)
 commands.add_command(convert_lora_command)
 commands.add_command(install_bindings_command)

@@ -1,4 +1,4 @@
-"""What a conversion will take, told from config.json and the shards' headers alone: no weight is read.
+"""What a conversion will take, told from a configuration and the headers of files alone: no weight is read or downloaded.
 
 Memory is the sum of the arrays that are alive together at each stage's fullest moment, disk the sum of what the stages
 leave until the end. Seconds are operations over this machine's speed in two short products: an order of magnitude.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from kurtail_gguf.machine.device import pick_device
 from kurtail_gguf.machine.memory import card_module, is_card, memory_available
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
+from kurtail_gguf.model.loading.outline import Outline, outline
 
 #: Tokens that the KV cache's size is told for.
 _CONTEXT = 8192
@@ -64,7 +66,7 @@ class Plan:
     """What ``convert --plan`` prints. Bytes and seconds by stage; ``refused`` is why it would not start or not end.
 
     ``memory`` is the host's; ``card`` is what lies on ``device``, nothing where that is the CPU. ``room`` is what each disk
-    must have and has free, by "beside OUT" and, where that is another one, "in the work directory".
+    must have and has free, by "beside OUT" and, where those are others, "in the work directory" and the place of a cache.
     """
 
     model: str
@@ -103,26 +105,31 @@ def plan(config: ConvertConfig) -> Plan:
     """The plan of a conversion.
 
     Raises:
-        KurtailError: MODEL is no HF directory, or one that cannot be converted; the message says why.
+        KurtailError: MODEL is nothing that can be converted; the message says why.
     """
     check_out(config.out)
-    directory = Path(config.model)
-    if not directory.is_dir():
-        raise SourceError(
-            f"--plan reads an HF directory's config.json and headers, and {config.model} is none: a GGUF file or known "
-            "model is only laid out like one by converting it"
-        )
+    with tempfile.TemporaryDirectory(prefix="kurtail-plan-") as scratch:
+        source = outline(config.model, Path(scratch))
+        try:
+            return _plan(config, source, open_checkpoint(source.directory, config.allow_pickle))
+        except SourceError as error:
+            # the directory stands for the model, and is gone when the message is read
+            raise type(error)(str(error).replace(scratch, config.model)) from error
+
+
+def _plan(config: ConvertConfig, source: Outline, checkpoint: Checkpoint) -> Plan:
     device = pick_device(config.device)
-    job = Job(config, open_checkpoint(directory, config.allow_pickle), device)
+    job = Job(config, checkpoint, device)
     estimate = Estimate(job, Speed(_speed(torch.float32, device), _speed(torch.float64, device)))
-    notes = [note for stage in STAGES for note in stage.notes(job)]
-    refused, cost = [], Cost()
+    notes = [*([source.note] if source.note else []), *(note for stage in STAGES for note in stage.notes(job))]
+    refused, cost = [], _fetching(source, estimate)
+    fetched = sum(cost.disk.values())
     for stage in STAGES:
         if stage.wanted(job):
             reasons = list(stage.refuse(job))
             refused += reasons
             cost |= Cost() if reasons else stage.cost(estimate)
-    room = _room(config, cost.disk)
+    room = _room(config, cost.disk, fetched, source.cache)
     refused += [
         f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free {where}"
         for where, (needed, free) in room.items() if needed > free
@@ -142,21 +149,37 @@ def plan(config: ConvertConfig) -> Plan:
     )  # fmt: skip
 
 
+def _fetching(source: Outline, estimate: Estimate) -> Cost:
+    """What is downloaded and unpacked before the first stage."""
+    disk = {"MODEL, downloaded": source.download, "MODEL, unpacked": source.unpacked}
+    # all of it, what is read of the file, and the table that is being unpacked
+    memory = {"unpack MODEL": source.unpacked + source.packed + 4 * estimate.sizes.table} if source.unpacked else {}
+    return Cost(memory=memory, disk={name: size for name, size in disk.items() if size})
+
+
 def _device(path: Path) -> int:
     return path.stat().st_dev
 
 
-def _room(config: ConvertConfig, disk: dict[str, int]) -> dict[str, tuple[int, int]]:
+def _room(config: ConvertConfig, disk: dict[str, int], fetched: int, cache: Path | None) -> dict[str, tuple[int, int]]:
+    """What each disk must have and has free.
+
+    Args:
+        disk: bytes of all that is kept until the end.
+        fetched: those of them that are the model as it is downloaded and unpacked.
+        cache: where that is done; None for the work directory.
+    """
     beside = config.out.absolute().parent
     work = config.work_dir.absolute() if config.work_dir else beside
-    work = next(path for path in (work, *work.parents) if path.exists())  # convert makes it
-    needed = sum(disk.values())
-    if _device(work) == _device(beside):
-        return {"beside OUT": (needed, shutil.disk_usage(beside).free)}
-    return {
-        "beside OUT": (disk["OUT"], shutil.disk_usage(beside).free),
-        "in the work directory": (needed - disk["OUT"], shutil.disk_usage(work).free),
-    }
+    places = [("beside OUT", beside, disk["OUT"]), ("in the work directory", work, sum(disk.values()) - disk["OUT"] - fetched)]
+    places.append(("in the work directory", work, fetched) if cache is None else (f"in {cache}", cache, fetched))
+    needed: dict[int, int] = {}
+    named: dict[int, tuple[str, Path]] = {}
+    for name, path, size in places:
+        there = next(parent for parent in (path, *path.parents) if parent.exists())  # convert makes the rest
+        named.setdefault(_device(there), (name, there))
+        needed[_device(there)] = needed.get(_device(there), 0) + size
+    return {name: (needed[device], shutil.disk_usage(there).free) for device, (name, there) in named.items() if needed[device]}
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:

@@ -196,11 +196,22 @@ class GgufInfo:
         return dict.fromkeys(downs, provenance.r4_size) if provenance.r4_kind == HADAMARD else {}
 
     @property
+    def requantized(self) -> str | None:
+        """Types of the blocks' linears where they are not what ``convert`` wrote, as after llama-quantize; None where they are."""
+        provenance = self.provenance
+        types = {tensor.type_id: tensor.type_name for tensor in self.tensors if tensor.is_block_linear}
+        if provenance is None or provenance.weights == "f32":
+            return None
+        written = ggml.Q4_0 if provenance.target == "stock" else ggml.KT4
+        return "+".join(sorted(types.values())) if types.keys() - {written} else None
+
+    @property
     def runtime_bits(self) -> tuple[int | None, int]:
         """Bits of activations and of the default cache; None where llama.cpp's own kernels decide."""
         provenance = self.provenance
         if provenance is not None and provenance.target != "stock":
-            return None if provenance.weights == "f32" else provenance.activation_bits, provenance.kv_bits
+            rounded = provenance.weights != "f32" and self.requantized is None
+            return provenance.activation_bits if rounded else None, provenance.kv_bits
         from_llama_quantize = any(tensor.type_id == ggml.KT4 for tensor in self.tensors)
         return 4 if from_llama_quantize else None, STOCK_KV_BITS
 
@@ -208,10 +219,13 @@ class GgufInfo:
     def runs_as(self) -> str:
         """The same in a word: ``W4A4KV4``, ``stock W4`` (ours, for stock llama.cpp), ``stock`` (not ours).
 
+        ``requantized q8_0 KV4`` was ours once, and is nothing that stock llama.cpp can run.
         ``W4A4+8KV4`` has some linears with activations of 8 bits, ``KV4+8`` some layers with keys or values of 8.
         """
         activations, cache = self.runtime_bits
         provenance = self.provenance
+        if provenance is not None and (types := self.requantized) is not None:
+            return f"stock {types}" if provenance.target == "stock" else f"requantized {types} {provenance.cache_as}"
         if activations is None:
             return "stock" if provenance is None else provenance.runs_as
         others = "".join(f"+{bits}" for bits in sorted(set(self.activation_exceptions.values())))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,11 @@ def run(
         process.stdout.close()
         process.stderr.close()
     raise WorkerError(_died(module, status, list(last_lines)))
+
+
+def run_module(module: str, arguments: Sequence[str]) -> int:
+    """Run a program of the pinned source's own packages on this terminal; returns its status."""
+    return subprocess.run([sys.executable, "-P", "-m", module, *arguments], env=_environment(), check=False).returncode
 
 
 def serve(handle: Callable[[Message, Callable[[Message], None]], Any]) -> None:

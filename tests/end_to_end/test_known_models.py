@@ -94,6 +94,7 @@ def test_the_recipe_tells_the_shape(qwen):
     assert shape["head_dim"] == config["hidden_size"] // config["num_attention_heads"]
     names = {
         "layers": "num_hidden_layers", "attention_heads": "num_attention_heads", "vocabulary": "vocab_size",
+        "context": "max_position_embeddings", "tied": "tie_word_embeddings",
         "key_value_heads": "num_key_value_heads", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
     }  # fmt: skip
     assert {key: config[name] for key, name in names.items()} == {key: shape[key] for key in names}

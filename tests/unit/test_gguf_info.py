@@ -65,6 +65,10 @@ def test_a_file_older_than_the_target_is_for_our_runtime():
         (_keys(replace(PROVENANCE, activation_bits=8)), ggml.KT4, (8, 4), "W4A8KV4"),
         (_keys(replace(PROVENANCE, target="stock", activation_bits=8, kv_bits=16)), ggml.Q4_0, (None, 16), "stock W4"),
         ({}, ggml.Q4_0, (None, 16), "stock"),
+        # types tell more than keys, which llama-quantize copies
+        (_keys(), ggml.Q8_0, (None, 4), "requantized t KV4"),
+        (_keys(replace(PROVENANCE, target="stock", activation_bits=8, kv_bits=16)), ggml.Q8_0, (None, 16), "stock t"),
+        (_keys(replace(PROVENANCE, weights="f32", activation_bits=32)), ggml.F32, (None, 4), "f32KV4"),
         ({}, ggml.KT4, (4, 16), "W4A4KV16"),
     ],
 )

@@ -29,6 +29,12 @@ from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.model.loading.source import resolve_source
 try:
+    if "--outline" in sys.argv:
+        from kurtail_gguf.model.loading.outline import outline
+        Path("scratch").mkdir()
+        found = outline(sys.argv[1], Path("scratch"))
+        print(found.directory, found.download, found.cache.name, found.note)
+        sys.exit()
     print(resolve_source(sys.argv[1], Path("work"), NullProgress(), "--allow-pickle" in sys.argv))
 except SourceError as error:
     print("refused:", error)
@@ -176,3 +182,17 @@ def test_without_a_network_one_line_says_what_to_do(resolve, offline):
     told = resolve("http://127.0.0.1:9", "a/b", **offline)
     assert told.startswith("refused: a/b is no directory here, and cannot be downloaded from the Hugging Face Hub (")
     assert told.endswith("where there is a network, run hf download a/b --local-dir b, bring the directory here and give it as MODEL")
+
+
+def test_a_plan_downloads_config_json_alone(hub, resolve, tmp_path):
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 192, "vocab_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "torch_dtype": "bfloat16", "tie_word_embeddings": True,
+    }  # fmt: skip
+    hub.files.update({"config.json": json.dumps(config).encode(), "model.safetensors": b"not asked for"})
+    values = 64 * 128 + 128 + 2 * (2 * 128 + 128 * (2 * 128 + 2 * 64) + 3 * 128 * 192)
+    assert resolve(hub.address, "hf:a/b", "--outline") == (
+        f"scratch {2 * values} models--a--b a/b is not downloaded yet; its shapes are those of its config.json, which was"
+    )
+    snapshot = tmp_path / "home" / "hub" / "models--a--b" / "snapshots" / COMMIT
+    assert [path.name for path in snapshot.iterdir()] == ["config.json"]

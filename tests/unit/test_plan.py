@@ -244,9 +244,33 @@ def test_deciding_on_the_cache_has_memory_disk_and_time_of_its_own(tmp_path, roo
     assert alone.disk["inputs of layers, while the cache is measured"] == 4 * 2 * 4 * 125 * 8192
 
 
+def test_a_known_model_is_planned_without_a_download(tmp_path, room, monkeypatch):
+    room(64 * GIB, 1000 * GIB)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = plan(ConvertConfig("smollm2-135m", tmp_path / "o.gguf"))
+    assert (found.architecture, found.layers, found.refused) == ("LlamaForCausalLM", 30, ())
+    assert found.parameters == 134_515_008
+    assert found.notes[0] == "smollm2-135m is not downloaded yet; its shapes are those that its recipe tells"
+    assert found.disk["MODEL, downloaded"] == 98_362_432 and found.disk["MODEL, unpacked"] == 4 * found.parameters
+    assert found.memory["unpack MODEL"] > 4 * found.parameters
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_cache_of_a_known_model_may_be_another_disk(tmp_path, room, monkeypatch):
+    room(64 * GIB, GIB // 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(planning, "_device", lambda path: path.name == "cache")
+    found = plan(ConvertConfig("smollm2-135m", tmp_path / "o.gguf", tune=0, weights="rtn", rotation="hadamard"))
+    place = next(name for name in found.room if name.startswith(f"in {tmp_path / 'cache'}"))
+    assert found.room[place][0] == found.disk["MODEL, downloaded"] + found.disk["MODEL, unpacked"]
+    assert sum(needed for needed, _ in found.room.values()) == sum(found.disk.values())
+    assert any(text.endswith(f"are free {place}") for text in found.refused)
+
+
 def test_what_cannot_be_planned_is_one_line(tiny_checkpoint, tmp_path):
-    with pytest.raises(SourceError, match="--plan reads an HF directory"):
-        plan(ConvertConfig("smollm2-135m", tmp_path / "o.gguf"))
+    with pytest.raises(SourceError, match="no-such-model is neither a directory, a file nor a known model"):
+        plan(ConvertConfig("no-such-model", tmp_path / "o.gguf"))
     model = tiny_checkpoint("mistral")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))

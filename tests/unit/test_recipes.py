@@ -17,7 +17,7 @@ from kurtail_gguf.cli.main import commands
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.model.loading import recipes
-from kurtail_gguf.model.loading.recipes import Part, Recipe, fetch_recipe, find_recipe, prefer_original, recipe_names
+from kurtail_gguf.model.loading.recipes import Part, Recipe, Shape, fetch_recipe, find_recipe, prefer_original, recipe_names
 
 MODELS = Path(__file__).parents[2] / "models"
 PIECES = (b"GGUF and", b" more and", b" the rest")
@@ -43,8 +43,10 @@ def test_a_shipped_recipe_is_complete(name):
         assert part.member.startswith(part.package.replace("-", "_") + "/") and part.version
     shape = data["shape"]
     assert shape.pop("architecture").endswith("ForCausalLM")
+    assert isinstance(shape.pop("tied"), bool)
     assert shape.keys() == {
         "layers", "hidden_size", "intermediate_size", "attention_heads", "key_value_heads", "head_dim", "vocabulary",
+        "context",
     }  # fmt: skip
     assert all(value > 0 for value in shape.values())
     assert shape["attention_heads"] % shape["key_value_heads"] == 0
@@ -73,7 +75,10 @@ licence = "MIT"
 original = "https://example.org/tiny"
 source = {{ kind = "wheels", file = "tiny.gguf", bytes = 9, sha256 = "{"a" * 64}", parts = [ \
 {{ package = "p", version = "1", sha256 = "{"b" * 64}", member = "p/data" }} ] }}
+shape = {{ architecture = "LlamaForCausalLM", layers = 1, hidden_size = 64, intermediate_size = 64, attention_heads = 1, \
+key_value_heads = 1, head_dim = 64, vocabulary = 8, context = 16, tied = true }}
 """
+SHAPE = Shape("LlamaForCausalLM", 1, 64, 64, 1, 1, 64, 8, 16, True)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,7 @@ source = {{ kind = "wheels", file = "tiny.gguf", bytes = 9, sha256 = "{"a" * 64}
         ("bytes = 9", "bytes = 0", "0 bytes in 1 parts"),
         ('member = "p/data"', 'members = "p/data"', "members"),
         ('original = "https://example.org/tiny"', "", "original"),
+        ("head_dim = 64, ", "", "head_dim"),
     ],
 )
 def test_a_damaged_recipe_is_one_line(tmp_path, monkeypatch, right, wrong, message):
@@ -128,7 +134,7 @@ class Index:
             for number, wheel in enumerate(self.wheels.values(), 1)
         )
         whole = b"".join(PIECES)
-        told = {"bytes": len(whole), "sha256": _sha256(whole), "parts": parts} | changes
+        told = {"bytes": len(whole), "sha256": _sha256(whole), "parts": parts, "shape": SHAPE} | changes
         return Recipe("tiny", "Tiny", "MIT", "https://example.org/tiny", "tiny.gguf", **told)
 
     def fail(self, number: int) -> None:

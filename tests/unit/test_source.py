@@ -1,4 +1,5 @@
-"""MODEL to an HF directory: directories and GGUF files. Recipes are in test_recipes.py."""
+"""MODEL to an HF directory, and to the outline of one: directories and GGUF files. Recipes are in test_recipes.py, models of the
+Hub in test_hub.py."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import pytest
 from kurtail_gguf.messages.errors import KurtailError, SourceError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.model.loading import source as sources
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.loading.outline import outline
 from kurtail_gguf.model.loading.source import resolve_source
 from kurtail_gguf.runtime import native
 from kurtail_gguf.runtime.export import check_vocabulary
@@ -242,3 +245,39 @@ def test_rope_that_is_scaled_by_a_key_is_refused(tmp_path):
         resolve_source(str(path), tmp_path / "work", NullProgress())
     _write_gguf(path, scaling="none")
     resolve_source(str(path), tmp_path / "work", NullProgress())
+
+
+@needs_runtime
+@pytest.mark.parametrize(
+    ("more", "tied"), [({}, True), ({"output.weight": (64, 256)}, False)], ids=["tied", "untied"]
+)
+def test_the_outline_of_a_gguf_is_what_it_is_unpacked_to(tmp_path, more, tied):
+    path = tmp_path / "model.gguf"
+    values = sum(tensor.size for tensor in _write_gguf(path, more=more).values())
+    (tmp_path / "scratch").mkdir()
+    found = outline(str(path), tmp_path / "scratch")
+    expected = open_checkpoint(resolve_source(str(path), tmp_path / "work", NullProgress()))
+    outlined = open_checkpoint(found.directory)
+    assert outlined.spec == expected.spec and outlined.spec.tied == tied
+    assert outlined.files.by_tensor.keys() == expected.files.by_tensor.keys()
+    assert (found.unpacked, found.packed, found.download) == (4 * values, path.stat().st_size, 0)
+    # holes: nothing of the weights was written
+    assert sum(512 * file.stat().st_blocks for file in found.directory.iterdir()) < values
+
+
+@needs_runtime
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"without": "blk.1.attn_q.weight"}, "lacks tensor blk.1.attn_q.weight"),
+        ({"more": {"blk.0.attn_q.bias": (256,)}}, "no place for tensor blk.0.attn_q.bias"),
+        ({"parts": 3}, "is one of 3 parts"),
+        ({"scaling": "yarn"}, "scales RoPE"),
+    ],
+)
+def test_the_outline_refuses_what_unpacking_would(tmp_path, changes, message):
+    path = tmp_path / "model.gguf"
+    _write_gguf(path, **changes)
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(SourceError, match=message):
+        outline(str(path), tmp_path / "scratch")

@@ -154,6 +154,31 @@ void kurtail_model::leave_cache_types(llama_context_params & params, ggml_type g
     }
 }
 
+void kurtail_check_override(const char * key) {
+    if (std::string(key).rfind("kurtail.", 0) == 0) {
+        throw std::runtime_error(format("kurtail: --override-kv %s is refused: these keys say what was done to the weights, and are read from the file: convert the model again with other options", key));
+    }
+}
+
+void kurtail_check_quantize(const gguf_context * metadata, bool copies) {
+    const kurtail_keys k(metadata);
+    const bool stock = k.has("kurtail.target") && k.str("kurtail.target") == "stock";
+    if (k.has("kurtail.format_version") && !stock && !copies) {
+        throw std::runtime_error("kurtail: this file's weights expect transforms that only this runtime makes, and with other types stock llama.cpp would run it without them: quantize the original model, or convert it with kurtail-gguf convert --target stock");
+    }
+}
+
+bool kurtail_can_be_saved(const llama_model & model) {
+    bool ours = model.kurtail.active;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        ours = ours || t->type == GGML_TYPE_KT4;
+    }
+    if (ours) {
+        LLAMA_LOG_ERROR("%s: nothing is written: a loaded kurtail or kt4 model cannot be saved, its keys and the order of its weights would be lost: copy its file instead\n", __func__);
+    }
+    return !ours;
+}
+
 ggml_backend_buffer_type_t kurtail_adapter_buffer_type(ggml_backend_buffer_type_t buft) {
     ggml_backend_dev_t device = ggml_backend_buft_get_device(buft);
     if (!device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {

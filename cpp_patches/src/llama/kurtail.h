@@ -60,6 +60,17 @@ private:
     void load_r3(const kurtail_keys & keys, const llama_model & model);
 };
 
+// Throws std::runtime_error for a key that --override-kv must not change: kurtail's are read from the file as it is, since they say
+// what was done to the weights
+void kurtail_check_override(const char * key);
+
+// Throws std::runtime_error where a file (its GGUF keys) is to be quantized to other types whose weights expect transforms that only
+// this runtime makes: of a file without kt4 tensors stock llama.cpp would not notice, and run it without them. Copies are allowed.
+void kurtail_check_quantize(const gguf_context * metadata, bool copies);
+
+// Whether upstream can write the loaded model to a file; else logs why. Its saver knows neither our keys nor repacked weights.
+bool kurtail_can_be_saved(const llama_model & model);
+
 // Where an adapter's tensors lie whose model tensor is in a buffer of this type: the same, but for a card's repacked type
 // (src/cuda/kt4-buffer.cu), which is for the model's weights alone, the card's own
 ggml_backend_buffer_type_t kurtail_adapter_buffer_type(ggml_backend_buffer_type_t buft);

@@ -88,10 +88,12 @@ def fetch_config(model: HubModel) -> Path:
     Raises:
         SourceError: as :func:`fetch_model`.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        return Path(hf_hub_download(model.name, "config.json", revision=model.revision))
+        # asked first, since a download that finds no network tries again for half a minute
+        commit = HfApi().model_info(model.name, revision=model.revision).sha
+        return Path(hf_hub_download(model.name, "config.json", revision=commit))
     except Exception as error:  # as below
         raise _told(model, error) from error
 

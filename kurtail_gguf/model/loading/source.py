@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -29,6 +29,8 @@ _CARD_KEYS = (
     *("name", "author", "version", "organization", "description", "finetune", "basename", "size_label"),
     *("license", "license_name", "license_link", "languages", "tags"),
 )
+#: In a directory that was unpacked from a GGUF file: of which.
+_MARKER = "converted-from"
 #: Tensors that are no weights but say how RoPE is scaled: llama.cpp's form of a config's ``rope_scaling``.
 _ROPE_SCALING = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -60,10 +62,11 @@ def resolve_source(model: str, work_dir: Path, progress: Progress, allow_pickle:
     hub = parse_hub_model(model)
     if hub is not None:
         return fetch_model(hub, progress, allow_pickle)
-    raise _unknown(model)
+    raise unknown_model(model)
 
 
-def _unknown(model: str) -> SourceError:
+def unknown_model(model: str) -> SourceError:
+    """What is said of a MODEL that is nothing."""
     return SourceError(
         f"{model} is neither a directory, a file nor a known model ({', '.join(recipe_names())}); models of the Hugging Face Hub are "
         "called hf:owner/name"
@@ -75,15 +78,8 @@ def _from_gguf(gguf: Path, target: Path, progress: Progress, recipe: Recipe | No
 
     A recipe's title replaces the name that the file gives itself.
     """
-    title = None if recipe is None else recipe.title
-    refuse_pointer(gguf, SourceError)
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise SourceError(f"{gguf} is not a GGUF file (its first bytes are not 'GGUF')")
-    stamp = f"{gguf.name} {gguf.stat().st_size} {gguf.stat().st_mtime_ns} {title}"
-    marker = target / "converted-from"
-    # earlier versions kept no keys
-    if (target / UNPACKED_KEYS).exists() and marker.exists() and marker.read_text(encoding="utf-8") == stamp:
+    _check_magic(gguf)
+    if unpacked_before(gguf, target, recipe):
         return target
     info = _read_header(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,13 +90,54 @@ def _from_gguf(gguf: Path, target: Path, progress: Progress, recipe: Recipe | No
             for note in _convert(info, scratch):
                 stage.advance(1, note)
             (scratch / "README.md").write_text(_model_card(info, recipe), encoding="utf-8")
-            (scratch / marker.name).write_text(stamp, encoding="utf-8")
+            (scratch / _MARKER).write_text(_stamp(gguf, recipe), encoding="utf-8")
             if target.exists():
                 shutil.rmtree(target)
             os.replace(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def unpacked_before(gguf: Path, target: Path, recipe: Recipe | None) -> bool:
+    """Whether ``target`` holds what this file was unpacked to, by this version and under the same title."""
+    marker = target / _MARKER
+    # earlier versions kept no keys
+    return (target / UNPACKED_KEYS).exists() and marker.exists() and marker.read_text(encoding="utf-8") == _stamp(gguf, recipe)
+
+
+def _stamp(gguf: Path, recipe: Recipe | None) -> str:
+    return f"{gguf.name} {gguf.stat().st_size} {gguf.stat().st_mtime_ns} {None if recipe is None else recipe.title}"
+
+
+def _check_magic(gguf: Path) -> None:
+    refuse_pointer(gguf, SourceError)
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SourceError(f"{gguf} is not a GGUF file (its first bytes are not 'GGUF')")
+
+
+def check_gguf(gguf: Path) -> dict[str, Any]:
+    """What config.json will say of a GGUF file, with all that can be refused before its weights are read.
+
+    Raises:
+        SourceError, UnsupportedArchitecture: as :func:`resolve_source`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_magic(gguf)
+    info = _read_header(gguf)
+    with _quiet(), _one_line(gguf):
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    find_family(type(model).__name__)
+    with _quiet(), _one_line(gguf):
+        places = _places(model, info.architecture)
+    parameters = [name for name in model.state_dict() if not (config.tie_word_embeddings and name == "lm_head.weight")]
+    _check_complete(info, places, parameters, {"missing_keys": set(), "unexpected_keys": set()})
+    return {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
 
 
 def _read_header(gguf: Path) -> GgufInfo:
