@@ -106,6 +106,8 @@ class _Hub(http.server.BaseHTTPRequestHandler):
             told = [{"rfilename": one, "size": len(data)} for one, data in self.files.items()]
             status, content = self.status, json.dumps({"id": "a/b", "sha": COMMIT, "siblings": told}).encode()
             headers = {"X-Error-Code": self.error} if self.error else {}
+        elif name not in self.files:  # the library asks for things of its own as well
+            status, content = 404, b""
         else:
             status, content = 200, self.files[name]
             headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
@@ -192,7 +194,7 @@ def test_a_plan_downloads_config_json_alone(hub, resolve, tmp_path):
     hub.files.update({"config.json": json.dumps(config).encode(), "model.safetensors": b"not asked for"})
     values = 64 * 128 + 128 + 2 * (2 * 128 + 128 * (2 * 128 + 2 * 64) + 3 * 128 * 192)
     assert resolve(hub.address, "hf:a/b", "--outline") == (
-        f"scratch {2 * values} models--a--b a/b is not downloaded yet; its shapes are those of its config.json, which was"
+        f"scratch {2 * values} hub a/b is not downloaded yet; its shapes are those of its config.json, which was"
     )
     snapshot = tmp_path / "home" / "hub" / "models--a--b" / "snapshots" / COMMIT
     assert [path.name for path in snapshot.iterdir()] == ["config.json"]
