@@ -253,10 +253,14 @@ def test_balanced_channels_are_the_least_product():
     assert np.exp(np.log(scale).mean()) == pytest.approx(1)
 
 
-def test_dead_channels_keep_their_size():
+def test_channels_that_are_dead_or_unread():
     w = torch.tensor([2.0, 2.0, 0.0])
-    scale = balance_channels(torch.tensor([0.0, 2.0, 1.0]), w)
+    scale = balance_channels(torch.tensor([0.0, 2.0, 0.0]), w)
     assert scale.tolist() == [1.0, 1.0, 1.0]
     assert balance_channels(torch.zeros(3), w).tolist() == [1.0, 1.0, 1.0]
+    # the largest channel, that nothing reads, must not be what a block is rounded for
+    unread = balance_channels(torch.tensor([24.0, 0.1, 0.4]), torch.tensor([0.0, 1.0, 1.0]))
+    assert 24 * unread[0] < 0.1 * 0.1 * unread[1]
+    assert float(unread[1:].log().sum()) == pytest.approx(0, abs=1e-9)
     extreme = balance_channels(torch.tensor([1e-9, 1.0]), torch.ones(2))
     assert float(extreme.max() / extreme.min()) < 500

@@ -37,6 +37,8 @@ from kurtail_gguf.numerics.simulation.attention import rotated
 
 #: A channel is scaled by at most e^±3, 20 times.
 _MAX_LOG_SCALE = 3.0
+#: What a channel is scaled by that nothing reads.
+_UNREAD = 1e-4
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -181,14 +183,17 @@ def balance_channels(channels: torch.Tensor, columns: torch.Tensor) -> torch.Ten
         columns: w, ``[n]``.
 
     Returns:
-        s, float64 ``[n]``, with geometric mean 1; channels that are always zero keep their size.
+        s, float64 ``[n]``, with geometric mean 1 where a channel is read; channels that are always zero keep their size. One
+        that nothing reads becomes small: Gemma's gains are 0 where the residual stream is largest, and a block would be
+        rounded for that channel alone.
     """
     m, w = channels.double(), columns.double()
     usable = (m > 0) & (w > 0)
     logarithm = torch.where(usable, 0.5 * (w / m).log(), 0.0)
     # a channel that is almost never on must not be blown up beyond what its own peaks allow
     spread = logarithm - logarithm[usable].mean() if usable.any() else logarithm
-    return torch.where(usable, spread.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE).exp(), 1.0)
+    scale = torch.where(usable, spread.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE).exp(), 1.0)
+    return torch.where((m > 0) & (w == 0), _UNREAD, scale)
 
 
 def _fold_r2(folded: dict[str, torch.Tensor], spec: ModelSpec, r2: torch.Tensor) -> None:
