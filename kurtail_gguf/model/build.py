@@ -58,7 +58,9 @@ def build_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
     for key, value in rows.items():
         if value % _BLOCK:
             raise refuse(key, value, f"it must be a multiple of {_BLOCK}")
-    window = _window(config)
+    if family.whole_heads and heads * head_dim != hidden:
+        raise refuse("head_dim", head_dim, f"upstream's graph has hidden_size / num_attention_heads, {hidden / heads:g}, for {name}")
+    window = _window(family, config)
     turned = family.turned or (lambda _config, _layer: True)
     return ModelSpec(
         family=family,
@@ -108,11 +110,17 @@ def _number(config: Mapping[str, Any], key: str) -> float:
     return float(config[key]) if key else 1.0
 
 
-def _window(config: Mapping[str, Any]) -> int:
-    # Qwen2 carries a window that is off unless use_sliding_window is set.
+def _window(family: Family, config: Mapping[str, Any]) -> int:
+    """The window that some layer has; 0 where none has one that is shorter than the context."""
+    # Qwen2 carries a window that is off unless use_sliding_window is set; transformers' configs know of it
     if not config.get("use_sliding_window", True):
         return 0
-    return config.get("sliding_window") or 0
+    window = config.get("sliding_window") or 0
+    if family.windows:
+        return window
+    if not family.window_of or (family.window_of == "layers" and _SLIDING not in (config.get("layer_types") or ())):
+        return 0
+    return window if window < config["max_position_embeddings"] else 0
 
 
 def _windows(config: Mapping[str, Any], layers: int, window: int, refuse: _Refuse) -> tuple[int, ...]:

@@ -78,6 +78,10 @@ class Family:
         experts: how the FFN is split into experts, None where it is not; ``ffn_readers``, ``ffn_writer`` and ``up`` are
             then not used.
         windows: whether the runtime has the sliding windows of the layers that config.json's ``layer_types`` names.
+        window_of: where it has none, which layers transformers gives config.json's ``sliding_window``: "all", "layers" that
+            ``layer_types`` names, or none.
+        whole_heads: whether upstream's graph knows no head_dim but hidden_size over heads.
+        rope_factors: whether upstream's graph reads factors of RoPE's frequencies (Llama 3's scaling, longrope).
         rooted_embedding: whether embeddings are multiplied by the root of ``hidden_size``.
         embedding_scale, residual_scale, logit_divisor, logit_factor: config keys of what embeddings, everything that is added
             to the residual stream, and (divided or multiplied by) logits are multiplied by; empty for none. Numbers commute
@@ -123,6 +127,9 @@ class Family:
     head_bias: bool = False
     experts: ExpertNames | None = None
     windows: bool = False
+    window_of: str = ""
+    whole_heads: bool = False
+    rope_factors: bool = False
     rooted_embedding: bool = False
     embedding_scale: str = ""
     residual_scale: str = ""

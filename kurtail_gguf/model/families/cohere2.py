@@ -29,6 +29,7 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 FAMILY = Family(
     architecture="Cohere2ForCausalLM",
+    rope_factors=True,
     norm=NormForm(centred=True, eps="layer_norm_eps"),
     parallel=True,
     ffn_norm="",

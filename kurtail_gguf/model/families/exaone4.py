@@ -26,6 +26,7 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 FAMILY = Family(
     architecture="Exaone4ForCausalLM",
+    rope_factors=True,
     attention_norm="",
     attention_post_norm="post_attention_layernorm",
     ffn_norm="",

@@ -13,6 +13,7 @@ from kurtail_gguf.model.families.llama import FAMILY as LLAMA
 FAMILY = replace(
     LLAMA,
     architecture="GraniteForCausalLM",
+    whole_heads=True,
     embedding_scale="embedding_multiplier",
     residual_scale="residual_multiplier",
     logit_divisor="logits_scaling",

@@ -6,6 +6,7 @@ from kurtail_gguf.model.family import Family
 
 FAMILY = Family(
     architecture="LlamaForCausalLM",
+    rope_factors=True,
     rope_pairs=True,
     biased_by={
         "attention_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),

@@ -6,5 +6,9 @@ from __future__ import annotations
 from kurtail_gguf.model.family import Family
 
 FAMILY = Family(
-    architecture="MistralForCausalLM", wrappers={"Mistral3ForConditionalGeneration": "mistral"}, rope_pairs=True
+    architecture="MistralForCausalLM",
+    window_of="all",
+    rope_factors=True,
+    wrappers={"Mistral3ForConditionalGeneration": "mistral"},
+    rope_pairs=True,
 )

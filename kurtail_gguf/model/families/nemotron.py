@@ -8,6 +8,7 @@ from kurtail_gguf.model.norms import NormForm
 
 FAMILY = Family(
     architecture="NemotronForCausalLM",
+    whole_heads=True,
     norm=NormForm(centred=True, offset=1.0, biased=True, eps="norm_eps"),
     ffn_readers=("mlp.up_proj",),
     gated=False,

@@ -7,6 +7,7 @@ from kurtail_gguf.model.family import Family
 
 FAMILY = Family(
     architecture="Olmo2ForCausalLM",
+    whole_heads=True,
     attention_norm="",
     attention_post_norm="post_attention_layernorm",
     ffn_norm="",

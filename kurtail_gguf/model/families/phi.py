@@ -19,6 +19,7 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 FAMILY = Family(
     architecture="PhiForCausalLM",
+    whole_heads=True,
     norm=NormForm(centred=True, biased=True, eps="layer_norm_eps"),
     parallel=True,
     ffn_norm="",

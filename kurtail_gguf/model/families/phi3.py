@@ -6,6 +6,9 @@ from kurtail_gguf.model.family import Family
 
 FAMILY = Family(
     architecture="Phi3ForCausalLM",
+    window_of="all",
+    whole_heads=True,
+    rope_factors=True,
     attention_readers=("self_attn.qkv_proj",),
     query="self_attn.qkv_proj",
     key="self_attn.qkv_proj",

@@ -6,5 +6,7 @@ from kurtail_gguf.model.family import Family
 
 FAMILY = Family(
     architecture="Qwen2ForCausalLM",
+    window_of="layers",
+    whole_heads=True,
     always_biased=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )

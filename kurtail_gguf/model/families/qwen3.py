@@ -6,6 +6,7 @@ from kurtail_gguf.model.family import Family
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
+    window_of="layers",
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",
     refused={"attention_bias": "upstream's graph has no bias at attention's output for Qwen3"},

@@ -10,6 +10,7 @@ from kurtail_gguf.model.family import ExpertNames
 FAMILY = replace(
     QWEN3,
     architecture="Qwen3MoeForCausalLM",
+    window_of="all",
     experts=ExpertNames(
         router="mlp.gate",
         gate="mlp.experts.{}.gate_proj",

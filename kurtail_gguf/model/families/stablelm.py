@@ -7,6 +7,7 @@ from kurtail_gguf.model.norms import NormForm
 
 FAMILY = Family(
     architecture="StableLmForCausalLM",
+    whole_heads=True,
     norm=NormForm(centred=True, biased=True, eps="layer_norm_eps"),
     biased_by={"use_qkv_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
     refused={

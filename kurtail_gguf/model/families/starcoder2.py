@@ -16,6 +16,8 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 FAMILY = Family(
     architecture="Starcoder2ForCausalLM",
+    window_of="all",
+    whole_heads=True,
     norm=NormForm(centred=True, biased=True, eps="norm_epsilon"),
     ffn_readers=("mlp.c_fc",),
     gated=False,

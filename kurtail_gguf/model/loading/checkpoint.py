@@ -237,11 +237,12 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
         return checkpoint
     # the tensors decide, as they do for transformers and for upstream's converter
     config.tie_word_embeddings = False
+    spec = build_spec(family, config.to_dict())  # not every graph of upstream's has a head of its own
     note = (
         f"{directory / 'config.json'}: tie_word_embeddings is true, but {family.head}.weight differs from the embedding: it is "
         "taken for the head, as transformers does; set tie_word_embeddings to false"
     )
-    return replace(checkpoint, spec=replace(spec, tied=False), notes=(note,))
+    return replace(checkpoint, spec=spec, notes=(note,))
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
