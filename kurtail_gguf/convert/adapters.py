@@ -30,18 +30,24 @@ from kurtail_gguf.runtime.gguf_info import read_gguf
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
 
-#: Settings of PEFT that change what an adapter computes, and the values under which it is W + scaling B A.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-}
+#: Settings of PEFT that say what an adapter is, and the values under which it is W + scaling B A. Any other setting that is
+#: not in :data:`_WITHOUT_EFFECT` may only be off.
+_PLAIN: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
+#: Values of ``init_lora_weights`` that leave W as it is. By the others (PiSSA, OLoRA, CorDA, LoRA-GA) training began with a
+#: part of W moved into B A, or with W quantized (LoftQ): B A is then no difference from the original weights.
+_FROM_ORIGINAL = (True, False, None, "gaussian", "eva", "orthogonal")
+#: Settings that are honoured here, or say how an adapter was trained or found and not what it computes.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "lora_dropout", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
+        "megatron_config", "megatron_core", "runtime_config",
+        "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    }
+)  # fmt: skip
+#: What a setting that is off has for a value.
+_OFF = (None, False, [], {})
 
 
 class AdapterError(KurtailError):
@@ -140,12 +146,18 @@ def read_adapter(directory: Path, checkpoint: Checkpoint) -> Adapter:
             linear that the model does not have.
     """
     config = _read_config(directory / _CONFIG)
-    for key, plain in _PLAIN.items():
-        if config.get(key) not in plain:
+    for key, value in config.items():
+        if key not in _WITHOUT_EFFECT and value not in _PLAIN.get(key, _OFF):
             raise AdapterError(
-                f"{directory / _CONFIG}: {key} {config[key]!r} is more than a plain LoRA of linears: it cannot be "
+                f"{directory / _CONFIG}: {key} {value!r} is more than a plain LoRA of linears: it cannot be "
                 "brought into the rotated basis; merge it into the model and convert that"
             )
+    if (value := config.get("init_lora_weights")) not in _FROM_ORIGINAL:
+        raise AdapterError(
+            f"{directory / _CONFIG}: init_lora_weights {value!r} began with other weights than the model's, to which this adapter "
+            "does not fit: save it as the difference (PEFT's save_pretrained with path_initial_model_for_weight_conversion), or "
+            "merge it into the model and convert that"
+        )
     path = directory / _WEIGHTS
     if not path.is_file():
         raise AdapterError(f"{path} is missing: ADAPTER must be a PEFT directory with safetensors weights")
@@ -198,7 +210,12 @@ def _pair(
 
 
 def _scaling(path: Path, module: str, rank: int, config: dict[str, Any]) -> float:
-    """PEFT's factor before B A."""
+    """PEFT's factor before B A, which it computes from the rank that the configuration says."""
+    told = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", rank))
+    if told != rank:
+        raise AdapterError(
+            f"{path}: {module} has rank {rank}, {_CONFIG} says {told!r} (r, rank_pattern): they are of two adapters; save it again"
+        )
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise AdapterError(f"{path.with_name(_CONFIG)}: lora_alpha {alpha!r} is no number")
