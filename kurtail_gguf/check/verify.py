@@ -7,7 +7,6 @@ model says, from the original over the rotated weights to the file in the runtim
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.model.loading.source import resolve_source
 from kurtail_gguf.model.names import EMBEDDING, HEAD, file_norm, file_rows, file_tensor
 from kurtail_gguf.runtime import ggml
-from kurtail_gguf.runtime.export import read_metadata
+from kurtail_gguf.runtime.export import read_header
 from kurtail_gguf.runtime.file_tensors import FileTensors
 from kurtail_gguf.runtime.gguf_info import GgufInfo, read_gguf
 from kurtail_gguf.runtime.logits import runtime_tokens
@@ -91,7 +90,7 @@ def verify(
     source = resolve_source(model, work_dir, progress, allow_pickle)
     checkpoint = open_checkpoint(source, allow_pickle)
     file = FileTensors(info)
-    yield _checked("metadata", lambda: _metadata(info, source))
+    yield _checked("metadata", lambda: _metadata(info, checkpoint))
     yield _checked("tokenizer", lambda: _tokenizer(path, source))
     try:
         transforms, detail = _tensors(checkpoint, file, provenance, progress)
@@ -111,12 +110,11 @@ def _checked(name: str, check: Callable[[], str]) -> Check:
         return Check(name, False, str(difference))
 
 
-def _metadata(info: GgufInfo, source: Path) -> str:
+def _metadata(info: GgufInfo, checkpoint: Checkpoint) -> str:
     """Hyper-parameters and vocabulary are what upstream's converter writes for the model, and types what ours wrote."""
     if info.requantized is not None:
         raise Differs(f"it was quantized again after convert wrote it: its linears are {info.requantized}")
-    with tempfile.TemporaryDirectory(prefix="kurtail-verify-") as directory:
-        expected = read_metadata(source, Path(directory) / "header.gguf")
+    expected = read_header(checkpoint.directory, checkpoint.spec.window).metadata
     prefixes = ("tokenizer.", f"{expected['general.architecture']}.", "general.architecture")
     keys = [key for key in expected if key.startswith(prefixes)]
     for key in keys:

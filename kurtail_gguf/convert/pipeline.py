@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from kurtail_gguf.convert.header import check_header
 from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.settings import ConvertConfig, ConvertResult
 from kurtail_gguf.convert.stages import STAGES
@@ -37,7 +38,6 @@ from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.texts import check_texts, texts_sha256
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.loading.source import resolve_source
-from kurtail_gguf.runtime.export import check_vocabulary
 from kurtail_gguf.runtime.provenance import TOOL
 
 
@@ -128,7 +128,7 @@ def _convert(
         source = resolve_source(config.model, work_dir, progress, config.allow_pickle)
         checkpoint = open_checkpoint(source, config.allow_pickle)
         checkpoint.check_filled()
-        check_vocabulary(source)  # an unknown tokenizer is told now, not after an hour
+        check_header(checkpoint, progress)  # what the file cannot say is told now, not after an hour
     job = Job(config, checkpoint, device, work_dir, texts)
     for stage in STAGES:
         if stage.wanted(job) and (reason := next(stage.refuse(job), None)):

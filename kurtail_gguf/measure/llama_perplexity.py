@@ -19,7 +19,7 @@ from pathlib import Path
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import Progress, Stage
 from kurtail_gguf.runtime import native
-from kurtail_gguf.runtime.activation_bits import VARIABLE
+from kurtail_gguf.runtime.programs import environment, explain
 
 PROGRAM = "llama-perplexity"
 
@@ -28,8 +28,6 @@ _NUMBER = r"(-?(?:[0-9.]+(?:e[+-]?[0-9]+)?|nan|inf))"
 _CHUNKS = re.compile(r"(?:calculating perplexity|computing) over (\d+) chunks")
 # "[3]23.4567," and "   3      23.4567 ±    1.2345 …"
 _CHUNK_DONE = re.compile(rf"\[(\d+)\]{_NUMBER},|^ *(\d+) +{_NUMBER} ± ", re.MULTILINE)
-# "0.00.049.263 E llama_model_load: error loading model: …", "error while handling argument …", aborts
-_ERROR_LINE = re.compile(r"^(?:[\d.]+ )?E +(.+)$|^(error .+)$|^.*(GGML_ASSERT\(.+)$", re.MULTILINE)
 
 FINAL_ESTIMATE = re.compile(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}")
 MEAN_PPL = re.compile(rf"Mean PPL\(Q\)\s*:\s*{_NUMBER} ±\s*{_NUMBER}")
@@ -68,7 +66,7 @@ def run(
     # numbers are told by their tensor's name before anything is computed.
     command = [str(native.executable(PROGRAM)), "-m", str(model), "-lv", "4", "--check-tensors", *arguments]
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment()
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
     )
     try:
         output = _follow(process, model, name, progress, on_start)
@@ -96,17 +94,6 @@ def find(pattern: re.Pattern[str], output: str, model: Path) -> tuple[float, flo
     if not (abs(value) < float("inf") and abs(error) < float("inf")):
         raise EvaluationError(f"{PROGRAM} computed {found[1]} ± {found[2]} for {model}: the file is damaged")
     return value, error
-
-
-def explain(output: str, status: int) -> str:
-    """One line on why there is no result: the first and the last error it logged, else its last line."""
-    errors = [next(filter(None, match.groups())).strip() for match in _ERROR_LINE.finditer(output)]
-    if errors:
-        return "; ".join(dict.fromkeys((errors[0], errors[-1])))
-    if status < 0:
-        return f"killed by signal {-status}: out of memory, or stopped from outside"
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
 
 
 def _follow(
@@ -147,10 +134,3 @@ def _decoded(process: subprocess.Popen[bytes]) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while data := os.read(process.stdout.fileno(), 1 << 16):
         yield decoder.decode(data)
-
-
-def _environment() -> dict[str, str]:
-    # LLAMA_ARG_* set every option of llama.cpp's programs: a measurement must not depend on them. Our own variable is the
-    # commands' to read.
-    unwanted = ("LLAMA_ARG_", "LLAMA_LOG_", VARIABLE)
-    return {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}

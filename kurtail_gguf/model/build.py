@@ -112,9 +112,7 @@ def _number(config: Mapping[str, Any], key: str) -> float:
 
 def _window(family: Family, config: Mapping[str, Any]) -> int:
     """The window that some layer has; 0 where none has one that is shorter than the context."""
-    # Qwen2 carries a window that is off unless use_sliding_window is set; transformers' configs know of it
-    if not config.get("use_sliding_window", True):
-        return 0
+    # Qwen2's config has none unless use_sliding_window is set
     window = config.get("sliding_window") or 0
     if family.windows:
         return window

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from kurtail_gguf.numerics.formats import kt4
 from kurtail_gguf.runtime import ggml
-from kurtail_gguf.runtime.export.writer import read_metadata
+from kurtail_gguf.runtime.export import read_header
 from kurtail_gguf.runtime.gguf_info import PROVENANCE_KEYS, read_gguf
 
 FAST = ("--rotation", "hadamard", "--weights", "rtn")
@@ -62,7 +62,7 @@ def test_a_gguf_keeps_its_vocabulary(cli, request, kind, tmp_path):
 
 
 def test_a_known_model_has_its_title(smollm2, tmp_path):
-    metadata = read_metadata(smollm2, tmp_path / "keys.gguf")
+    metadata = read_header(smollm2).metadata
     assert metadata["general.name"] == "SmolLM2-135M-Instruct"
     assert metadata["general.organization"] == "HuggingFaceTB" and metadata["general.license"] == "apache-2.0"
 

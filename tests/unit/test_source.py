@@ -17,7 +17,7 @@ from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.loading.outline import outline
 from kurtail_gguf.model.loading.source import resolve_source
 from kurtail_gguf.runtime import native
-from kurtail_gguf.runtime.export import check_vocabulary
+from kurtail_gguf.runtime.export import read_header
 from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, read_gguf
 
 
@@ -200,14 +200,14 @@ def test_a_gguf_that_an_earlier_version_unpacked_is_unpacked_again(tmp_path, rec
 def test_the_end_of_text_of_a_gguf_must_be_in_its_vocabulary(tmp_path):
     _write_gguf(tmp_path / "model.gguf")
     source = resolve_source(str(tmp_path / "model.gguf"), tmp_path / "work", NullProgress())
-    check_vocabulary(source)
+    read_header(source)
     writer = gguf.GGUFWriter(source / UNPACKED_KEYS, "llama")
     writer.add_token_list(["a", "b"])
     writer.add_eos_token_id(2)
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         write()
     with pytest.raises(KurtailError, match="eos_token_id 2 is not in the vocabulary of 2 tokens"):
-        check_vocabulary(source)
+        read_header(source)
 
 
 @needs_runtime
@@ -225,7 +225,7 @@ def test_a_directory_without_a_tokenizer_is_told_so(tiny_checkpoint):
     for path in directory.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(KurtailError, match="holds no tokenizer .none of tokenizer.json, tokenizer.model") as caught:
-        check_vocabulary(directory)
+        read_header(directory)
     assert "sentencepiece" not in str(caught.value)
 
 

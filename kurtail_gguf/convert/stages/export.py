@@ -13,6 +13,7 @@ from kurtail_gguf.model.names import online_tensors
 from kurtail_gguf.model.sites import FFN_OUTPUT
 from kurtail_gguf.runtime import ggml
 from kurtail_gguf.runtime.export import write_gguf
+from kurtail_gguf.runtime.programs import check_loads
 from kurtail_gguf.runtime.provenance import Provenance
 
 #: What the file says R1 and R2 were learned by, by ``--rotation``; the others learn nothing.
@@ -46,7 +47,7 @@ class Export(Stage):
         online = online_tensors(job.spec, made.rounding.online)
         write_gguf(
             job.checkpoint.directory, made.quantized, job.config.out, made.provenance, progress, tables, online,
-            made.rounding.exceptions, made.cache.offsets_in_file(job.spec),
+            made.rounding.exceptions, made.cache.offsets_in_file(job.spec), job.spec.window, check_loads,
         )  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from kurtail_gguf.runtime.export.writer import (
     ExportError,
-    check_vocabulary,
+    Header,
     export_reference,
     no_tokenizer,
-    read_metadata,
+    read_header,
     write_adapter,
     write_gguf,
 )  # fmt: skip
@@ -22,11 +22,11 @@ __all__ = [
     "GgufError",
     "GgufInfo",
     "TensorInfo",
-    "check_vocabulary",
+    "Header",
     "export_reference",
     "no_tokenizer",
     "read_gguf",
-    "read_metadata",
+    "read_header",
     "write_adapter",
     "write_gguf",
 ]

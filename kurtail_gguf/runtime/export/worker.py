@@ -25,6 +25,7 @@ from kurtail_gguf.files.row_file import RowFile
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.numerics.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.runtime import ggml, vendored
+from kurtail_gguf.runtime.export.card import usable_card
 from kurtail_gguf.runtime.export.header_worker import copy_key
 from kurtail_gguf.runtime.gguf_info import (
     HADAMARD,
@@ -229,11 +230,13 @@ def write_quantized(request: dict[str, Any], send: Send) -> None:
     source, out = Path(request["source"]), Path(request["out"])
     files = QuantizedFiles(Path(request["quantized"]))
     base = _model_class(source)
+    if request["context"]:
+        base = _shortened(base, request["context"])
     provenance = request["provenance"]
     model_class = quantized_model_class(base, files, request, ggml.GgmlBase(), send)
     # upstream numbers a file's type as its tensors' for both of ours, and for float32
     file_type = 0 if provenance["weights"] == "f32" else BLOCK_FORMATS[provenance["target"]].type_id
-    _write(model_class(source, gguf.LlamaFileType(file_type), out), out)
+    _write(model_class(source, gguf.LlamaFileType(file_type), out), source, out)
 
 
 def write_reference(request: dict[str, Any], send: Send) -> None:
@@ -243,27 +246,48 @@ def write_reference(request: dict[str, Any], send: Send) -> None:
     widest = _widest_matrix_type(model)
     if widest is not gguf.LlamaFileType.ALL_F32:
         model = type(model)(source, widest, out)
-    _write(model, out)
+    _write(model, source, out)
 
 
-def check_vocabulary(request: dict[str, Any], send: Send) -> None:
-    """Convert nothing but the vocabulary of ``source``, to learn early whether upstream knows it."""
-    source = Path(request["source"])
-    _model_class(source)(source, gguf.LlamaFileType.ALL_F32, source / "unwritten.gguf").set_vocab()
+def write_metadata(request: dict[str, Any], send: Send) -> dict[str, Any]:
+    """Write a file ``out`` of all keys for ``source`` and no tensors.
 
-
-def write_metadata(request: dict[str, Any], send: Send) -> None:
-    """Write a file ``out`` of all keys for ``source`` and no tensors."""
+    Returns:
+        ``factors``: values of the tensors that the converter adds by itself, by name; ``dropped``: a line for each field
+        that the file cannot hold.
+    """
     source, out = Path(request["source"]), Path(request["out"])
-    model = _model_class(source)(source, gguf.LlamaFileType.ALL_F32, out)
-    for _ in model.generate_extra_tensors():
-        pass  # some families add keys there
-    model.prepare_metadata(vocab_only=False)
+    base = _model_class(source)
+    model = (_shortened(base, request["context"]) if request["context"] else base)(source, gguf.LlamaFileType.ALL_F32, out)
+    # some families add keys there
+    factors = {name: tensor.flatten().tolist() for name, tensor in model.generate_extra_tensors()}
+    dropped: list[str] = []
+    _prepare_metadata(model, source, dropped.append)
     model.gguf_writer.write_header_to_file(path=out)
     model.gguf_writer.write_kv_data_to_file()
     # a list of no tensors ends the file as the format wants it
     model.gguf_writer.write_tensors_to_file()
     model.gguf_writer.close()
+    return {"factors": factors, "dropped": dropped}
+
+
+def _prepare_metadata(model: Any, source: Path, dropped: Callable[[str], None] = lambda line: None) -> None:
+    with usable_card(source, dropped) as card:
+        model.dir_model_card = card
+        model.prepare_metadata(vocab_only=False)
+
+
+def _shortened(base: type, context: int) -> type:
+    """A subclass of upstream's model class that writes ``context`` tokens for the model's context."""
+
+    class Shortened(base):  # type: ignore[misc, valid-type]
+        model_arch = base.model_arch
+
+        def set_gguf_parameters(self) -> None:
+            super().set_gguf_parameters()
+            self.gguf_writer.add_context_length(context)
+
+    return Shortened
 
 
 def _widest_matrix_type(model: Any) -> gguf.LlamaFileType:
@@ -309,10 +333,10 @@ def _with_vocabulary(base: type, keys: Path) -> type:
     return Unpacked
 
 
-def _write(model: Any, out: Path) -> None:
+def _write(model: Any, source: Path, out: Path) -> None:
     with torch.inference_mode():
         model.prepare_tensors()
-        model.prepare_metadata(vocab_only=False)
+        _prepare_metadata(model, source)
     expected = sum(info.nbytes for shard in model.gguf_writer.tensors for info in shard.values())
     try:
         model.gguf_writer.write_header_to_file(path=out)
@@ -328,16 +352,15 @@ def _write(model: Any, out: Path) -> None:
 _TASKS = {
     "quantized": write_quantized,
     "reference": write_reference,
-    "vocabulary": check_vocabulary,
     "metadata": write_metadata,
 }
 
 
-def handle(request: dict[str, Any], send: Send) -> None:
+def handle(request: dict[str, Any], send: Send) -> Any:
     """Do the task that the request names."""
     vendored.assert_vendored(gguf)
     vendored.assert_vendored(conversion)
-    _TASKS[request["task"]](request, send)
+    return _TASKS[request["task"]](request, send)
 
 
 if __name__ == "__main__":

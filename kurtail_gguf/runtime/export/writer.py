@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def write_gguf(
     online: Mapping[str, int],
     eight_bit: Collection[str] = (),
     k_offset: Sequence[float] | None = None,
+    context: int = 0,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> None:
     """Write the quantized model as a GGUF file.
 
@@ -69,6 +72,8 @@ def write_gguf(
         online: sizes of the Hadamard blocks that inputs are multiplied by at run time, by the tensors' names in the file.
         eight_bit: HF names of packed linears whose activations have 8 bits where the others' have 4.
         k_offset: what keys are stored without (docs/format.md), in the file's order; None for nothing.
+        context: tokens that the file says the model is for; 0 for what the model says.
+        check: called with the finished file before it becomes ``out``; what it raises leaves no file behind.
 
     Raises:
         ExportError: a full disk, no permission, a tokenizer that upstream's converter does not know.
@@ -82,6 +87,7 @@ def write_gguf(
         "online": dict(online),
         "eight_bit": sorted(eight_bit),
         "k_offset": None if k_offset is None else list(k_offset),
+        "context": context,
     }
     with progress.stage("export", _count_tensors(quantized)) as stage, _whole_or_not_at_all(out) as beside:
 
@@ -89,6 +95,7 @@ def write_gguf(
             stage.advance(1, message["tensor"])
 
         _run({**request, "out": str(beside)}, f"cannot write {out}", on_message)
+        check(beside)
 
 
 def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
@@ -106,28 +113,38 @@ def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
         _run(request, f"cannot write {out}")
 
 
-def check_vocabulary(source: Path) -> None:
-    """Raise ExportError if upstream's converter cannot write the tokenizer of an HF directory.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What upstream's converter writes for an HF directory, without the model's tensors.
 
-    Meant to be asked before the work of hours, since :func:`write_gguf` would only find out at its end.
+    Args:
+        metadata: every key, as :func:`read_gguf` gives them.
+        factors: values of the tensors that it adds by itself, those of RoPE's scaling, by name.
+        dropped: a line for each optional field of README.md or generation_config.json that the file cannot hold.
     """
-    request = {"task": "vocabulary", "source": str(source.resolve())}
-    _run(request, f"the vocabulary of {source} cannot be written")
+
+    metadata: Mapping[str, Any]
+    factors: Mapping[str, Sequence[float]]
+    dropped: tuple[str, ...]
 
 
-def read_metadata(source: Path, scratch: Path) -> Mapping[str, Any]:
-    """Every key that upstream's converter writes for an HF directory, as :func:`read_gguf` gives them.
+def read_header(source: Path, context: int = 0) -> Header:
+    """Write what :func:`write_gguf` writes beside the tensors, and read it again.
+
+    Meant to be asked before the work of hours, whose end would find out else what cannot be written.
 
     Args:
         source: HF directory.
-        scratch: a file to write them to; it stays.
+        context: as :func:`write_gguf`'s.
 
     Raises:
-        ExportError: a model or tokenizer that upstream's converter does not know.
+        ExportError: a model or tokenizer that upstream's converter does not know or cannot write.
     """
-    request = {"task": "metadata", "source": str(source.resolve()), "out": str(scratch)}
-    _run(request, f"the metadata of {source} cannot be read")
-    return read_gguf(scratch).metadata
+    with tempfile.TemporaryDirectory(prefix="kurtail-header-") as directory:
+        scratch = Path(directory) / "header.gguf"
+        request = {"task": "metadata", "source": str(source.resolve()), "out": str(scratch), "context": context}
+        answer = _run(request, f"the vocabulary or configuration of {source} cannot be written")
+        return Header(read_gguf(scratch).metadata, answer["factors"], tuple(answer["dropped"]))
 
 
 def write_adapter(tensors: Path, architecture: str, rotations: str, out: Path) -> None:
@@ -149,9 +166,9 @@ def _run(
     what: str,
     on_message: Callable[[dict[str, Any]], None] = lambda message: None,
     worker: str = _WORKER,
-) -> None:
+) -> Any:
     try:
-        vendored.run(worker, request, on_message)
+        return vendored.run(worker, request, on_message)
     except vendored.WorkerError as error:
         # upstream and transformers then blame packages that are installed
         lacking = None if "source" not in request else no_tokenizer(Path(request["source"]))

@@ -1,0 +1,162 @@
+"""Is what the file will say of the model what the checkpoint means? Asked before any work, of upstream's converter itself.
+
+The runtime computes by the file's keys and by constants of its graphs, transformers by config.json. What the two make of a
+model is compared: sizes, vocabulary, and how RoPE turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kurtail_gguf.messages.errors import SourceError, UnsupportedArchitecture
+from kurtail_gguf.messages.progress import Progress
+from kurtail_gguf.method.calibration.tokens import load_tokenizer
+from kurtail_gguf.model.loading.checkpoint import Checkpoint
+from kurtail_gguf.model.rope_turns import checkpoint_turns, runtime_turns
+from kurtail_gguf.runtime.export import Header, read_header
+from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS
+
+#: Tokens of a window that is of use: calibration reads sequences of so many, and the runtime's contexts are no shorter.
+SHORTEST_WINDOW = 512
+#: Largest relative difference of two numbers that are the same, one of them in single precision.
+_SAME = 1e-5
+#: ``gguf.PoolingType.RANK``: the file is of a model that ranks documents.
+_RANKS = 4
+#: Tokens outside the embedding that are named.
+_NAMED = 3
+
+
+def check_header(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Refuse a model that upstream's converter describes as another one, and tell what it leaves out.
+
+    Raises:
+        UnsupportedArchitecture: what the runtime would compute is something else than the checkpoint means.
+        SourceError: a vocabulary that the embedding has no rows for.
+        ExportError: a tokenizer or configuration that upstream's converter does not know.
+    """
+    spec, where = checkpoint.spec, checkpoint.directory / "config.json"
+    if spec.window and spec.window < SHORTEST_WINDOW:
+        raise UnsupportedArchitecture(
+            f"{where}: sliding_window {spec.window} cannot be converted: upstream's graph attends to everything, which is the same "
+            f"within the window only, and one below {SHORTEST_WINDOW} tokens is of no use"
+        )
+    header = read_header(checkpoint.directory, spec.window)
+    for note in (*checkpoint.notes, *header.dropped, *_notes(checkpoint)):
+        progress.tell(f"warning: {note}")
+    told = _Told(header.metadata)
+    for key, found, expected in _sizes(checkpoint, told):
+        if not math.isclose(found, expected, rel_tol=_SAME):
+            raise UnsupportedArchitecture(
+                f"{where} cannot be converted: upstream's converter takes {key} for {found:g}, transformers for {expected:g}: "
+                "remove the key of config.json that the two read otherwise"
+            )
+    if told("attention.causal", True) is False:
+        raise UnsupportedArchitecture(f"{where}: is_causal false cannot be converted: only models that write text are")
+    if told("pooling_type", 0) == _RANKS:
+        raise UnsupportedArchitecture(
+            f"{checkpoint.directory} cannot be converted: upstream's converter takes it for a reranker, by the directory's name "
+            "or its README.md, and only models that write text are: give the directory another name"
+        )
+    _check_vocabulary(checkpoint, header, progress)
+    _check_turns(checkpoint, header, told)
+
+
+class _Told:
+    """Hyper-parameters by the part of their keys behind the architecture."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self._metadata, self._prefix = metadata, f"{metadata['general.architecture']}."
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        return self._metadata.get(self._prefix + key, default)
+
+
+def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    spec, where = checkpoint.spec, checkpoint.directory / "config.json"
+    if spec.window:
+        yield (
+            f"{where}: sliding_window {spec.window} is not computed by the runtime, which attends to everything: the file's context "
+            f"is {spec.window} tokens, within which that is the same; a larger one (-c) gives another model's answers"
+        )
+    parameters = getattr(checkpoint.config, "rope_parameters", None) or getattr(checkpoint.config, "rope_scaling", None) or {}
+    kind = parameters.get("rope_type", parameters.get("type"))
+    limit = parameters.get("original_max_position_embeddings") or getattr(checkpoint.config, "original_max_position_embeddings", 0)
+    if kind in ("longrope", "su") and limit and limit < checkpoint.config.max_position_embeddings:
+        yield (
+            f"{where}: of the two sets of longrope the runtime takes that for long texts in every context above {limit} tokens, "
+            f"transformers only where a text is longer: run the file with -c {limit} where that is enough"
+        )
+
+
+def _sizes(checkpoint: Checkpoint, told: _Told) -> Iterator[tuple[str, float, float]]:
+    """Name, what the file will say, what the checkpoint means; those that the file says nothing of are left out."""
+    spec, config = checkpoint.spec, checkpoint.config
+    width = "expert_feed_forward_length" if told("expert_feed_forward_length") is not None else "feed_forward_length"
+    head_dim = told("attention.key_length", told("embedding_length") // told("attention.head_count"))
+    yield "head_dim", head_dim, spec.head_dim
+    expected = {
+        "block_count": spec.layers, "embedding_length": spec.hidden_size, width: spec.intermediate_size,
+        "attention.head_count": spec.heads, "attention.head_count_kv": spec.kv_heads,
+        "attention.value_length": spec.head_dim, "attention.layer_norm_rms_epsilon": spec.eps,
+        "attention.layer_norm_epsilon": spec.eps, "expert_count": spec.experts, "expert_used_count": spec.experts_used,
+        "context_length": spec.window or config.max_position_embeddings,
+    }  # fmt: skip
+    for key, value in expected.items():
+        found = told(key)
+        for one in found if isinstance(found, list) else [] if found is None else [found]:
+            yield key, one, value
+
+
+def _check_vocabulary(checkpoint: Checkpoint, header: Header, progress: Progress) -> None:
+    """Refuse tokens that the embedding has no row for: upstream's converter cuts some vocabularies without a word."""
+    rows, found = checkpoint.spec.vocab_size, header.metadata["tokenizer.ggml.tokens"]
+    count = found["length"] if isinstance(found, dict) else len(found)
+    if count != rows:
+        raise SourceError(
+            f"{checkpoint.directory}: the vocabulary has {count} tokens, the embedding {rows} rows (vocab_size): they must be of "
+            "one model; download the tokenizer's files again"
+        )
+    if (checkpoint.directory / UNPACKED_KEYS).exists():
+        return  # the vocabulary is as it was in the file
+    tokenizer = load_tokenizer(checkpoint.directory)
+    added = tokenizer.get_added_vocab()
+    outside = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not outside:
+        return
+    named = ", ".join(f"{token!r} {number}" for token, number in sorted(outside.items(), key=lambda item: item[1])[:_NAMED])
+    told = (
+        f"{checkpoint.directory}: {len(outside)} tokens of the tokenizer ({named}{', …' if len(outside) > _NAMED else ''}) are outside "
+        f"the embedding of {rows} rows (vocab_size)"
+    )
+    if not outside.keys() <= added.keys():
+        raise SourceError(f"{told}: they must be of one model; download the tokenizer's files, or the model's, again")
+    progress.tell(f"warning: {told}: the file does not have them")
+
+
+def _check_turns(checkpoint: Checkpoint, header: Header, told: _Told) -> None:
+    spec, where = checkpoint.spec, checkpoint.directory / "config.json"
+    if header.factors and not spec.family.rope_factors:
+        raise UnsupportedArchitecture(
+            f"{where}: this rope_parameters (rope_scaling) cannot be converted: upstream's graph reads no factors of frequencies for "
+            f"{spec.family.architecture}"
+        )
+    for name, (expected, size) in checkpoint_turns(checkpoint.config).items():
+        frequencies, magnitude = runtime_turns(told, header.factors, name)
+        if not math.isclose(magnitude, size, rel_tol=_SAME):
+            raise UnsupportedArchitecture(
+                f"{where}: this rope_parameters (rope_scaling) cannot be converted: with it transformers multiplies queries and keys "
+                f"by {size:.4g}, the runtime by {magnitude:.4g}: it has no attention_factor, mscale or mscale_all_dim of these "
+                "values; leave them out if the model was trained without"
+            )
+        if not _alike(frequencies, expected):
+            raise UnsupportedArchitecture(
+                f"{where}: this rope_parameters (rope_scaling) cannot be converted: with it transformers turns {2 * len(expected)} "
+                f"values of a head by other frequencies than the runtime, which turns {2 * len(frequencies)}; a key that only "
+                "transformers knows (truncate, partial_rotary_factor, another rope_type) makes the difference"
+            )
+
+
+def _alike(found: Sequence[float], expected: Sequence[float]) -> bool:
+    return len(found) == len(expected) and all(math.isclose(*pair, rel_tol=_SAME) for pair in zip(found, expected, strict=True))
