@@ -143,7 +143,7 @@ def _check_turns(checkpoint: Checkpoint, header: Header, told: _Told) -> None:
             f"{spec.family.architecture}"
         )
     for name, (expected, size) in checkpoint_turns(checkpoint.config).items():
-        frequencies, magnitude = runtime_turns(told, header.factors, name)
+        frequencies, magnitude = runtime_turns(told, header.factors, name, spec.family.yarn_keys)
         if not math.isclose(magnitude, size, rel_tol=_SAME):
             raise UnsupportedArchitecture(
                 f"{where}: this rope_parameters (rope_scaling) cannot be converted: with it transformers multiplies queries and keys "
@@ -154,7 +154,7 @@ def _check_turns(checkpoint: Checkpoint, header: Header, told: _Told) -> None:
             raise UnsupportedArchitecture(
                 f"{where}: this rope_parameters (rope_scaling) cannot be converted: with it transformers turns {2 * len(expected)} "
                 f"values of a head by other frequencies than the runtime, which turns {2 * len(frequencies)}; a key that only "
-                "transformers knows (truncate, partial_rotary_factor, another rope_type) makes the difference"
+                "transformers knows (beta_fast, truncate, partial_rotary_factor, another rope_type) makes the difference"
             )
 
 

@@ -81,6 +81,7 @@ class Family:
         window_of: where it has none, which layers transformers gives config.json's ``sliding_window``: "all", "layers" that
             ``layer_types`` names, or none.
         whole_heads: whether upstream's graph knows no head_dim but hidden_size over heads.
+        yarn_keys: whether it reads what the file says of YaRN beside factor and context.
         rope_factors: whether upstream's graph reads factors of RoPE's frequencies (Llama 3's scaling, longrope).
         rooted_embedding: whether embeddings are multiplied by the root of ``hidden_size``.
         embedding_scale, residual_scale, logit_divisor, logit_factor: config keys of what embeddings, everything that is added
@@ -129,6 +130,7 @@ class Family:
     windows: bool = False
     window_of: str = ""
     whole_heads: bool = False
+    yarn_keys: bool = False
     rope_factors: bool = False
     rooted_embedding: bool = False
     embedding_scale: str = ""

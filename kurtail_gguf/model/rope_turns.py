@@ -60,7 +60,7 @@ def checkpoint_turns(config: Any) -> dict[str, tuple[list[float], float]]:
 
 
 def runtime_turns(
-    told: Callable[..., Any], factors: Mapping[str, Sequence[float]], which: str
+    told: Callable[..., Any], factors: Mapping[str, Sequence[float]], which: str, yarn_keys: bool
 ) -> tuple[list[float], float]:
     """What the runtime does: radians a position of each pair, and what both are multiplied by.
 
@@ -68,29 +68,32 @@ def runtime_turns(
         told: a hyper-parameter of the file by its key behind the architecture, with a default.
         factors: values of the file's tensors that divide frequencies, by their names.
         which: :data:`SHORT` or :data:`LONG`.
+        yarn_keys: whether the graph reads YaRN's own keys; else they are constants.
     """
     head_dim = told("attention.key_length", told("embedding_length") // told("attention.head_count"))
     turned = told("rope.dimension_count", head_dim)
     base = told("rope.freq_base", 10000.0)
     factor = told("rope.scaling.factor", 0.0) or 1.0
-    extrapolated = told("rope.scaling.yarn_ext_factor", 1.0 if told("rope.scaling.type") == "yarn" else 0.0)
     divisors = next((factors[name] for name in _FACTORS[which] if name in factors), [1.0] * (turned // 2))
     frequencies = [base ** (-2 * pair / turned) / divisor for pair, divisor in enumerate(divisors)]
-    if not extrapolated:
-        size = told("rope.scaling.yarn_attn_factor", 1.0) * told("rope.scaling.attn_factor", 1.0)
-        return [one / factor for one in frequencies], size
+    if told("rope.scaling.type") != "yarn":
+        return [one / factor for one in frequencies], told("rope.scaling.attn_factor", 1.0)
+
+    def yarn(key: str, default: float) -> float:
+        return told(f"rope.scaling.yarn_{key}", default) if yarn_keys else default
+
     original = told("rope.scaling.original_context_length", told("context_length"))
     low, high = (
         turned * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
-        for rotations in (told("rope.scaling.yarn_beta_fast", 32.0), told("rope.scaling.yarn_beta_slow", 1.0))
+        for rotations in (yarn("beta_fast", 32.0), yarn("beta_slow", 1.0))
     )
     low, high = max(0, math.floor(low)), min(turned - 1, math.ceil(high))
     ramp = [1 - min(1.0, max(0.0, (pair - low) / max(0.001, high - low))) for pair in range(len(frequencies))]
-    mixed = [one / factor * (1 - extrapolated * part) + one * extrapolated * part for one, part in zip(frequencies, ramp, strict=True)]
+    mixed = [one * part + one / factor * (1 - part) for one, part in zip(frequencies, ramp, strict=True)]
     # the factor's own logarithm is taken out of what the kernel multiplies by, and put in again by it
     size = _mscale(factor, 1.0)
-    if told("rope.scaling.yarn_log_multiplier", 0.0):
-        size /= _mscale(factor, told("rope.scaling.yarn_log_multiplier"))
+    if (multiplier := yarn("log_multiplier", 0.0)) != 0:
+        size /= _mscale(factor, multiplier)
     return mixed, size * told("rope.scaling.attn_factor", 1.0)
 
 

@@ -8,5 +8,5 @@ from dataclasses import replace
 from kurtail_gguf.model.families.mistral import FAMILY as MISTRAL
 
 FAMILY = replace(
-    MISTRAL, architecture="Ministral3ForCausalLM", wrappers={"Mistral3ForConditionalGeneration": "ministral3"}
+    MISTRAL, architecture="Ministral3ForCausalLM", yarn_keys=True, wrappers={"Mistral3ForConditionalGeneration": "ministral3"}
 )
