@@ -121,7 +121,7 @@ def _plan(config: ConvertConfig, source: Outline, checkpoint: Checkpoint) -> Pla
     device = pick_device(config.device)
     job = Job(config, checkpoint, device)
     estimate = Estimate(job, Speed(_speed(torch.float32, device), _speed(torch.float64, device)))
-    notes = [*([source.note] if source.note else []), *(note for stage in STAGES for note in stage.notes(job))]
+    notes = [*([source.note] if source.note else []), *job.checkpoint.notes, *(note for stage in STAGES for note in stage.notes(job))]
     refused, cost = [], _fetching(source, estimate)
     fetched = sum(cost.disk.values())
     for stage in STAGES:

@@ -99,7 +99,7 @@ def test_more_layers_than_memory_are_told_by_the_first_that_is_missing(tiny_chec
 
 @pytest.mark.parametrize(
     ("kind", "change"),
-    [("smollm3", {"no_rope_layers": [1]}), ("llama3", {"rope_parameters": {"rope_type": "none such", "rope_theta": 1e4}})],
+    [("smollm3", {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"]}), ("llama3", {"rope_parameters": {"rope_type": "none such", "rope_theta": 1e4}})],
 )
 def test_what_transformers_makes_no_model_of(tiny_checkpoint, kind, change):
     directory = tiny_checkpoint(kind)

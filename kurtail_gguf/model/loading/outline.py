@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.model.build import build_spec
 from kurtail_gguf.model.families.registry import find_family
 from kurtail_gguf.model.loading.hub import HubModel, cached_snapshot, fetch_config, parse_hub_model, snapshot_of
 from kurtail_gguf.model.loading.recipes import Recipe, cached_gguf, find_recipe, recipe_cache
 from kurtail_gguf.model.loading.source import check_gguf, unknown_model, unpacked_before
 from kurtail_gguf.model.loading.untrusted import check_sizes, read_json
-from kurtail_gguf.model.spec import build_spec
 
 #: Bytes of a value in safetensors by what a config calls it, and safetensors' own name; float32 where a config says nothing.
 _DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
