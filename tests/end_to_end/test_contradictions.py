@@ -140,6 +140,8 @@ def test_what_the_runtime_does_not_compute_is_refused(tiny, outputs, kind, chang
         ("qwen3", {"rope_parameters": YARN | {"attention_factor": 0.1 * math.log(4) + 1}}),
         ("mistral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}}),
+        # the runtime's shortest context is 256 tokens, for which it takes the short factors
+        ("phi3", {"original_max_position_embeddings": 256, "rope_parameters": LONG | {"original_max_position_embeddings": 256}}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 2}),
         ("llama", {"sliding_window": 64}),
     ],
