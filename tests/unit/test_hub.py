@@ -198,3 +198,14 @@ def test_a_plan_downloads_config_json_alone(hub, resolve, tmp_path):
     )
     snapshot = tmp_path / "home" / "hub" / "models--a--b" / "snapshots" / COMMIT
     assert [path.name for path in snapshot.iterdir()] == ["config.json"]
+
+
+def test_a_plan_of_a_model_that_sees_is_of_its_text(hub, resolve):
+    text = {
+        "model_type": "ministral3", "hidden_size": 128, "intermediate_size": 192, "vocab_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "dtype": "bfloat16", "text_config": text}
+    hub.files.update({"config.json": json.dumps(config).encode()})
+    values = 2 * 64 * 128 + 128 + 2 * (2 * 128 + 128 * (2 * 128 + 2 * 64) + 3 * 128 * 192)
+    assert resolve(hub.address, "hf:a/b", "--outline").startswith(f"scratch {2 * values} hub a/b is not downloaded yet")

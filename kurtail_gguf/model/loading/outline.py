@@ -111,11 +111,14 @@ def _write(config: Mapping[str, Any], directory: Path) -> int:
     """
     (directory / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
     architectures = config.get("architectures") or [None]
-    family = find_family(str(architectures[0]))
+    text = config.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, Mapping) else None
+    family = find_family(str(architectures[0]), str(text_type))
     try:
         from transformers import AutoConfig
 
-        complete = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).to_dict()
+        whole = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        complete = whole.get_text_config().to_dict()
         check_sizes(complete, directory / "config.json")
         spec = build_spec(family, complete)
     except SourceError:
