@@ -3,6 +3,7 @@
 #include "kurtail-cache.h"
 
 #include "kurtail-keys.h"
+#include "kurtail-option.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -155,7 +156,8 @@ void kurtail_model::leave_cache_types(llama_context_params & params, ggml_type g
 }
 
 void kurtail_check_override(const char * key) {
-    if (std::string(key).rfind("kurtail.", 0) == 0) {
+    // how --activation-bits comes here
+    if (std::string(key).rfind("kurtail.", 0) == 0 && std::string(key) != KURTAIL_ACTIVATION_BITS_KEY) {
         throw std::runtime_error(format("kurtail: --override-kv %s is refused: these keys say what was done to the weights, and are read from the file: convert the model again with other options", key));
     }
 }
