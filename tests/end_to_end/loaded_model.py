@@ -34,7 +34,8 @@ def main(task: str, path: str, *out: str) -> None:
 
 def _decode(context: cpp.llama_context_p, tokens: object) -> np.ndarray:
     ids = list(tokens)
-    batch = cpp.llama_batch_get_one((cpp.llama_token * len(ids))(*ids), len(ids))
+    array = (cpp.llama_token * len(ids))(*ids)  # the batch points into it
+    batch = cpp.llama_batch_get_one(array, len(ids))
     assert cpp.llama_decode(context, batch) == 0
     size = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(cpp.llama_get_model(context)))
     return np.ctypeslib.as_array(cpp.llama_get_logits_ith(context, -1), (size,)).copy()

@@ -159,6 +159,7 @@ def test_code_beside_a_tokenizer_is_not_run(refused, damaged, tmp_path):
     settings = {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [f"evil.{name}", None]}}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     (damaged / "tokenizer.model").unlink()
+    (damaged / "vocab.txt").write_text("a\n")  # a tokenizer's file, or that would be missed first
     assert "code that comes with a checkpoint is not run" in refused(damaged)
     assert not mark.exists()
 
