@@ -45,10 +45,14 @@ def kind_of_bytes(head: bytes) -> str | None:
 
 def refuse_pointer(path: Path, error: type[KurtailError]) -> None:
     """Refuse what ``git clone`` without Git LFS leaves in the place of a large file. A missing file is none."""
+    if begins_with(path, _LFS):
+        raise error(f"{path} is {kind_of_bytes(_LFS)}")
+
+
+def begins_with(path: Path, beginning: bytes) -> bool:
+    """Whether a file begins with these bytes; one that cannot be read does not, and whoever reads it says why that fails."""
     try:
         with path.open("rb") as file:
-            head = file.read(len(_LFS))
+            return file.read(len(beginning)) == beginning
     except OSError:
-        return  # whoever reads it says why that fails
-    if head == _LFS:
-        raise error(f"{path} is {kind_of_bytes(head)}")
+        return False

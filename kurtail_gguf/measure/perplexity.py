@@ -101,8 +101,9 @@ def perplexity(
     Raises:
         EvaluationError: the runtime refuses the file, the text is too short.
     """
-    arguments = [*_arguments(text, context, chunks), *activation_arguments(activations), *cache_arguments(cache)]
-    output = llama_perplexity.run(model, arguments, stage_name("perplexity", model, cache), progress)
+    output = llama_perplexity.run(
+        model, _arguments(text, context, chunks, cache, activations), stage_name("perplexity", model, cache), progress
+    )
     return Perplexity(*llama_perplexity.find(llama_perplexity.FINAL_ESTIMATE, output, model), reported_activations(output))
 
 
@@ -143,8 +144,7 @@ def reference(
                 )
             progress.tell(f"log-probabilities of the reference take {size / 1e6:.0f} MB in {directory} for the time being")
 
-        arguments = [*_arguments(text, context, chunks), *activation_arguments(activations), *cache_arguments(cache)]
-        arguments += ["--kl-divergence-base", str(path)]
+        arguments = [*_arguments(text, context, chunks, cache, activations), "--kl-divergence-base", str(path)]
         name = with_cache(model.name, None if cache == FILE else cache)
         output = llama_perplexity.run(model, arguments, f"reference {name}", progress, on_start)
         estimate = Perplexity(*llama_perplexity.find(llama_perplexity.FINAL_ESTIMATE, output, model), reported_activations(output))
@@ -172,9 +172,7 @@ def divergence(
         progress: one stage, and a line with the size of the temporary file before that is written.
     """
     arguments = [
-        *_arguments(text, reference.context, chunks),
-        *activation_arguments(activations),
-        *cache_arguments(cache),
+        *_arguments(text, reference.context, chunks, cache, activations),
         *("--kl-divergence-base", str(reference.log_probabilities), "--kl-divergence"),
     ]
     output = llama_perplexity.run(model, arguments, stage_name("divergence", model, cache), progress)
@@ -232,6 +230,6 @@ def _scored(context: int) -> int:
     return context - 1 - context // 2
 
 
-def _arguments(text: Path, context: int, chunks: int | None) -> list[str]:
+def _arguments(text: Path, context: int, chunks: int | None, cache: str, activations: str | None) -> list[str]:
     limit = [] if chunks is None else ["--chunks", str(chunks)]
-    return ["-f", str(text), "-c", str(context), *limit]
+    return ["-f", str(text), "-c", str(context), *limit, *activation_arguments(activations), *cache_arguments(cache)]

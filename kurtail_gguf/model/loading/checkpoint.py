@@ -210,6 +210,33 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
             the message names file and tensor.
     """
     check_directory(directory)
+    raw, config, spec = read_spec(directory)
+    family = spec.family
+    check_token_ids(raw, spec.vocab_size, directory / "config.json")
+    generation = directory / "generation_config.json"
+    check_token_ids(_generation_config(generation), spec.vocab_size, generation)
+    files = WeightFiles(directory, allow_pickle, () if raw["architectures"][0] == family.architecture else TEXT_PREFIXES)
+    saved = spec.tied and f"{family.head}.weight" in files.by_tensor
+    _check_tensors(replace(spec, tied=False) if saved else spec, files, directory)
+    checkpoint = Checkpoint(directory, config, spec, files)
+    if not saved or _same_tables(checkpoint):
+        return checkpoint
+    # the tensors decide, as they do for transformers and for upstream's converter
+    config.tie_word_embeddings = False
+    spec = build_spec(family, config.to_dict())  # not every graph of upstream's has a head of its own
+    note = (
+        f"{directory / 'config.json'}: tie_word_embeddings is true, but {family.head}.weight differs from the embedding: it is "
+        "taken for the head, as transformers does; set tie_word_embeddings to false"
+    )
+    return replace(checkpoint, spec=spec, notes=(note,))
+
+
+def read_spec(directory: Path) -> tuple[dict[str, Any], Any, ModelSpec]:
+    """What config.json says: as it is, as transformers' object for the text model, and as what is converted.
+
+    Raises:
+        UnsupportedArchitecture, SourceError: as :func:`open_checkpoint`.
+    """
     raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
@@ -226,23 +253,7 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
         spec = build_spec(family, config.to_dict())
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise SourceError(f"{directory / 'config.json'}: {type(error).__name__} {error}") from error
-    check_token_ids(raw, spec.vocab_size, directory / "config.json")
-    generation = directory / "generation_config.json"
-    check_token_ids(_generation_config(generation), spec.vocab_size, generation)
-    files = WeightFiles(directory, allow_pickle, () if architectures[0] == family.architecture else TEXT_PREFIXES)
-    saved = spec.tied and f"{family.head}.weight" in files.by_tensor
-    _check_tensors(replace(spec, tied=False) if saved else spec, files, directory)
-    checkpoint = Checkpoint(directory, config, spec, files)
-    if not saved or _same_tables(checkpoint):
-        return checkpoint
-    # the tensors decide, as they do for transformers and for upstream's converter
-    config.tie_word_embeddings = False
-    spec = build_spec(family, config.to_dict())  # not every graph of upstream's has a head of its own
-    note = (
-        f"{directory / 'config.json'}: tie_word_embeddings is true, but {family.head}.weight differs from the embedding: it is "
-        "taken for the head, as transformers does; set tie_word_embeddings to false"
-    )
-    return replace(checkpoint, spec=spec, notes=(note,))
+    return raw, config, spec
 
 
 def _generation_config(path: Path) -> dict[str, Any]:

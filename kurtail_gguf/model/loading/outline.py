@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kurtail_gguf.messages.errors import SourceError
-from kurtail_gguf.model.build import build_spec
-from kurtail_gguf.model.families.registry import find_family
+from kurtail_gguf.model.loading.checkpoint import read_spec
 from kurtail_gguf.model.loading.hub import HubModel, cached_snapshot, fetch_config, parse_hub_model, snapshot_of
 from kurtail_gguf.model.loading.recipes import Recipe, cached_gguf, find_recipe, recipe_cache
 from kurtail_gguf.model.loading.source import check_gguf, unknown_model, unpacked_before
@@ -94,8 +92,7 @@ def _of_hub(hub: HubModel, scratch: Path) -> Outline:
     path = fetch_config(hub)
     raw = read_json(path, remedy="")
     check_sizes(raw, path)
-    name = raw.get("dtype") or raw.get("torch_dtype")
-    _, size = _DTYPES.get(str(name), _DTYPES["float32"])
+    _, size = _stored_as(raw)
     values = _write(raw, scratch)
     cache = next(parent for parent in path.parents if parent.name == "snapshots").parents[1]
     note = f"{hub.name} is not downloaded yet; its shapes are those of its config.json, which was"
@@ -107,25 +104,11 @@ def _write(config: Mapping[str, Any], directory: Path) -> int:
 
     Raises:
         UnsupportedArchitecture: none that is converted.
-        SourceError: a configuration that has no sense.
+        SourceError: a configuration that makes no sense.
     """
     (directory / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
-    architectures = config.get("architectures") or [None]
-    text = config.get("text_config")
-    text_type = text.get("model_type") if isinstance(text, Mapping) else None
-    family = find_family(str(architectures[0]), str(text_type))
-    try:
-        from transformers import AutoConfig
-
-        whole = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        complete = whole.get_text_config().to_dict()
-        check_sizes(complete, directory / "config.json")
-        spec = build_spec(family, complete)
-    except SourceError:
-        raise
-    except Exception as error:  # transformers raises anything on a bad configuration
-        raise SourceError(f"the configuration of the model has no sense: {type(error).__name__} {error}") from error
-    dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), _DTYPES["float32"])
+    _, _, spec = read_spec(directory)
+    dtype = _stored_as(config)
     shards = {"top": dict(spec.top_shapes())}
     for layer in range(spec.layers):
         shards[str(layer)] = {spec.layer_prefix(layer) + name: shape for name, shape in spec.layer_shapes().items()}
@@ -135,6 +118,10 @@ def _write(config: Mapping[str, Any], directory: Path) -> int:
         weight_map |= dict.fromkeys(shapes, f"model-{name}.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     return sum(_values(shapes.values()) for shapes in shards.values())
+
+
+def _stored_as(config: Mapping[str, Any]) -> tuple[str, int]:
+    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), _DTYPES["float32"])
 
 
 def _values(shapes: Iterable[tuple[int, ...]]) -> int:

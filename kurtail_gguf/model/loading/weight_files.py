@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from kurtail_gguf.files.kinds import BOM, refuse_pointer
+from kurtail_gguf.files.kinds import BOM, begins_with, refuse_pointer
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.loading.pickled import PickledFile
 from kurtail_gguf.model.loading.untrusted import check_inside, read_json
@@ -40,12 +40,7 @@ def check_directory(directory: Path) -> None:
 
 def _refuse_mark(path: Path) -> None:
     # transformers, tokenizers and upstream's converter all read these files themselves, and none of them takes it
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(BOM))
-    except OSError:
-        return  # whoever reads it says why that fails
-    if head == BOM:
+    if begins_with(path, BOM):
         raise SourceError(
             f"{path} begins with a byte order mark, which JSON may not: save it as UTF-8 without one, or run sed -i "
             f"'1s/^\\xEF\\xBB\\xBF//' {path.name}"
