@@ -133,7 +133,7 @@ def test_a_file_against_itself_does_not_diverge(cli, converted, tiny_spm, text, 
     assert model["top1_agreement"] > 0.99
     assert set(model) == {
         "path", "perplexity", "perplexity_stderr", "kld_mean", "top1_agreement", "bits_per_weight", "activation_bits",
-        "kv_bits", "runs_as",
+        "activations", "kv_bits", "runs_as",
     }  # fmt: skip
     again = perplexity(path, text, 128, 4, NullProgress())
     assert model["perplexity"] == pytest.approx(again.value, rel=1e-4)

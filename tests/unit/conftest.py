@@ -16,6 +16,7 @@ from kurtail_gguf.method.fold import tables
 from kurtail_gguf.method.fold.tables import EMBEDDING
 from kurtail_gguf.method.quantize import layerwise
 from kurtail_gguf.method.tuning import layer_files
+from kurtail_gguf.runtime.activation_bits import VARIABLE
 from kurtail_gguf.runtime.provenance import Provenance
 
 
@@ -28,6 +29,12 @@ class Exported:
     bits: Mapping[str, int]
     tables: Mapping[str, int]
     online: Mapping[str, int]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """end_to_end/conftest.py sets the variable for a whole run, and commands take it for their option."""
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 @pytest.fixture
