@@ -162,10 +162,10 @@ void kurtail_check_override(const char * key) {
     }
 }
 
-void kurtail_check_quantize(const gguf_context * metadata, bool stays_ours) {
+void kurtail_check_quantize(const gguf_context * metadata, bool copies, bool to_kt4) {
     const kurtail_keys k(metadata);
     const bool stock = k.has("kurtail.target") && k.str("kurtail.target") == "stock";
-    if (k.has("kurtail.format_version") && !stock && !stays_ours) {
+    if (k.has("kurtail.format_version") && !stock && !copies && !(to_kt4 && !k.has("kurtail.weights"))) {
         throw std::runtime_error("kurtail: this file's weights expect transforms that only this runtime makes, and with other types stock llama.cpp would run it without them: quantize the original model, or convert it with kurtail-gguf convert --target stock");
     }
 }

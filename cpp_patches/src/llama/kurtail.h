@@ -65,9 +65,9 @@ private:
 void kurtail_check_override(const char * key);
 
 // Throws std::runtime_error where a file (its GGUF keys) is to be quantized to other types whose weights expect transforms that only
-// this runtime makes: of a file without kt4 tensors stock llama.cpp would not notice, and run it without them. Allowed is what stays
-// ours: a copy, and kt4.
-void kurtail_check_quantize(const gguf_context * metadata, bool stays_ours);
+// this runtime makes: of a file without kt4 tensors stock llama.cpp would not notice, and run it without them. Allowed are a copy,
+// and kt4 where the file does not say how its weights were rounded.
+void kurtail_check_quantize(const gguf_context * metadata, bool copies, bool to_kt4);
 
 // Whether upstream can write the loaded model to a file; else logs why. Its saver knows neither our keys nor repacked weights.
 bool kurtail_can_be_saved(const llama_model & model);
