@@ -17,6 +17,7 @@ from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.rope_turns import checkpoint_turns, runtime_turns
 from kurtail_gguf.runtime.export import Header, read_header
 from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS
+from kurtail_gguf.runtime.vendored import Worker
 
 #: Tokens of a window that is of use: calibration reads sequences of so many, and the runtime's contexts are no shorter.
 SHORTEST_WINDOW = 512
@@ -28,7 +29,7 @@ _RANKS = 4
 _NAMED = 3
 
 
-def check_header(checkpoint: Checkpoint, progress: Progress) -> None:
+def check_header(checkpoint: Checkpoint, progress: Progress, converter: Worker) -> None:
     """Refuse a model that upstream's converter describes as another one, and tell what it leaves out.
 
     Raises:
@@ -42,7 +43,7 @@ def check_header(checkpoint: Checkpoint, progress: Progress) -> None:
             f"{where}: sliding_window {spec.window} cannot be converted: upstream's graph attends to everything, which is the same "
             f"within the window only, and one below {SHORTEST_WINDOW} tokens is of no use"
         )
-    header = read_header(checkpoint.directory, spec.window)
+    header = read_header(checkpoint.directory, spec.window, converter)
     for note in (*checkpoint.notes, *header.dropped, *_notes(checkpoint)):
         progress.tell(f"warning: {note}")
     told = _Told(header.metadata)

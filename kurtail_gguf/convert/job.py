@@ -21,6 +21,7 @@ from kurtail_gguf.model.spec import ModelSpec
 from kurtail_gguf.numerics.formats.targets import BLOCK_FORMATS, BlockFormat
 from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 from kurtail_gguf.runtime.provenance import Provenance
+from kurtail_gguf.runtime.vendored import Worker
 
 #: A model whose tuning cannot do with so many bytes, one of more than some 14 billion weights, is tuned only where ``--tune``
 #: says so. Which machine converts it decides nothing: the same command gives the same file everywhere.
@@ -37,6 +38,7 @@ class Job:
         device: where to compute.
         work_dir: where stages keep their results; None where nothing is run.
         texts: sha256 of the calibration's files, by their names.
+        converter: upstream's, running; None where nothing is run.
     """
 
     config: ConvertConfig
@@ -44,6 +46,7 @@ class Job:
     device: torch.device
     work_dir: Path | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
+    converter: Worker | None = None
 
     @property
     def spec(self) -> ModelSpec:

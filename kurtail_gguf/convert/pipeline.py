@@ -38,7 +38,9 @@ from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.texts import check_texts, texts_sha256
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.loading.source import resolve_source
+from kurtail_gguf.runtime.export import start_converter
 from kurtail_gguf.runtime.provenance import TOOL
+from kurtail_gguf.runtime.vendored import Worker
 
 
 def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
@@ -64,13 +66,13 @@ def convert(config: ConvertConfig, progress: Progress) -> ConvertResult:
     texts = _text_hashes(config)
     work_dir = config.work_dir or config.out.with_name(config.out.name + ".work")
     disposable = config.work_dir is None and not work_dir.exists()
-    with locked(work_dir):
+    with locked(work_dir), start_converter() as converter:
         if config.restart:
             discard(work_dir, source=True)
         clock = _Clock(device)
         try:
             with current_card(device):
-                result = _convert(config, texts, work_dir, device, clock, progress)
+                result = _convert(config, texts, work_dir, device, clock, converter, progress)
         except torch.cuda.OutOfMemoryError as error:
             raise _card_full(device, clock.running, work_dir) from error
         except (SourceError, CalibrationError, QuantizeError) as error:
@@ -122,14 +124,15 @@ def _convert(
     work_dir: Path,
     device: torch.device,
     clock: _Clock,
+    converter: Worker,
     progress: Progress,
 ) -> ConvertResult:
     with clock.measure("source"):
         source = resolve_source(config.model, work_dir, progress, config.allow_pickle)
         checkpoint = open_checkpoint(source, config.allow_pickle)
         checkpoint.check_filled()
-        check_header(checkpoint, progress)  # what the file cannot say is told now, not after an hour
-    job = Job(config, checkpoint, device, work_dir, texts)
+        check_header(checkpoint, progress, converter)  # what the file cannot say is told now, not after an hour
+    job = Job(config, checkpoint, device, work_dir, texts, converter)
     for stage in STAGES:
         if stage.wanted(job) and (reason := next(stage.refuse(job), None)):
             raise KurtailError(reason)

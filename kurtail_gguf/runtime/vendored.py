@@ -3,13 +3,14 @@
 PyPI's ``gguf`` bears the same version number as the pinned one and differs from it, and transformers
 imports PyPI's. One process cannot hold both, hence a process of its own for whatever needs ours.
 
-A worker is a module run with ``-m``. It takes one JSON object on standard input and answers with
+A worker is a module run with ``-m``. It takes JSON objects, one a line, on standard input and answers each with
 JSON objects, one a line, on what was its standard output: any number of messages, then either
 ``{"result": …}`` or ``{"error": "one line"}``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -38,44 +39,69 @@ class WorkerError(KurtailError):
     """A worker reported an error, or ended without an answer."""
 
 
-def run(
-    module: str,
-    request: Message,
-    on_message: Callable[[Message], None] = lambda message: None,
-    offline: bool = True,
-) -> Any:
-    """Run a worker to its end.
+class Worker:
+    """A worker's process, started at once and asked any number of times; a context that ends it.
+
+    Starting one can take seconds of imports, which then pass beside other work, and once for all requests.
 
     Args:
         module: dotted name of the worker.
-        request: what it is given; must survive JSON.
-        on_message: called with each message before the result.
         offline: keep it from fetching anything from a hub, and from running Python that comes with a checkpoint; else
             the caller's own setting decides.
-
-    Returns:
-        The worker's result.
-
-    Raises:
-        WorkerError: with the worker's own line, or the last line it wrote before it died.
     """
-    process = subprocess.Popen(
-        # -P: the current directory is not searched for modules, whatever lies in it
-        [sys.executable, "-P", "-m", module],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=_environment(offline), text=True, encoding="utf-8", errors="replace",
-    )  # fmt: skip
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
-    # drained beside: a worker that logs more than a pipe holds would otherwise stop
-    drain = threading.Thread(target=last_lines.extend, args=(process.stderr,), daemon=True)
-    drain.start()
-    try:
-        try:
-            json.dump(request, process.stdin)
+
+    def __init__(self, module: str, offline: bool = True) -> None:
+        self._module, self._offline, self._asked = module, offline, False
+        self._start()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            # -P: the current directory is not searched for modules, whatever lies in it
+            [sys.executable, "-P", "-m", self._module],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=_environment(self._offline), text=True, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+        self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        # drained beside: a worker that logs more than a pipe holds would otherwise stop
+        self._drain = threading.Thread(target=self._last_lines.extend, args=(self._process.stderr,), daemon=True)
+        self._drain.start()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.kill()
+        process.wait()
+        self._drain.join()
+        process.stdout.close()
+        process.stderr.close()
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        except BrokenPipeError:
-            pass  # it died while starting: its last lines say why
+
+    def ask(self, request: Message, on_message: Callable[[Message], None] = lambda message: None) -> Any:
+        """Give it a request, and wait for the result.
+
+        Args:
+            request: what it is given; must survive JSON.
+            on_message: called with each message before the result.
+
+        Returns:
+            The worker's result.
+
+        Raises:
+            WorkerError: with the worker's own line, or the last line it wrote before it died.
+        """
+        if self._asked and self._process.poll() is not None:
+            self.__exit__()
+            self._start()  # the system ended it while it waited
+        self._asked = True
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it died while starting: its last lines say why
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
         for line in process.stdout:
             message = json.loads(line)
             if "error" in message:
@@ -84,13 +110,19 @@ def run(
                 return message["result"]
             on_message(message)
         status = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-        drain.join()
-        process.stdout.close()
-        process.stderr.close()
-    raise WorkerError(_died(module, status, list(last_lines)))
+        self._drain.join()
+        raise WorkerError(_died(self._module, status, list(self._last_lines)))
+
+
+def run(
+    module: str,
+    request: Message,
+    on_message: Callable[[Message], None] = lambda message: None,
+    offline: bool = True,
+) -> Any:
+    """Run a worker for one request; arguments, result and errors as :class:`Worker`'s."""
+    with Worker(module, offline) as worker:
+        return worker.ask(request, on_message)
 
 
 def run_module(module: str, arguments: Sequence[str]) -> int:
@@ -99,7 +131,7 @@ def run_module(module: str, arguments: Sequence[str]) -> int:
 
 
 def serve(handle: Callable[[Message, Callable[[Message], None]], Any]) -> None:
-    """Be a worker: read the request, answer, exit. Called by a worker module's ``__main__`` part.
+    """Be a worker: read requests and answer them until there are no more. Called by a worker module's ``__main__`` part.
 
     Args:
         handle: takes the request and a function that sends a message; returns the result. What it
@@ -114,11 +146,11 @@ def serve(handle: Callable[[Message, Callable[[Message], None]], Any]) -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
-    request = json.load(sys.stdin)
-    try:
-        send({"result": handle(request, send)})
-    except (KurtailError, OSError) as error:
-        send({"error": " ".join(str(error).split())})
+    for line in sys.stdin:
+        try:
+            send({"result": handle(json.loads(line), send)})
+        except (KurtailError, OSError) as error:
+            send({"error": " ".join(str(error).split())})
 
 
 def assert_vendored(module: Any) -> None:

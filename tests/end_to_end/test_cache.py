@@ -73,10 +73,11 @@ def _share(path: Path) -> float:
 
 
 @pytest.mark.parametrize("kind", BIASED + GAINED)
-def test_outliers_of_keys_do_no_harm(kind, outliers, tmp_path, monkeypatch):
+def test_outliers_of_keys_do_no_harm(kind, outliers, text, tmp_path, monkeypatch):
     model = outliers(kind)
-    # R1 would not commute with all of them
-    path = _converted(model, tmp_path / "out.gguf", rotation="diagonal")
+    # R1 would not commute with all of them, and what some of them write themselves is one token again and again
+    options = {"rotation": "diagonal", "calibration": (str(text),), "calibration_tokens": 1024}
+    path = _converted(model, tmp_path / "out.gguf", **options)
     provenance = read_gguf(path).provenance
     assert provenance.mean_kv_bits <= 6  # two layers: one may have keys of 8 bits
     # a gain turns with what it multiplies: only a bias is the same for all tokens. What is there else is of BOS's key
@@ -86,13 +87,13 @@ def test_outliers_of_keys_do_no_harm(kind, outliers, tmp_path, monkeypatch):
         return Conditioned(torch.ones_like(statistics.mean), torch.zeros_like(statistics.mean, dtype=torch.float32))
 
     monkeypatch.setattr(streams, "condition", unprepared)
-    bare = _converted(model, tmp_path / "bare.gguf", rotation="diagonal", kv=4)
+    bare = _converted(model, tmp_path / "bare.gguf", kv=4, **options)
     here, without = _share(path), _share(bare)
     print(f"{kind}: the cache alone diverges by {here:.4f}, keys as they are by {without:.4f}")
     # a gain's outlier can only be shared with the queries
     times = 6 if kind in BIASED else 2.5
     assert here < without / times
-    assert here < 0.05
+    assert here < 0.08
     # the conversion had said so
     assert read_gguf(bare).provenance.kv_divergence > times / 2 * provenance.kv_divergence
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +51,15 @@ def exported(monkeypatch) -> list[Exported]:
     """A recorder in the exporter's place: the pipeline's calls of it."""
     calls = []
 
-    def write_gguf(source, quantized, out, provenance, progress, tables, online, bits, k_offset, context, check):
+    def write_gguf(source, quantized, out, provenance, progress, tables, online, bits, k_offset, context, check, converter):
         files = {path.name: path.read_bytes() for path in sorted(quantized.iterdir())}
         calls.append(Exported(files, provenance, dict(bits), dict(tables), dict(online)))
         out.write_bytes(b"GGUF")
 
     monkeypatch.setattr(export, "write_gguf", write_gguf)
     # the tiny checkpoints have a byte tokenizer, which upstream does not know
-    monkeypatch.setattr(pipeline, "check_header", lambda checkpoint, progress: None)
+    monkeypatch.setattr(pipeline, "check_header", lambda checkpoint, progress, converter: None)
+    monkeypatch.setattr(pipeline, "start_converter", nullcontext)
     return calls
 
 

@@ -50,12 +50,12 @@ def _quantized(checkpoint, directory: Path) -> Path:
     )
 
 
-def _student(checkpoint, quantized: Path, recompute: bool = True) -> Student:
+def _student(checkpoint, quantized: Path, recompute: bool = True, products: torch.dtype = torch.float32) -> Student:
     layers = [
         layer_files.read_layer(quantized / f"layer-{layer:05d}.safetensors", checkpoint.spec.layer_prefix(layer), FORMAT, CPU)
         for layer in range(checkpoint.spec.layers)
     ]
-    return Student(checkpoint, layers, ROUNDING, CPU, IDS.shape[1], recompute)
+    return Student(checkpoint, layers, ROUNDING, CPU, IDS.shape[1], recompute, products=products)
 
 
 def _tune(checkpoint, quantized: Path, target: Path, steps: int, progress=None) -> Path:
@@ -97,6 +97,27 @@ def test_recomputation_changes_no_gradient(tiny_checkpoint, tmp_path):
         student.hidden(rows.clone()).square().mean().backward()
         found.append([scale.grad for scale in student.scales[0].values()])
     assert all(torch.equal(first, second) and first.abs().max() > 0 for first, second in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-biases"])
+def test_products_in_half_precision_have_almost_the_same_gradients(kind, tiny_checkpoint, tmp_path):
+    checkpoint = open_checkpoint(tiny_checkpoint(kind))
+    quantized = _quantized(checkpoint, tmp_path)
+    rows = torch.from_numpy(layer_files.EmbeddingRows(quantized, checkpoint.spec)(IDS[:2].astype(np.int64)))
+    found = []
+    for products in (torch.float32, torch.bfloat16):
+        student = _student(checkpoint, quantized, products=products)
+        for scale in student.scales[1].values():
+            scale.requires_grad_()
+        student.hidden(rows.clone()).square().mean().backward()
+        found.append(student.scales[1])
+    for name, exact in found[0].items():
+        angle = torch.nn.functional.cosine_similarity(exact.grad.flatten(), found[1][name].grad.flatten(), 0)
+        print(f"{kind}, {name}: cosine {angle:.4f}")
+        # inputs near the edge of two codes fall to the other side: 0.70 is the least here
+        assert 0.5 < angle, name
+        # all linears of this kind have a bias, and multiply in single precision
+        assert (angle > 0.99999) == (kind == "llama-biases"), name
 
 
 def test_what_is_kept_in_memory_changes_nothing(tiny_checkpoint, tmp_path, monkeypatch):
@@ -153,7 +174,7 @@ def test_scales_have_the_gradient_of_the_product():
     rng = np.random.default_rng(0)
     codes = torch.from_numpy(rng.integers(-8, 8, (5, 128)).astype(np.int8))
     scales = torch.from_numpy(rng.standard_normal((5, 2))).requires_grad_()
-    assert torch.autograd.gradcheck(lambda value: _Scaled.apply(codes, value), (scales,))
+    assert torch.autograd.gradcheck(lambda value: _Scaled.apply(codes, value, torch.float64), (scales,))
 
 
 def test_tuning_lowers_the_divergence_and_leaves_codes_alone(tiny_checkpoint, tmp_path, recorder):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import textwrap
 
 import pytest
@@ -56,6 +58,25 @@ def test_a_defect_is_told_by_its_last_line(worker):
     """)
     with pytest.raises(vendored.WorkerError, match="status 1: KeyError: 'missing'"):
         vendored.run(module, {})
+
+
+def test_one_process_answers_many_requests_and_is_started_again_where_it_died(worker):
+    module = worker("""
+        import os
+        def handle(request, send):
+            if request.get("wrong"):
+                raise KurtailError("no")
+            return os.getpid()
+        vendored.serve(handle)
+    """)
+    with vendored.Worker(module) as one:
+        first = one.ask({})
+        with pytest.raises(vendored.WorkerError, match="^no$"):
+            one.ask({"wrong": True})
+        assert one.ask({}) == first != os.getpid()
+        os.kill(first, signal.SIGKILL)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+        assert one.ask({}) != first
 
 
 def test_a_killed_worker(worker):

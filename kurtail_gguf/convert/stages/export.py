@@ -47,7 +47,7 @@ class Export(Stage):
         online = online_tensors(job.spec, made.rounding.online)
         write_gguf(
             job.checkpoint.directory, made.quantized, job.config.out, made.provenance, progress, tables, online,
-            made.rounding.exceptions, made.cache.offsets_in_file(job.spec), job.spec.window, check_loads,
+            made.rounding.exceptions, made.cache.offsets_in_file(job.spec), job.spec.window, check_loads, job.converter,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from kurtail_gguf.files.atomic import filling, publish
+from kurtail_gguf.machine.device import product_dtype
 from kurtail_gguf.machine.memory import memory_available
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.fold.tables import EmbeddingRows, read_ending, read_head
@@ -108,7 +109,9 @@ def tune(
         return target
     scratch.mkdir(exist_ok=True)
     teacher = open_teacher(checkpoint, ids, scratch / "teacher.npy", device, progress)
-    student, outside = open_student(checkpoint, quantized, block_format, rounding, device, ids.shape[1])
+    student, outside = open_student(
+        checkpoint, quantized, block_format, rounding, device, ids.shape[1], products=product_dtype(device)
+    )
     scales = tune_scales(student, teacher, outside, ids, steps, scratch / "state.safetensors", device, progress)
     with filling(target) as directory:
         for path in quantized.iterdir():
@@ -139,7 +142,7 @@ def open_student(
     rounding: RuntimeRounding,
     device: torch.device,
     length: int,
-    **options: Rounded,
+    **options: Rounded | torch.dtype,
 ) -> tuple[Student, Outside]:
     """The quantized model of a directory, for sequences of ``length``; ``options`` are :class:`Student`'s."""
     kept = what_fits(checkpoint, block_format.block, device)

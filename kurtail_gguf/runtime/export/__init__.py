@@ -12,6 +12,7 @@ from kurtail_gguf.runtime.export.writer import (
     export_reference,
     no_tokenizer,
     read_header,
+    start_converter,
     write_adapter,
     write_gguf,
 )  # fmt: skip
@@ -27,6 +28,7 @@ __all__ = [
     "no_tokenizer",
     "read_gguf",
     "read_header",
+    "start_converter",
     "write_adapter",
     "write_gguf",
 ]

@@ -55,6 +55,7 @@ def write_gguf(
     k_offset: Sequence[float] | None = None,
     context: int = 0,
     check: Callable[[Path], None] = lambda path: None,
+    converter: vendored.Worker | None = None,
 ) -> None:
     """Write the quantized model as a GGUF file.
 
@@ -74,6 +75,7 @@ def write_gguf(
         k_offset: what keys are stored without (docs/format.md), in the file's order; None for nothing.
         context: tokens that the file says the model is for; 0 for what the model says.
         check: called with the finished file before it becomes ``out``; what it raises leaves no file behind.
+        converter: what :func:`start_converter` gave; None for one of its own.
 
     Raises:
         ExportError: a full disk, no permission, a tokenizer that upstream's converter does not know.
@@ -94,7 +96,7 @@ def write_gguf(
         def on_message(message: dict[str, Any]) -> None:
             stage.advance(1, message["tensor"])
 
-        _run({**request, "out": str(beside)}, f"cannot write {out}", on_message)
+        _run({**request, "out": str(beside)}, f"cannot write {out}", on_message, converter)
         check(beside)
 
 
@@ -128,7 +130,12 @@ class Header:
     dropped: tuple[str, ...]
 
 
-def read_header(source: Path, context: int = 0) -> Header:
+def start_converter() -> vendored.Worker:
+    """Upstream's converter, to be asked by :func:`read_header` and :func:`write_gguf`: its imports take seconds."""
+    return vendored.Worker(_WORKER)
+
+
+def read_header(source: Path, context: int = 0, converter: vendored.Worker | None = None) -> Header:
     """Write what :func:`write_gguf` writes beside the tensors, and read it again.
 
     Meant to be asked before the work of hours, whose end would find out else what cannot be written.
@@ -136,6 +143,7 @@ def read_header(source: Path, context: int = 0) -> Header:
     Args:
         source: HF directory.
         context: as :func:`write_gguf`'s.
+        converter: likewise.
 
     Raises:
         ExportError: a model or tokenizer that upstream's converter does not know or cannot write.
@@ -143,7 +151,7 @@ def read_header(source: Path, context: int = 0) -> Header:
     with tempfile.TemporaryDirectory(prefix="kurtail-header-") as directory:
         scratch = Path(directory) / "header.gguf"
         request = {"task": "metadata", "source": str(source.resolve()), "out": str(scratch), "context": context}
-        answer = _run(request, f"the vocabulary or configuration of {source} cannot be written")
+        answer = _run(request, f"the vocabulary or configuration of {source} cannot be written", converter=converter)
         return Header(read_gguf(scratch).metadata, answer["factors"], tuple(answer["dropped"]))
 
 
@@ -158,17 +166,19 @@ def write_adapter(tensors: Path, architecture: str, rotations: str, out: Path) -
     """
     request = {"tensors": str(tensors.resolve()), "architecture": architecture, "rotations": rotations, "tool": TOOL}
     with _whole_or_not_at_all(out) as beside:
-        _run({**request, "out": str(beside)}, f"cannot write {out}", worker=_ADAPTER_WORKER)
+        with vendored.Worker(_ADAPTER_WORKER) as worker:
+            _run({**request, "out": str(beside)}, f"cannot write {out}", converter=worker)
 
 
 def _run(
     request: dict[str, Any],
     what: str,
     on_message: Callable[[dict[str, Any]], None] = lambda message: None,
-    worker: str = _WORKER,
+    converter: vendored.Worker | None = None,
 ) -> Any:
     try:
-        return vendored.run(worker, request, on_message)
+        with contextlib.nullcontext(converter) if converter is not None else start_converter() as worker:
+            return worker.ask(request, on_message)
     except vendored.WorkerError as error:
         # upstream and transformers then blame packages that are installed
         lacking = None if "source" not in request else no_tokenizer(Path(request["source"]))
