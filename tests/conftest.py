@@ -152,6 +152,15 @@ _CONFIGS = {
 }  # fmt: skip
 
 
+#: Files whose tests take minutes each: begun first, so that of two processes neither waits long for the other at the end.
+_LONG = ("test_quality.py", "test_cost.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long ones first; the others keep their order."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 def _build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: object) -> PreTrainedModel:
     """A model whose norm gains, biases and weights are all random and far from their defaults."""
     config = _CONFIGS[kind]()
