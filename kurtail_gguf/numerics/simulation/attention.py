@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kurtail_gguf.numerics.hadamard import walsh_hadamard_
+from kurtail_gguf.numerics.hadamard import sylvester, walsh_hadamard_
 from kurtail_gguf.numerics.simulation.rounding import CACHE_BLOCK
 from kurtail_gguf.numerics.simulation.straight_through import round_through
 
@@ -138,17 +138,34 @@ def _attend(
     return torch.softmax(scores, -1) @ value
 
 
+#: Up to this size a product with the matrix takes half the time of the additions.
+_MULTIPLIED = 64
+
+
 class _Rotated(torch.autograd.Function):
-    """Its own derivative, as the matrix is symmetric: autograd through the steps in place takes ten times as long."""
+    """Its own derivative, as the matrix is symmetric: autograd through the steps in place takes ten times as long.
+
+    Where it is learned through, sums may be a matrix product's; else they are those of the runtime.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
         ctx.size = size
-        return walsh_hadamard_(x.clone(memory_format=torch.contiguous_format), size)
+        return _quickly(x, size) if ctx.needs_input_grad[0] else _added(x, size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return rotated(gradient, ctx.size), None
+        return _quickly(gradient, ctx.size), None
+
+
+def _added(x: Tensor, size: int) -> Tensor:
+    return walsh_hadamard_(x.clone(memory_format=torch.contiguous_format), size)
+
+
+def _quickly(x: Tensor, size: int) -> Tensor:
+    if size > _MULTIPLIED:
+        return _added(x, size)
+    return (x.reshape(-1, size) @ torch.from_numpy(sylvester(size)).to(x)).reshape(x.shape)
 
 
 def rotated(x: Tensor, size: int) -> Tensor:
