@@ -78,10 +78,11 @@ def test_outliers_of_keys_do_no_harm(kind, outliers, text, tmp_path, monkeypatch
     # R1 would not commute with all of them, and what some of them write themselves is one token again and again
     options = {"rotation": "diagonal", "calibration": (str(text),), "calibration_tokens": 1024}
     path = _converted(model, tmp_path / "out.gguf", **options)
-    provenance = read_gguf(path).provenance
+    info = read_gguf(path)
+    provenance = info.provenance
     assert provenance.mean_kv_bits <= 6  # two layers: one may have keys of 8 bits
     # a gain turns with what it multiplies: only a bias is the same for all tokens. What is there else is of BOS's key
-    assert (np.abs(read_gguf(path).metadata.get(K_OFFSET, 0.0)).max() > 10) == (kind in BIASED)
+    assert (np.abs(info.metadata.get(K_OFFSET, 0.0)).max() > 10) == (kind in BIASED)
 
     def unprepared(statistics, *_):
         return Conditioned(torch.ones_like(statistics.mean), torch.zeros_like(statistics.mean, dtype=torch.float32))

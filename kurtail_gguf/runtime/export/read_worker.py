@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gguf
+import numpy as np
 
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.runtime import vendored
@@ -35,11 +36,20 @@ def read(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dic
     return {"metadata": metadata, "tensors": tensors}
 
 
+class _Reader(gguf.GGUFReader):
+    """A vocabulary is hundreds of thousands of slices, and those of a memory map cost four times those of an array over it."""
+
+    def _get(self, *arguments: Any, **options: Any) -> Any:
+        if isinstance(self.data, np.memmap):
+            self.data = np.asarray(self.data)
+        return super()._get(*arguments, **options)
+
+
 def _open(path: str) -> gguf.GGUFReader:
     # GGUFReader indexes and reshapes the mapped bytes without checks of its own: what a truncated or
     # damaged file raises is whatever numpy or an enum raises first.
     try:
-        return gguf.GGUFReader(path)
+        return _Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:
         text = str(error)
         if "is not a valid GGMLQuantizationType" in text:
