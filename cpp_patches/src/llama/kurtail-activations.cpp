@@ -27,7 +27,7 @@ struct cpu_default {
 // than 4, so they are the default wherever they were measured to run at least 0.97 times as fast, prompts and generation;
 // AS_THE_FILE_SAYS where they do not, and where nothing was measured. A GPU keeps the file's bits.
 constexpr cpu_default CPU_DEFAULTS[] = {
-    { "AVX512_VNNI", AS_THE_FILE_SAYS },
+    { "AVX512_VNNI", 8 },
     { "AVX2",        AS_THE_FILE_SAYS },
     { "MATMUL_INT8", AS_THE_FILE_SAYS },
     { "DOTPROD",     AS_THE_FILE_SAYS },
