@@ -22,7 +22,7 @@ class Limit:
     loss: float = math.inf
 
 
-# To learn in another order of sums is as good as with another seed, which moves the perplexity by up to ten percent (README);
+# To learn in another order of sums is as good as with another seed, which moves the perplexity by up to ten percent (docs/limits.md);
 # weights rounded to nearest instead of GPTQ's move it by 65 (docs/quality.md).
 MAX_LEARNED = 0.2
 

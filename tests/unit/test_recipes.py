@@ -55,8 +55,8 @@ def test_a_shipped_recipe_is_complete(name):
 def test_every_recipe_is_named_where_models_are():
     assert recipe_names() == ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "smollm2-135m"]
     words = CliRunner().invoke(commands, ["convert", "--help"]).output
-    readme = (MODELS.parent / "README.md").read_text(encoding="utf-8")
-    assert all(name in words and name in readme for name in recipe_names())
+    page = (MODELS.parent / "docs" / "convert.md").read_text(encoding="utf-8")
+    assert all(name in words and name in page for name in recipe_names())
     assert find_recipe("../smollm2-135m") is None
 
 
