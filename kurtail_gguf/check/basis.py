@@ -98,7 +98,7 @@ def _diagonal(
         # a channel that is always 0 tells nothing, and needs nothing
         found = torch.where(energy > 0, both / energy.clamp_min(1e-300), 1.0)
     if not (torch.isfinite(found) & (found > 0)).all():
-        raise Differs(f"tensor {name}.weight: what it multiplies by is not always above 0, and no diagonal has other values")
+        raise Differs(f"tensor {name}.weight: every value must be above 0, because a diagonal's values are")
     return found
 
 

@@ -65,17 +65,17 @@ class RuntimeChecks:
             stage.advance(1, "the file in the runtime")
         folding, whole = mean_divergence(original, turned), mean_divergence(original, found)
         if not folding <= SAME:
-            raise Differs(f"the rotated weights say something else than the original ones: divergence {folding:.3g} nats")
-        different = f"the file says something else than the original: divergence {whole:.3g} nats"
+            raise Differs(f"the rotated weights give other predictions than the original ones: divergence {folding:.3g} nats")
+        different = f"the file's predictions differ from the original's: divergence {whole:.3g} nats"
         if self._provenance.weights == "f32" and not whole <= SAME:
-            raise Differs(f"{different}, at most {SAME:g} is expected")
+            raise Differs(f"{different}, expected at most {SAME:g}")
         elsewhere = mean_divergence(original, np.roll(found, 1, axis=0))
         if not whole <= NEARER * elsewhere:
-            raise Differs(f"{different}, {elsewhere:.3g} from what it says at the next position")
+            raise Differs(f"{different}, against {elsewhere:.3g} from its own at the next position")
         agree = float((original.argmax(-1) == found.argmax(-1)).mean())
         return (
-            f"{len(self._ids)} tokens; divergence original to rotated {abs(folding):.1e}, to the file {whole:.3g} nats; "
-            f"the likeliest token is the same for {agree:.0%}"
+            f"{len(self._ids)} tokens; divergence of rotated from original {abs(folding):.1e}, of the file {whole:.3g} "
+            f"nats; the top token is the same for {agree:.0%}"
         )
 
     def cache(self) -> str:
@@ -99,8 +99,8 @@ class RuntimeChecks:
         compared = f"divergence from an exact cache {own:.3g} nats" + ("" if unrounded else f", of an f16 cache {half:.3g}")
         if not own <= half + CACHE_COST:
             raise Differs(
-                f"the file's own cache ({self._provenance.cache_as}) harms what it says: {compared}, at most "
-                f"{half + CACHE_COST:.2g} is expected: convert the model again, or run the file with -ctk q8_0 -ctv q8_0 (or f16)"
+                f"the file's own cache ({self._provenance.cache_as}) changes its predictions: {compared}, expected at most "
+                f"{half + CACHE_COST:.2g}: convert the model again, or run the file with -ctk q8_0 -ctv q8_0 (or f16)"
             )
         return f"{self._provenance.cache_as}; {compared}"
 

@@ -129,7 +129,7 @@ def _load_weights(model: PreTrainedModel, info: GgufInfo, library: ggml.GgmlBase
     for tensor in info.tensors:
         name = _hf_name(tensor)
         if name not in missing:
-            raise SimulationError(f"{tensor.name} of {info.path} has no place in {type(model).__name__}")
+            raise SimulationError(f"{tensor.name} of {info.path} does not belong to {type(model).__name__}")
         values = _read(tensor, data, library)
         if name.endswith("norm.weight"):
             values = values - np.float32(family.norm.offset)
@@ -166,7 +166,7 @@ def _hf_name(tensor: TensorInfo) -> str:
     match = _NAME.fullmatch(tensor.name)
     table = {} if match is None else (_TOP if match["layer"] is None else _IN_BLOCK)
     if match is None or match["part"] not in table:
-        raise SimulationError(f"the simulation does not know the tensor {tensor.name}")
+        raise SimulationError(f"the simulation does not support the tensor {tensor.name}")
     prefix = "" if match["layer"] is None else f"model.layers.{match['layer']}."
     return f"{prefix}{table[match['part']]}.{match['kind']}"
 

@@ -86,7 +86,7 @@ def verify(
     info = read_gguf(path)
     provenance = info.provenance
     if provenance is None:
-        raise KurtailError(f"{path} has no kurtail keys: there is nothing to verify; only files of convert can be")
+        raise KurtailError(f"{path} has no kurtail keys, so there is nothing to verify: give a file that convert wrote")
     source = resolve_source(model, work_dir, progress, allow_pickle)
     checkpoint = open_checkpoint(source, allow_pickle)
     file = FileTensors(info)
@@ -121,7 +121,7 @@ def _metadata(info: GgufInfo, checkpoint: Checkpoint) -> str:
         if key not in info.metadata:
             raise Differs(f"key {key} is missing")
         if info.metadata[key] != expected[key]:
-            raise Differs(f"key {key} is {info.metadata[key]}, the model's is {expected[key]}")
+            raise Differs(f"key {key} is {info.metadata[key]}, expected the model's {expected[key]}")
     return f"{len(keys)} keys"
 
 
@@ -135,12 +135,12 @@ def _tokenizer(path: Path, source: Path) -> str:
         elif found != expected:
             same = [a == b for a, b in zip(found, expected, strict=False)]
             at = [*same, False].index(False)
-            raise Differs(f"{text!r}: token {at} of the file's is {found[at:at + 1]}, of the model's {expected[at:at + 1]}")
+            raise Differs(f"{text!r}: token {at} is {found[at:at + 1]}, expected the model's {expected[at:at + 1]}")
     if not left_out:
         return f"{len(TEXTS)} texts"
     return (
-        f"{len(TEXTS) - left_out} texts; {left_out} more differ, for tokenizer.model changes line ends or blanks first, which llama.cpp "
-        "does not do, whoever converted the file"
+        f"{len(TEXTS) - left_out} texts; {left_out} more differ because tokenizer.model changes line ends or blanks first, "
+        "which llama.cpp never does"
     )
 
 
@@ -173,7 +173,7 @@ def _tensors(
         if not is_tied(spec, r1):
             worst = max(worst, _compare_table(checkpoint, file, checkpoint.head_name, HEAD, none if r1 is None else gain, r1))
         elif HEAD in file:
-            raise Differs(f"tensor {HEAD} is there, but the model's head is its embedding")
+            raise Differs(f"tensor {HEAD} exists, but the model's head is its embedding")
         _compare(file, "output_norm.weight", (gain if r1 is None else none).numpy())
         for bias, name in ((f"{family.final_norm}.bias", "output_norm.bias"), (f"{family.head}.bias", "output.bias")):
             if bias in spec.ending:
@@ -239,7 +239,7 @@ def _check_shape(file: FileTensors, name: str, shape: tuple[int, ...], expert: i
         raise Differs(f"tensor {name} is missing")
     found = file.info(name).shape
     if tuple(found if expert is None else found[1:]) != tuple(shape):
-        raise Differs(f"tensor {name} is {list(found)}, the model's is {list(shape)}")
+        raise Differs(f"tensor {name} is {list(found)}, expected the model's {list(shape)}")
 
 
 def _check_scales(file: FileTensors, name: str, expected: npt.NDArray | None, expert: int | None = None) -> None:
@@ -256,7 +256,7 @@ def _check_scales(file: FileTensors, name: str, expected: npt.NDArray | None, ex
         if len(bad):
             row, block = bad[0]
             weight = largest[row, block]
-            raise Differs(f"tensor {where}: the scale of row {row}, block {block} is 0, its weights reach {weight:.3g}")
+            raise Differs(f"tensor {where}: the scale of row {row}, block {block} is 0, but its weights reach {weight:.3g}")
 
 
 def _bounded(
@@ -267,11 +267,11 @@ def _bounded(
     bound = unrounded if info.type_id == ggml.F32 else BOUNDS.get(info.type_id)
     where = _where(name, expert)
     if bound is None:
-        raise Differs(f"tensor {where} has the type {info.type_name}, which convert does not write")
+        raise Differs(f"tensor {where} has the type {info.type_name}, which convert never writes")
     # NaN is above every bound
     if not relative <= bound:
-        limit = f"at most {bound:g} is expected"
-        raise Differs(f"tensor {where} ({info.type_name}) is off by {relative:.3g} of its size, {limit}")
+        limit = f"expected at most {bound:g}"
+        raise Differs(f"tensor {where} ({info.type_name}) has a relative error of {relative:.3g}, {limit}")
     return relative
 
 

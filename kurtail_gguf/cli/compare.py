@@ -27,39 +27,39 @@ _PASSED = (
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="UTF-8 text to measure on.")
 @click.option(
     "--methods", default=None, metavar="NAME,…",
-    help="Methods to compare: ROTATION or ROTATION+WEIGHTS, as convert offers them. Every rotation but none if not "
-    "given.",
+    help="Methods to compare: ROTATION or ROTATION+WEIGHTS, with the values that convert accepts.  [default: every rotation "
+    "except none]",
 )
 @click.option(
     "--context", type=click.IntRange(min=16), default=512, show_default=True,
-    help="Tokens in a chunk of the text; the second half of each is scored.",
+    help="Tokens per chunk of the text; the second half of each chunk is scored.",
 )
 @activation_bits_option
-@click.option("--chunks", type=click.IntRange(min=1), default=None, help="Only the first so many chunks.")
+@click.option("--chunks", type=click.IntRange(min=1), default=None, help="Measure only the first N chunks.  [default: all]")
 @click.option(
     "--out-dir", type=click.Path(path_type=Path), default=None,
-    help="Keep the files here; without it they are removed at the end.",
+    help="Keep the converted files in this directory.  [default: remove them at the end]",
 )
 @click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the results here.",
+    "--json", "json_path", type=click.Path(path_type=Path), default=None, help="Write the results to this file.",
 )
 @click.option(
     "--plot", type=click.Path(path_type=Path), default=None, metavar="PNG|SVG",
     help="Draw kurtosis and block maxima of the activations by layer, before and after rotation.",
 )
-@click.option("--card", is_flag=True, help="Write FILE.gguf.md beside each file that --out-dir keeps.")
+@click.option("--card", is_flag=True, help="Write a model card FILE.gguf.md beside each file that --out-dir keeps.")
 def compare_command(
     model: str, text: Path, methods: str | None, context: int, chunks: int | None, activation_bits: str | None,
     out_dir: Path | None,
     json_path: Path | None, plot: Path | None, card: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Convert MODEL with several methods and measure the files side by side.
+    """Compare conversion methods side by side.
 
-    The reference is MODEL itself, unquantized. Seconds and peak memory are those of the conversion, each in
-    a process of its own.
+    Converts MODEL with each method and measures the files. The reference is MODEL itself, unquantized. Seconds and peak memory are those of the conversions, each of which runs in
+    its own process.
     """
     if card and out_dir is None:
-        raise ConfigError("--card needs --out-dir: cards lie beside the files, which are removed without it")
+        raise ConfigError("--card needs --out-dir: model cards are written beside the files, which are removed without it")
     for path, option in ((json_path, "--json"), (plot, "--plot")):
         if path is not None:
             check_writable(path, option)

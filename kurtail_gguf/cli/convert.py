@@ -66,89 +66,90 @@ Examples:
 @click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
 @click.option(
     "--rotation", type=click.Choice(ROTATIONS), default=None,
-    help="diagonal: every input is scaled channel by channel and goes through a Hadamard transform of 64 while it is rounded; "
-    "output: R1 of the residual stream learned by the rounding error at the outputs that read it; kurtail: R1 and R2 by "
-    "kurtosis, as the paper; spinquant: learned end to end, with the whole model in memory; hadamard: at random; none.  "
-    "[default: diagonal; output with --target stock]",
+    help="How activations and weights are prepared for 4 bits. diagonal: scale the channels of every input and apply a Hadamard "
+    "transform of 64. output: learn R1 from the rounding error at the outputs of the linears. kurtail: learn R1 and R2 by "
+    "kurtosis, as in the paper. spinquant: learn them end to end, with the whole model in memory. hadamard: random R1 and "
+    "R2. none: no rotation.  [default: diagonal; output with --target stock]",
 )
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default=_DEFAULTS["weights"], show_default=True,
-    help="How weights are quantized: GPTQ on the calibration text, or rounding to nearest with searched scales.",
+    help="How weights are quantized. gptq: GPTQ on the calibration text. rtn: rounding to nearest with searched scales. f32: "
+    "not quantized, for checking.",
 )
 @click.option(
     "--activations", type=_Bits(ACTIVATIONS), default=_DEFAULTS["activations"], show_default=True,
-    help="Bits of the activations that enter the linears of the blocks; auto: 8 for the few that need it most, by "
-    "the damage measured on the calibration text, 4 for the others.",
+    help="Bits of the activations that enter the linears of the blocks. auto: 8 for the few linears where 4 do most damage, "
+    "measured on the calibration text, and 4 for the others.",
 )
 @click.option(
     "--budget", type=float, default=None, metavar="SHARE",
-    help=f"Share of the linears' multiply-accumulates that --activations auto may give 8 bits.  [default: {DEFAULT_BUDGET}]",
+    help=f"Share of the linears' multiply-accumulates that --activations auto may run at 8 bits.  [default: {DEFAULT_BUDGET}]",
 )
 @click.option(
     "--kv", type=_Bits(KV_CHOICES), default=None,
-    help="Bits of the KV cache; auto: 4, and 8 for the keys or values of layers where 4 do most damage, measured on the "
+    help="Bits of the KV cache. auto: 4, and 8 for the keys or values of layers where 4 do most damage, measured on the "
     "calibration text.  [default: auto; 16 with --weights f32]",
 )
 @click.option(
     "--kv-budget", type=float, default=None, metavar="BITS",
-    help="Bits of a cached value on average that --kv auto may spend, 4.5 being four bits everywhere.  "
-    f"[default: {DEFAULT_KV_BUDGET}]",
+    help=f"Average bits per cached value that --kv auto may use; 4.5 is four bits everywhere.  [default: {DEFAULT_KV_BUDGET}]",
 )
 @click.option(
     "--target", type=click.Choice(TARGETS), default=_DEFAULTS["target"], show_default=True,
-    help="stock: a Q4_0 file that stock llama.cpp runs, with folded rotations only; --activations and --kv "
-    "have no place there.",
+    help="kurtail: a file for the shipped runtime. stock: a Q4_0 file that stock llama.cpp runs, with folded rotations only; it "
+    "excludes --activations and --kv.",
 )
 @click.option(
     "--calibration", multiple=True, default=_DEFAULTS["calibration"], metavar="FILE", show_default=True,
-    help="Text, jsonl (either also as .gz) or Parquet files, directories that the datasets library reads (give the option once "
-    "for each), hf:NAME for a dataset of the Hub, or self: text that the model generates. Rows have a text in the field text or "
-    "content, or a chat in messages, which is written by the model's chat template.",
+    help="Text to calibrate on: text, jsonl (either also as .gz) or Parquet files, directories that the datasets library reads, "
+    "hf:NAME for a dataset on the Hub, or self for text that the model generates. Repeat the option for several. Rows have "
+    "their text in the field text or content, or a chat in messages, which the model's chat template turns into text.",
 )
 @click.option(
     "--calibration-tokens", type=int, default=_DEFAULTS["calibration_tokens"], show_default=True,
-    help="How many tokens to calibrate on. Tuning takes 512 of them a step, and more where there are more.",
+    help="Tokens to calibrate on. Tuning uses 512 tokens per step, and more text where there is more.",
 )
 @click.option(
     "--tune", type=int, default=None, metavar="STEPS",
-    help="Tune the block scales end to end for so many steps of 512 tokens; 0 leaves them. The default is "
-    f"{DEFAULT_TUNE} with --rotation diagonal (or output) --weights gptq, but 0 for a mixture of experts and for a model of such a "
-    "size that it would take more than 16 GB of memory.",
+    help=f"Steps of 512 tokens for which the block scales are tuned end to end; 0 disables tuning.  [default: {DEFAULT_TUNE} "
+    "with --rotation diagonal or output and --weights gptq; 0 for other methods, mixtures of experts and models for which "
+    "tuning takes more than 16 GB of memory]",
 )
-@click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of everything random.")
+@click.option("--seed", type=int, default=_DEFAULTS["seed"], show_default=True, help="Seed of all random numbers.")
 @click.option(
     "--device", metavar=f"[{'|'.join(DEVICES)}|cuda:N]", default=_DEFAULTS["device"], show_default=True,
-    help="Where to compute; auto takes a CUDA card where there is one.",
+    help="Device to compute on. auto: a CUDA GPU if there is one, else the CPU.",
 )
 @click.option(
     "--keep-rotations", type=click.Path(path_type=Path), default=None, metavar="FILE",
-    help="Keep R1, R2 and what else was folded in a file, for convert-lora.",
+    help="Save R1, R2 and everything else that is folded to this file, for convert-lora.",
 )
 @click.option(
     "--report", type=click.Path(path_type=Path), default=None, metavar="HTML",
-    help="Measure every layer and write a page with plots of kurtosis, weight and activation errors: one file that "
-    "needs nothing else. Folding is done a second time for it.",
+    help="Measure every layer and write a self-contained HTML page with plots of kurtosis and of weight and activation errors. "
+    "Every layer is folded a second time for it.",
 )
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), default=None,
-    help="Where finished steps are kept; beside OUT, and removed at the end, if not given.",
+    help="Directory for finished steps.  [default: beside OUT, removed at the end]",
 )
 @allow_pickle
-@click.option("--restart", is_flag=True, help="Begin anew, without what an interrupted run left there.")
+@click.option("--restart", is_flag=True, help="Start over and discard what an interrupted run left.")
 @click.option(
     "--plan", "only_plan", is_flag=True,
-    help="Convert nothing and download no weights: read configuration and headers, and tell memory, disk, time, rotations and what "
-    "would be refused.",
+    help="Convert nothing and download no weights: read configuration and headers, and report memory, disk, time, rotations and "
+    "what would be refused.",
 )
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--quiet", is_flag=True, help="Print only errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result, or the plan, as JSON on standard output.")  # fmt: skip
 def convert_command(
     model: str, out: Path, calibration: tuple[str, ...], only_plan: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
     """Convert MODEL to a 4-bit GGUF file.
 
-    MODEL is a Hugging Face directory, a model of the Hugging Face Hub (hf:owner/name or its address), a GGUF file that
-    transformers can read, or the name of a known model (smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b). An interrupted run goes on where it was when the same line is typed again.
+    MODEL is a Hugging Face directory, a model on the Hugging Face Hub (hf:owner/name or its address), a GGUF file that
+    transformers can read, or the name of a known model (smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b).
+    To continue an interrupted run, rerun the same command.
     """
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.convert.pipeline import convert
@@ -171,7 +172,7 @@ def convert_command(
         return
     info = read_gguf(result.out)
     size = os.path.getsize(result.out) / 1e6
-    click.echo(f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits a weight ({info.runs_as})")
+    click.echo(f"wrote {result.out}: {size:.0f} MB, {info.bits_per_weight:.2f} bits per weight ({info.runs_as})")
     for line in (*_cache(result.provenance), *_cost(result, peak_memory())):
         click.echo(line)
     if result.warning is not None:
@@ -187,9 +188,10 @@ def _cache(provenance: Provenance) -> Iterator[str]:
     """What the cache takes and what it alone costs."""
     if provenance.kv_divergence is not None and provenance.kv_perplexity is not None:
         yield (
-            f"cache: {provenance.mean_kv_bits:.2f} bits a value ({cache_layers(provenance)}); alone it diverges by "
-            f"{provenance.kv_divergence:.4f} nats a token and changes perplexity by {100 * (provenance.kv_perplexity - 1):+.1f} % "
-            f"({provenance.kv_measured_tokens} tokens of text that it was not fitted to)"
+            f"cache: {provenance.mean_kv_bits:.2f} bits per value ({cache_layers(provenance)}); alone it costs a "
+            f"divergence of {provenance.kv_divergence:.4f} nats per token and changes perplexity by "
+            f"{100 * (provenance.kv_perplexity - 1):+.1f} % ({provenance.kv_measured_tokens} tokens of text that it was "
+            "not fitted to)"
         )
 
 
@@ -201,8 +203,8 @@ def _cost(result: ConvertResult, peak_bytes: int) -> Iterator[str]:
     if not result.resumed:
         seconds = result.seconds["rotations"] + result.seconds["quantize"]
         yield (
-            f"rotations and {result.provenance.weights} together: {seconds / result.layers:.2f} s a layer, "
-            f"{seconds / result.weights * 1e6:.2f} s a million weights"
+            f"rotations and {result.provenance.weights} together: {seconds / result.layers:.2f} s per layer, "
+            f"{seconds / result.weights * 1e6:.2f} s per million weights"
         )
 
 

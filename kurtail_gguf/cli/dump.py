@@ -14,10 +14,10 @@ from kurtail_gguf.runtime.gguf_info import read_gguf
 @click.argument("file", metavar="FILE.gguf", type=click.Path(path_type=Path))
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def dump_command(file: Path, options: tuple[str, ...]) -> None:
-    """Show every key and tensor of a GGUF file, by the gguf-dump of the llama.cpp that this runtime is built from.
+    """Show every key and tensor of a GGUF file.
 
-    It takes that program's options (--no-tensors, --json, --markdown and others). The gguf-dump that pip installs beside
-    transformers does not know the type of our tensors and ends with a traceback.
+    This is the gguf-dump of the llama.cpp that the runtime is built from, with its options (--no-tensors, --json, --markdown
+    and others). The gguf-dump that pip installs with transformers does not support the files' tensor type.
     """
     read_gguf(file)  # a missing or damaged file is one line here, and a traceback there
     click.get_current_context().exit(vendored.run_module("gguf.scripts.gguf_dump", (*options, str(file))))

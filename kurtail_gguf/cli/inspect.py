@@ -20,7 +20,10 @@ from kurtail_gguf.runtime.provenance import Provenance
 @click.argument("file", metavar="FILE.gguf", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def inspect_command(file: Path, as_json: bool) -> None:
-    """Show a GGUF file's tensor types, bits per weight, rotations and origin."""
+    """Show a file's types, bits and rotations.
+
+    It prints tensor types, bits per weight, rotations and the settings of the conversion.
+    """
     info = read_gguf(file)
     if as_json:
         click.echo(json.dumps(summary(info), indent=2))
@@ -82,8 +85,8 @@ def _print(info: GgufInfo, console: Console) -> None:
     if info.requantized is not None and provenance.target != "stock":
         _line(
             console,
-            f"requantized: its linears are {info.requantized}, not kt4, but expect the transforms that its keys tell of; stock llama.cpp "
-            "runs it without them and computes nonsense: convert the model again",
+            f"requantized: its linears are {info.requantized}, not kt4, but its keys list online transforms; stock "
+            "llama.cpp runs it without them and computes nonsense: convert the model again",
         )
     if provenance.activation_choice == "auto":
         _line(console, _chosen(info, provenance.activation_budget))
@@ -107,12 +110,13 @@ def _print_provenance(info: GgufInfo, provenance: Provenance, console: Console) 
     _line(console, f"runs as {info.runs_as}, weights {provenance.weights}{tuned}")
     _line(console, f"rotation {provenance.rotation}, objective {provenance.objective}, seed {provenance.seed}")
     if provenance.kv_k_bits:
-        _line(console, f"cache: {provenance.mean_kv_bits:.2f} bits a value, {cache_layers(provenance)}")
+        _line(console, f"cache: {provenance.mean_kv_bits:.2f} bits per value, {cache_layers(provenance)}")
     if provenance.kv_divergence is not None and provenance.kv_perplexity is not None:
         _line(
             console,
-            f"the cache alone: divergence {provenance.kv_divergence:.4f} nats a token, perplexity "
-            f"{100 * (provenance.kv_perplexity - 1):+.1f} % (measured on {provenance.kv_measured_tokens} tokens at conversion)",
+            f"the cache alone: divergence {provenance.kv_divergence:.4f} nats per token, perplexity "
+            f"{100 * (provenance.kv_perplexity - 1):+.1f} % (measured on {provenance.kv_measured_tokens} tokens at "
+            "conversion)",
         )
     rotations = (
         ("R1, residual stream, folded", provenance.r1_kind, provenance.r1_size),

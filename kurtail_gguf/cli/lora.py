@@ -15,16 +15,16 @@ from kurtail_gguf.cli.progress import make_progress
 @click.command("convert-lora")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT.gguf", type=click.Path(path_type=Path))
-@click.option("--file", required=True, type=click.Path(path_type=Path), help="The rotated GGUF file that it is for.")
+@click.option("--file", required=True, type=click.Path(path_type=Path), help="The rotated GGUF file that the adapter is for.")
 @click.option(
-    "--rotations", required=True, type=click.Path(path_type=Path), help="What convert --keep-rotations kept of that file."
+    "--rotations", required=True, type=click.Path(path_type=Path), help="The file that convert --keep-rotations saved with it."
 )
-@click.option("--reference", required=True, metavar="MODEL", help="What the file was made of, as convert took it.")
+@click.option("--reference", required=True, metavar="MODEL", help="The MODEL that the file was converted from, as given to convert.")
 @allow_pickle
 def convert_lora_command(
     adapter: Path, out: Path, file: Path, rotations: Path, reference: str, allow_pickle: bool
 ) -> None:
-    """Bring a LoRA adapter into the basis of a rotated file.
+    """Convert a LoRA adapter to the basis of a rotated file.
 
     ADAPTER is a PEFT directory (adapter_config.json, adapter_model.safetensors) made for the original MODEL. Example:
 

@@ -25,7 +25,7 @@ from kurtail_gguf.messages.errors import KurtailError
 #: What a shell reports for a program ended by SIGINT.
 _INTERRUPTED = 130
 
-#: Commands that keep what they finished, so that the same line goes on with it.
+#: Commands that keep finished steps, so that rerunning them continues.
 _RESUMES = frozenset({"convert"})
 
 
@@ -39,8 +39,8 @@ class _Commands(click.Group):
             if isinstance(error, KeyboardInterrupt) or (ctx.obj is not None and ctx.obj.seen):
                 # what this run has finished is not to be forgotten by the next
                 again = shlex.join(["kurtail-gguf", *(word for word in sys.argv[1:] if word != "--restart")])
-                how = "to go on from the last finished step" if ctx.invoked_subcommand in _RESUMES else "to start again"
-                click.echo(f"\ninterrupted; {how}, type: {again}", err=True)
+                how = "continue from the last finished step" if ctx.invoked_subcommand in _RESUMES else "start again"
+                click.echo(f"\ninterrupted; to {how}, run: {again}", err=True)
                 ctx.exit(_INTERRUPTED)
             if not isinstance(error, KurtailError):
                 raise
@@ -51,7 +51,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kurtail-gguf")
 def commands() -> None:
-    """4-bit weights, activations and KV cache with learned rotations, as GGUF files."""
+    """Convert models to GGUF files with 4-bit weights, activations and KV cache, and measure them."""
 
 
 commands.add_command(convert_command)
@@ -85,7 +85,7 @@ def main() -> None:
     # machine. OpenMP reads it when torch is imported, which only commands do; children inherit it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     interrupts = _Interrupts()
-    # a terminated run cleans up and says how to go on, as an interrupted one does
+    # a terminated run cleans up and prints how to continue, as an interrupted one does
     signal.signal(signal.SIGTERM, interrupts)
     # ignored, as in a shell's background, it stays
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -11,13 +11,13 @@ from kurtail_gguf.runtime.activation_bits import ACTIVATION_CHOICES, VARIABLE
 
 allow_pickle = click.option(
     "--allow-pickle", is_flag=True,
-    help="Read a MODEL whose weights are .bin pickles: plain tensors only, nothing in them is run.",
+    help="Read a MODEL whose weights are .bin pickles: only plain tensors are read, no code is run.",
 )  # fmt: skip
 
 activation_bits = click.option(
     "--activation-bits", type=click.Choice(ACTIVATION_CHOICES), default=None, envvar=VARIABLE, show_envvar=True,
-    help="Bits that the runtime rounds inputs of 4-bit products to; file: what the file says. The runtime's default if not "
-    "given.",
+    help="Bits to which the runtime rounds the inputs of 4-bit products. file: the bits of the file.  [default: the runtime's "
+    "choice for this machine]",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def comma_list(convert: Callable[[str], Any]) -> Callable[[click.Context, click.
             try:
                 found.append(convert(part))
             except ValueError:
-                raise click.BadParameter(f"{part!r} is not one of its values.", context, parameter) from None
+                raise click.BadParameter(f"{part!r} is not a valid value.", context, parameter) from None
         return tuple(dict.fromkeys(found))
 
     return callback

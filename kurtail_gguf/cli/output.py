@@ -14,7 +14,7 @@ def check_writable(path: Path, option: str) -> None:
     """Refuse a path that cannot be written, before any work; the message names the option."""
     parent = path.absolute().parent
     if path.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
-        raise KurtailError(f"cannot write {path}: no directory to write in, or no permission: choose another {option}")
+        raise KurtailError(f"cannot write {path}: the directory does not exist or is not writable; choose another {option}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

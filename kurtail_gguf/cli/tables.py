@@ -69,7 +69,7 @@ def _overview(rows: list[tuple[str, ModelResult]]) -> Table:
     }
     table = _table("file", [name for name, _ in rows], columns)
     if any(row.cache_kld is not None for _, row in rows):
-        table.caption = "cache KLD, cache ppl: beside the same file with an f16 cache"
+        table.caption = "cache KLD, cache ppl: relative to the same file with an f16 cache"
     return table
 
 
@@ -83,9 +83,9 @@ def _subjects(rows: list[tuple[str, ModelResult]]) -> Table:
     for name, result in asked:
         columns[heads[name]] = [percent(part) for part in (*result.subjects.values(), result.macro, result.micro)]
     table = _table("MMLU", names, columns)
-    table.caption = f"{first.shots} examples a question; accuracy ± standard error"
+    table.caption = f"{first.shots} examples per question; accuracy ± standard error"
     if shortened := max(result.shortened for _, result in asked):
-        table.caption += f"; {shortened} questions with fewer, for want of context"
+        table.caption += f"; {shortened} questions with fewer, because the context is too short"
     return table
 
 
@@ -111,7 +111,7 @@ def _retrieval(rows: list[tuple[str, ModelResult]]) -> Table:
     for name, result in asked:
         columns[heads[name]] = [*(cell_text(cell) for cell in result.cells), retrieved(result)]
     table = _table("context", [*(str(cell.length) for cell in cells), "all"], columns)
-    table.caption = f"codes right, and mean log-likelihood of the right code in nats; a guess has {GUESS:.1f}"
+    table.caption = f"correct codes, and mean log-likelihood of the right code in nats; guessing gives {GUESS:.1f}"
     return table
 
 

@@ -15,14 +15,14 @@ from kurtail_gguf.messages.errors import KurtailError
 
 @click.command("verify")
 @click.argument("file", metavar="OUT.gguf", type=click.Path(path_type=Path))
-@click.option("--reference", required=True, metavar="MODEL", help="What the file was made of, as convert took it.")
+@click.option("--reference", required=True, metavar="MODEL", help="The MODEL that the file was converted from, as given to convert.")
 @allow_pickle
 def verify_command(file: Path, reference: str, allow_pickle: bool) -> None:
-    """Check a converted file against the model it was made of.
+    """Check a converted file against its model.
 
-    Metadata and vocabulary are compared with what upstream's converter writes, every tensor with the model's under the
-    rotations that the file holds (found again from both), what the model says with what the file says in the runtime,
-    and that with what it says with the cache it asks for. Ends with "pass", or with the first thing that differs and status 1.
+    It compares metadata and vocabulary with what upstream's converter writes, every tensor with the model's under the file's
+    rotations, the model's predictions with the file's in the runtime, and those with the predictions under the file's own
+    cache types. It prints "pass", or the first difference with exit status 1.
     """
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.check.verify import verify
@@ -31,7 +31,7 @@ def verify_command(file: Path, reference: str, allow_pickle: bool) -> None:
         for check in verify(file, reference, Path(directory), make_progress(Console(stderr=True)), allow_pickle):
             click.echo(f"{check.name}: {check.detail}" if check.right else f"{check.name}: differs")
             if not check.right:
-                # a bad cache makes no other model of it
-                different = "" if check.name == "cache" else f" is not {reference}"
+                # a bad cache is a bad setting, not another model
+                different = "" if check.name == "cache" else f" does not match {reference}"
                 raise KurtailError(f"{file}{different}: {check.name}: {check.detail}")
     click.echo("pass")

@@ -99,19 +99,21 @@ def convert_lora(
     info = read_gguf(file)
     provenance = info.provenance
     if provenance is None:
-        raise AdapterError(f"{file} has no kurtail keys: give it the original adapter")
+        raise AdapterError(f"{file} has no kurtail keys: load the original adapter with it instead")
     if not provenance.rotations_sha256:
-        raise AdapterError(f"{file} does not say what was folded into it: convert the model again")
+        raise AdapterError(f"{file} does not record what was folded into it: convert the model again")
     kept = load_transforms(rotations)
     if kept.sha256() != provenance.rotations_sha256:
-        raise AdapterError(f"{rotations} holds other rotations than {file}: give those that were kept with it")
+        raise AdapterError(f"{rotations} does not match {file}: give the file that --keep-rotations saved with it")
     checkpoint = open_checkpoint(resolve_source(model, work_dir, progress, allow_pickle), allow_pickle)
     loaded = read_adapter(adapter, checkpoint)
     known, tensors = {tensor.name for tensor in info.tensors}, {}
     with progress.stage("rotate adapter", len(loaded.pairs)) as stage:
         for name, a, b in _folded(loaded, checkpoint, kept):
             if name not in known:
-                raise AdapterError(f"{file} has no tensor {name}: {model} is not what it was made of")
+                raise AdapterError(
+                    f"{file} has no tensor {name}: it was not converted from {model}; give the right --reference"
+                )
             tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a, b
             stage.advance(1, name)
     with tempfile.TemporaryDirectory(prefix="kurtail-lora-") as directory:
@@ -149,14 +151,14 @@ def read_adapter(directory: Path, checkpoint: Checkpoint) -> Adapter:
     for key, value in config.items():
         if key not in _WITHOUT_EFFECT and value not in _PLAIN.get(key, _OFF):
             raise AdapterError(
-                f"{directory / _CONFIG}: {key} {value!r} is more than a plain LoRA of linears: it cannot be "
-                "brought into the rotated basis; merge it into the model and convert that"
+                f"{directory / _CONFIG}: {key} {value!r} is not supported, only plain LoRA of linears is: merge the "
+                "adapter into the model and convert that"
             )
     if (value := config.get("init_lora_weights")) not in _FROM_ORIGINAL:
         raise AdapterError(
-            f"{directory / _CONFIG}: init_lora_weights {value!r} began with other weights than the model's, to which this adapter "
-            "does not fit: save it as the difference (PEFT's save_pretrained with path_initial_model_for_weight_conversion), or "
-            "merge it into the model and convert that"
+            f"{directory / _CONFIG}: init_lora_weights {value!r} changed the base weights before training, so the adapter "
+            "does not fit the model: save it as the difference (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it into the model and convert that"
         )
     path = directory / _WEIGHTS
     if not path.is_file():
@@ -167,12 +169,15 @@ def read_adapter(directory: Path, checkpoint: Checkpoint) -> Adapter:
             for name in file.keys():
                 match = _NAME.fullmatch(name)
                 if match is None:
-                    raise AdapterError(f"{path}: tensor {name} is not A or B of a layer's linear, and cannot be rotated")
+                    raise AdapterError(
+                        f"{path}: tensor {name} is not A or B of a layer's linear and cannot be rotated: train the adapter "
+                        "without it"
+                    )
                 halves.setdefault((int(match[1]), match[2]), {})[match[3]] = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is truncated or not safetensors ({error})") from None
+        raise AdapterError(f"{path} is truncated or not safetensors ({error}): copy it again") from None
     if not halves:
-        raise AdapterError(f"{path} holds no tensors")
+        raise AdapterError(f"{path} contains no tensors")
     return Adapter({key: _pair(path, key, pair, config, checkpoint) for key, pair in halves.items()})
 
 
@@ -184,7 +189,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise AdapterError(f"{path} is no PEFT configuration: peft_type is missing")
+        raise AdapterError(f"{path} is not a PEFT configuration: peft_type is missing")
     return config
 
 
@@ -203,9 +208,9 @@ def _pair(
     a, b = pair["A"].double(), pair["B"].double()
     rows, columns = spec.linear_shape(linear)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != columns or b.shape[0] != rows or a.shape[0] != b.shape[1]:
-        raise AdapterError(f"{where} is {list(b.shape)} times {list(a.shape)}, the model's linear is [{rows}, {columns}]")
+        raise AdapterError(f"{where} is {list(b.shape)} times {list(a.shape)}, expected the model's [{rows}, {columns}]")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"{where} holds NaN or infinite weights")
+        raise AdapterError(f"{where} contains NaN or infinite weights")
     return a, b * _scaling(path, f"model.layers.{layer}.{linear}", a.shape[0], config)
 
 
@@ -214,11 +219,12 @@ def _scaling(path: Path, module: str, rank: int, config: dict[str, Any]) -> floa
     told = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", rank))
     if told != rank:
         raise AdapterError(
-            f"{path}: {module} has rank {rank}, {_CONFIG} says {told!r} (r, rank_pattern): they are of two adapters; save it again"
+            f"{path}: {module} has rank {rank}, but {_CONFIG} has {told!r} (r, rank_pattern): they belong to two adapters; "
+            "save it again"
         )
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"{path.with_name(_CONFIG)}: lora_alpha {alpha!r} is no number")
+        raise AdapterError(f"{path.with_name(_CONFIG)}: lora_alpha {alpha!r} is not a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -40,8 +40,9 @@ def check_header(checkpoint: Checkpoint, progress: Progress, converter: Worker) 
     spec, where = checkpoint.spec, checkpoint.directory / "config.json"
     if spec.window and spec.window < SHORTEST_WINDOW:
         raise UnsupportedArchitecture(
-            f"{where}: sliding_window {spec.window} cannot be converted: upstream's graph attends to everything, which is the same "
-            f"within the window only, and one below {SHORTEST_WINDOW} tokens is of no use"
+            f"{where}: sliding_window {spec.window} is not supported: the runtime computes full attention for this "
+            f"architecture, which is the same only within the window, and a context below {SHORTEST_WINDOW} tokens is too "
+            "short"
         )
     header = read_header(checkpoint.directory, spec.window, converter)
     for note in (*checkpoint.notes, *header.dropped, *_notes(checkpoint)):
@@ -50,15 +51,15 @@ def check_header(checkpoint: Checkpoint, progress: Progress, converter: Worker) 
     for key, found, expected in _sizes(checkpoint, told):
         if not math.isclose(found, expected, rel_tol=_SAME):
             raise UnsupportedArchitecture(
-                f"{where} cannot be converted: upstream's converter takes {key} for {found:g}, transformers for {expected:g}: "
-                "remove the key of config.json that the two read otherwise"
+                f"{where} cannot be converted: upstream's converter reads {key} as {found:g}, transformers as "
+                f"{expected:g}: remove the key of config.json that they interpret differently"
             )
     if told("attention.causal", True) is False:
-        raise UnsupportedArchitecture(f"{where}: is_causal false cannot be converted: only models that write text are")
+        raise UnsupportedArchitecture(f"{where}: is_causal false is not supported: only models that generate text are")
     if told("pooling_type", 0) == _RANKS:
         raise UnsupportedArchitecture(
-            f"{checkpoint.directory} cannot be converted: upstream's converter takes it for a reranker, by the directory's name "
-            "or its README.md, and only models that write text are: give the directory another name"
+            f"{checkpoint.directory} cannot be converted: upstream's converter treats it as a reranker because of the "
+            "directory's name or its README.md, and only models that generate text are supported: rename the directory"
         )
     _check_vocabulary(checkpoint, header, progress)
     _check_turns(checkpoint, header, told)
@@ -78,16 +79,17 @@ def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     spec, where = checkpoint.spec, checkpoint.directory / "config.json"
     if spec.window:
         yield (
-            f"{where}: sliding_window {spec.window} is not computed by the runtime, which attends to everything: the file's context "
-            f"is {spec.window} tokens, within which that is the same; a larger one (-c) gives another model's answers"
+            f"{where}: the runtime ignores sliding_window {spec.window} and computes full attention, so the file's context "
+            f"is limited to {spec.window} tokens, within which both are the same; a larger context (-c) gives other "
+            "results than the model"
         )
     parameters = getattr(checkpoint.config, "rope_parameters", None) or getattr(checkpoint.config, "rope_scaling", None) or {}
     kind = parameters.get("rope_type", parameters.get("type"))
     limit = parameters.get("original_max_position_embeddings") or getattr(checkpoint.config, "original_max_position_embeddings", 0)
     if kind in ("longrope", "su") and limit and limit < checkpoint.config.max_position_embeddings:
         yield (
-            f"{where}: of the two sets of longrope the runtime takes that for long texts in every context above {limit} tokens, "
-            f"transformers only where a text is longer: run the file with -c {limit} where that is enough"
+            f"{where}: the runtime uses the long set of longrope in every context above {limit} tokens, transformers only "
+            f"for texts longer than that: run the file with -c {limit} where that is enough"
         )
 
 
@@ -116,8 +118,8 @@ def _check_vocabulary(checkpoint: Checkpoint, header: Header, progress: Progress
     count = found["length"] if isinstance(found, dict) else len(found)
     if count != rows:
         raise SourceError(
-            f"{checkpoint.directory}: the vocabulary has {count} tokens, the embedding {rows} rows (vocab_size): they must be of "
-            "one model; download the tokenizer's files again"
+            f"{checkpoint.directory}: the vocabulary has {count} tokens, but the embedding has {rows} rows (vocab_size): "
+            "they belong to different models; download the tokenizer's files again"
         )
     if (checkpoint.directory / UNPACKED_KEYS).exists():
         return  # the vocabulary is as it was in the file
@@ -128,34 +130,34 @@ def _check_vocabulary(checkpoint: Checkpoint, header: Header, progress: Progress
         return
     named = ", ".join(f"{token!r} {number}" for token, number in sorted(outside.items(), key=lambda item: item[1])[:_NAMED])
     told = (
-        f"{checkpoint.directory}: {len(outside)} tokens of the tokenizer ({named}{', …' if len(outside) > _NAMED else ''}) are outside "
-        f"the embedding of {rows} rows (vocab_size)"
+        f"{checkpoint.directory}: {len(outside)} tokens of the tokenizer ({named}{', …' if len(outside) > _NAMED else ''}) "
+        f"are outside the embedding of {rows} rows (vocab_size)"
     )
     if not outside.keys() <= added.keys():
-        raise SourceError(f"{told}: they must be of one model; download the tokenizer's files, or the model's, again")
-    progress.tell(f"warning: {told}: the file does not have them")
+        raise SourceError(f"{told}: they belong to different models; download the tokenizer's files, or the model's, again")
+    progress.tell(f"warning: {told}: they are left out of the file")
 
 
 def _check_turns(checkpoint: Checkpoint, header: Header, told: _Told) -> None:
     spec, where = checkpoint.spec, checkpoint.directory / "config.json"
     if header.factors and not spec.family.rope_factors:
         raise UnsupportedArchitecture(
-            f"{where}: this rope_parameters (rope_scaling) cannot be converted: upstream's graph reads no factors of frequencies for "
-            f"{spec.family.architecture}"
+            f"{where}: this rope_parameters (rope_scaling) is not supported: upstream's graph reads no frequency factors "
+            f"for {spec.family.architecture}"
         )
     for name, (expected, size) in checkpoint_turns(checkpoint.config).items():
         frequencies, magnitude = runtime_turns(told, header.factors, name, spec.family.yarn_keys)
         if not math.isclose(magnitude, size, rel_tol=_SAME):
             raise UnsupportedArchitecture(
-                f"{where}: this rope_parameters (rope_scaling) cannot be converted: with it transformers multiplies queries and keys "
-                f"by {size:.4g}, the runtime by {magnitude:.4g}: it has no attention_factor, mscale or mscale_all_dim of these "
-                "values; leave them out if the model was trained without"
+                f"{where}: this rope_parameters (rope_scaling) is not supported: transformers multiplies queries and keys "
+                f"by {size:.4g}, the runtime by {magnitude:.4g}, because it does not read these values of "
+                "attention_factor, mscale or mscale_all_dim; leave them out if the model was trained without them"
             )
         if not _alike(frequencies, expected):
             raise UnsupportedArchitecture(
-                f"{where}: this rope_parameters (rope_scaling) cannot be converted: with it transformers turns {2 * len(expected)} "
-                f"values of a head by other frequencies than the runtime, which turns {2 * len(frequencies)}; a key that only "
-                "transformers knows (beta_fast, truncate, partial_rotary_factor, another rope_type) makes the difference"
+                f"{where}: this rope_parameters (rope_scaling) is not supported: transformers turns {2 * len(expected)} "
+                f"values of a head by other frequencies than the runtime, which turns {2 * len(frequencies)}, because of a "
+                "key that only transformers reads (beta_fast, truncate, partial_rotary_factor, another rope_type)"
             )
 
 

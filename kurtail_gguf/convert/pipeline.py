@@ -94,16 +94,15 @@ def _disk_error(error: OSError | SafetensorError, work_dir: Path) -> KurtailErro
     reason = getattr(error, "strerror", None) or str(error)
     name = getattr(error, "filename", None)
     return KurtailError(
-        f"{reason}{f': {name}' if name else ''}: the work directory {work_dir} keeps what is finished; make room (or "
-        "grant access) and type the same line again"
+        f"{reason}{f': {name}' if name else ''}: finished steps are kept in {work_dir}; free some space (or grant access) "
+        "and rerun the same command"
     )
 
 
 def _read_error(error: KurtailError, work_dir: Path) -> KurtailError:
     """A disk or network that failed, which is not the input's fault. What is finished is kept."""
     return SourceError(
-        f"{error}; the work directory {work_dir} keeps what is finished: once the file can be read as it was, type the "
-        "same line again"
+        f"{error}; finished steps are kept in {work_dir}: once the file is readable again, rerun the same command"
     )
 
 
@@ -112,9 +111,9 @@ def _card_full(device: torch.device, stage: str, work_dir: Path) -> KurtailError
     total, held = memory_total(device), memory_held(device)
     others = total - held - memory_available(device)
     return KurtailError(
-        f"{device} ran out of memory in the stage {stage!r}: of its {total / 1e9:.1f} GB this run held {held / 1e9:.1f}, others "
-        f"{others / 1e9:.1f}: end what else computes there and type the same line again (the work directory {work_dir} keeps "
-        "what is finished), or give --device cpu --restart; --plan tells what is needed"
+        f"{device} ran out of memory in the stage {stage!r}: of its {total / 1e9:.1f} GB this run held {held / 1e9:.1f}, "
+        f"others {others / 1e9:.1f}: stop what else uses it and rerun the same command (finished steps are kept in "
+        f"{work_dir}), or give --device cpu --restart; --plan reports what is needed"
     )
 
 

@@ -141,7 +141,9 @@ def _plan(config: ConvertConfig, source: Outline, checkpoint: Checkpoint) -> Pla
     if cost.card and (most := max(cost.card.values())) > on_card:
         refused.append(f"{most / 1e9:.1f} GB of {device}'s memory are needed, {on_card / 1e9:.1f} GB are free there")
     if cost.card:
-        notes.append(f"{device} also holds what the driver and cuBLAS take, some hundred MB; figures are of no run on a card yet")
+        notes.append(
+            f"{device} also needs some hundred MB for the driver and cuBLAS; these figures were not checked on a GPU yet"
+        )
     return Plan(
         config.model, job.spec.family.architecture, job.spec.layers, estimate.sizes.parameters, cost.memory, available,
         cost.disk, room, cost.seconds, _rotations(job), tuple(notes), tuple(refused), CacheSize.of(job.checkpoint, config),

@@ -49,14 +49,14 @@ MAX_SEED = (1 << 63) - 1
 def _one_of(option: str, value: object, offered: tuple[object, ...]) -> None:
     if value not in offered:
         names = ", ".join(str(item) for item in offered)
-        raise ConfigError(f"{option} {value!r} is not offered: choose one of {names}")
+        raise ConfigError(f"{option} {value!r} is not supported: choose one of {names}")
 
 
 def not_with_stock(option: str) -> ConfigError:
     """The refusal of an option that a file for stock llama.cpp cannot honour."""
     return ConfigError(
-        f"{option} cannot be chosen with --target stock: stock llama.cpp decides how it rounds activations, and "
-        f"its own -ctk and -ctv choose the cache; leave it out or give --target kurtail"
+        f"{option} cannot be combined with --target stock: stock llama.cpp decides how it rounds activations, and its own "
+        "-ctk and -ctv choose the cache; leave it out or give --target kurtail"
     )
 
 
@@ -129,26 +129,32 @@ class ConvertConfig:
         if self.target == "stock" and (self.activations != 4 or self.kv is not None):
             raise not_with_stock("--activations and --kv")
         if self.weights == "f32" and self.activations != 4:
-            raise ConfigError("--activations has no place with --weights f32: no input of a linear is rounded; leave it out")
+            raise ConfigError("--activations cannot be combined with --weights f32, which rounds no inputs: leave it out")
         if self.weights == "f32" and self.tune:
-            raise ConfigError(f"--tune {self.tune} has no place with --weights f32: there are no scales; leave it out")
+            raise ConfigError(f"--tune {self.tune} cannot be combined with --weights f32, which has no scales: leave it out")
         if self.weights == "f32" and self.rotation == "spinquant" and self.target != "stock":
             raise ConfigError(
-                "--rotation spinquant has no place with --weights f32: it learns by what is rounded, and nothing is: "
-                "give another --rotation"
+                "--rotation spinquant cannot be combined with --weights f32: it learns from rounding errors, and nothing "
+                "is rounded; give another --rotation"
             )
         if self.budget is not None and self.activations != "auto":
-            raise ConfigError(f"--budget {self.budget} is of no use with --activations {self.activations}: give auto")
+            raise ConfigError(
+                f"--budget {self.budget} has no effect with --activations {self.activations}: give --activations auto"
+            )
         if self.budget is not None and not 0 < self.budget < 1:
-            raise ConfigError(f"--budget {self.budget} is no share between 0 and 1: 0 is --activations 4, 1 is 8")
+            raise ConfigError(
+                f"--budget {self.budget} must be between 0 and 1: for 0 give --activations 4, for 1 --activations 8"
+            )
         if self.kv_budget is not None and self.cache_bits != "auto":
-            raise ConfigError(f"--kv-budget {self.kv_budget} is of no use with --kv {self.cache_bits}: give --kv auto")
+            raise ConfigError(f"--kv-budget {self.kv_budget} has no effect with --kv {self.cache_bits}: give --kv auto")
         if self.kv_budget is not None and not 4.5 <= self.kv_budget <= 8.5:
             raise ConfigError(f"--kv-budget {self.kv_budget} is outside 4.5…8.5: 4.5 is --kv 4, 8.5 is --kv 8")
         if not self.model:
-            raise ConfigError("MODEL is empty: give an HF directory, a GGUF file or a recipe's name")
+            raise ConfigError(
+                "MODEL is empty: give a Hugging Face directory, hf:owner/name, a GGUF file or the name of a known model"
+            )
         if not self.calibration:
-            raise ConfigError("--calibration names no text: give files, hf:NAME or self")
+            raise ConfigError("--calibration is empty: give files, hf:NAME or self")
         if "self" in self.calibration and len(self.calibration) > 1:
             raise ConfigError("--calibration self cannot be mixed with files: give one or the other")
         if not MIN_CALIBRATION_TOKENS <= self.calibration_tokens <= MAX_CALIBRATION_TOKENS:

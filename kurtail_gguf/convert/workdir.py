@@ -69,8 +69,8 @@ def _check_ours(directory: Path) -> None:
     # someone may have taken the lock for a stale one and removed it
     if not isinstance(settings, dict) or not str(settings.get("tool")).startswith("kurtail-gguf "):
         raise KurtailError(
-            f"work directory {directory} is not empty and no conversion has been there: its files would be lost; "
-            "give --work-dir an empty or a new directory"
+            f"work directory {directory} is not empty and contains no conversion, so its files would be lost; give "
+            "--work-dir an empty or a new directory"
         )
 
 
@@ -87,8 +87,8 @@ def _acquired(file: TextIO, path: Path) -> bool:
     except OSError as error:
         _leave(path.parent)
         raise KurtailError(
-            f"work directory {path.parent} cannot be locked ({error.strerror}): its file system has no locks; give a "
-            "--work-dir on another one"
+            f"work directory {path.parent} cannot be locked ({error.strerror}): its file system has no locks; give "
+            "--work-dir a directory on another one"
         ) from None
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
@@ -132,15 +132,15 @@ def open_work_dir(directory: Path, settings: Mapping[str, object]) -> bool:
     except (OSError, ValueError) as error:
         raise KurtailError(f"work directory {directory} cannot be used: {error}") from error
     if not isinstance(found, dict):
-        raise KurtailError(f"work directory {directory} cannot be used: {path} is no JSON object: give --restart")
+        raise KurtailError(f"work directory {directory} cannot be used: {path} is not a JSON object: give --restart")
     differing = [
-        f"{key} was {found.get(key)}, is {wanted.get(key)}"
+        f"{key} was {found.get(key)}, now {wanted.get(key)}"
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key)
     ]
     if differing:
         raise KurtailError(
-            f"{directory} holds a run with other settings ({'; '.join(differing)}): give --restart to begin anew there, "
+            f"{directory} contains a run with other settings ({'; '.join(differing)}): give --restart to start over there, "
             "or another --work-dir"
         )
     for scratch in [path for pattern in SCRATCH for path in directory.rglob(pattern)]:

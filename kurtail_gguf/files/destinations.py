@@ -16,7 +16,7 @@ def check_out(out: Path, name: str = "OUT") -> None:
         KurtailError: OUT is a directory, or its parent is missing or not writable.
     """
     if out.is_dir():
-        raise KurtailError(f"{name} {out} is a directory: give the name of a file")
+        raise KurtailError(f"{name} {out} is a directory: give a file name")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise KurtailError(f"{name} {out} cannot be written: {parent} is not a directory; create it first")
@@ -37,4 +37,4 @@ def check_apart(written: Mapping[str, Path | None], read: Iterable[tuple[str, Pa
     taken = {os.path.realpath(path): name for name, path in read}
     for name, path in written.items():
         if path is not None and (other := taken.setdefault(os.path.realpath(path), name)) != name:
-            raise ConfigError(f"{name} {path} is {other} itself: give it a name of its own")
+            raise ConfigError(f"{name} {path} is the same path as {other}: give another name")

@@ -30,7 +30,7 @@ class RowFile:
             self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             self._start = file.tell()
         if fortran or dtype != np.float32:
-            raise ValueError(f"{path} does not hold rows of float32")
+            raise ValueError(f"{path} does not contain rows of float32")
         self._row = math.prod(self.shape[1:])
         self._file = path.open("r+b" if shape is not None else "rb", buffering=0)
 

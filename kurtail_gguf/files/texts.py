@@ -83,7 +83,7 @@ def _decoded(file: BinaryIO, path: Path, error: type[KurtailError], what: str, h
         more = file.read(_CHUNK)
         data, last = data + more, not more
         if (zero := data.find(0)) >= 0:
-            raise error(f"{what} {path} is no text: byte {done + zero} is NUL; a plain UTF-8 text is needed")
+            raise error(f"{what} {path} is not text: byte {done + zero} is NUL; a plain UTF-8 text is needed")
         held = len(decoder.getstate()[0])
         try:
             yield decoder.decode(data, last)
@@ -103,6 +103,6 @@ def _readable(path: Path, error: type[KurtailError], what: str) -> Iterator[None
     except FileNotFoundError:
         raise error(f"{what} {path} does not exist") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
-        raise error(f"{what} {path} is a truncated or damaged gzip file ({problem}): get it again") from None
+        raise error(f"{what} {path} is a truncated or damaged gzip file ({problem}): download it again") from None
     except OSError as problem:
         raise error(f"cannot read {what} {path}: {problem.strerror or problem}") from None

@@ -21,8 +21,8 @@ def pick_device(device: str) -> torch.device:
     chosen = torch.device(device)
     if not cards and torch.version.cuda is None and torch.version.hip is None:
         raise KurtailError(
-            f"--device {device}: this torch ({torch.__version__}) is built without CUDA: install one with it (pytorch.org), "
-            "or give --device cpu"
+            f"--device {device}: this torch ({torch.__version__}) is built without CUDA: install a CUDA build "
+            "(pytorch.org), or give --device cpu"
         )
     if not cards:
         raise KurtailError(

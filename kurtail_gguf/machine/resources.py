@@ -68,7 +68,7 @@ def run_measured(command: Sequence[str], on_line: Callable[[str], None] = lambda
         process.stderr.close()
         os.close(read)
     if not told:
-        raise RuntimeError(f"the process that runs {command[0]} ended with status {status} and no answer")
+        raise RuntimeError(f"the process that runs {command[0]} ended with status {status} and without a result")
     return Measured(**json.loads(told))
 
 

@@ -52,7 +52,7 @@ def check_card(file: Path) -> None:
     """
     path = card_path(file)
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise KurtailError(f"the card {path} cannot be written: no permission there, or a directory of that name")
+        raise KurtailError(f"the model card {path} cannot be written: no permission, or a directory of that name exists")
 
 
 def write_card(file: Path, text: str) -> Path:
@@ -178,16 +178,16 @@ def _values(result: ModelResult) -> dict[str, str]:
     if result.kld_mean is not None:
         values["mean KL divergence from the reference, nats"] = f"{result.kld_mean:.4f}"
     if result.top1_agreement is not None:
-        values["same likeliest token as the reference"] = f"{100 * result.top1_agreement:.2f} %"
+        values["same top token as the reference"] = f"{100 * result.top1_agreement:.2f} %"
     if result.cache_kld is not None:
         values["mean KL divergence from the same file with an f16 cache, nats"] = f"{result.cache_kld:.4f}"
-        values["perplexity, divided by that with an f16 cache"] = f"{result.cache_perplexity:.4f}"
+        values["perplexity relative to that with an f16 cache"] = f"{result.cache_perplexity:.4f}"
     if result.mmlu is not None:
         values["MMLU, micro average"] = _percent(result.mmlu.micro)
         values["MMLU, macro average"] = _percent(result.mmlu.macro)
         values |= {f"MMLU, {name.replace('_', ' ')}": _percent(part) for name, part in result.mmlu.subjects.items()}
         if result.mmlu.shortened:
-            values["MMLU, questions with fewer examples for want of context"] = str(result.mmlu.shortened)
+            values["MMLU, questions with fewer examples because the context is too short"] = str(result.mmlu.shortened)
     if result.tasks is not None:
         values |= {f"{metric.task}: {metric.name}, {metric.filter}": metric.text for metric in result.tasks.metrics()}
     if result.retrieval is not None:
@@ -220,20 +220,21 @@ def _conditions(request: Request, version: str) -> list[str]:
             f"{chunks}, the second half of each scored."
         )
     if (questions := request.mmlu) is not None:
-        limit = "all questions" if questions.limit is None else f"the first {questions.limit} questions of a subject"
+        limit = "all questions" if questions.limit is None else f"the first {questions.limit} questions of each subject"
         told.append(
-            f"MMLU: {questions.directory.name} (sha256 of its files' sha256sum lines `{mmlu_sha256(questions.directory)}`), "
-            f"{limit}, {questions.shots} examples, the likeliest of the four letters; ± is the standard error."
+            f"MMLU: {questions.directory.name} (sha256 of its files' sha256sum lines "
+            f"`{mmlu_sha256(questions.directory)}`), {limit}, {questions.shots} examples, the likeliest of the four "
+            "letters; ± is the standard error."
         )
     if (tasks := request.tasks) is not None:
         shots = "the tasks' own number of examples" if tasks.shots is None else f"{tasks.shots} examples"
-        limit = "all documents" if tasks.limit is None else f"the first {tasks.limit} documents of a task"
+        limit = "all documents" if tasks.limit is None else f"the first {tasks.limit} documents of each task"
         told.append(f"Tasks of lm-eval {version} ({', '.join(tasks.names)}): {limit}, {shots}; ± is the standard error.")
     if (facts := request.retrieval) is not None:
         told.append(
-            f"Retrieval: {facts.text.name} (sha256 `{file_sha256(facts.text)}`) with codes of five digits hidden in it, "
-            f"{facts.needles} for each length and depth, seed {facts.seed}; how many greedy decoding gave, and the mean "
-            f"log-likelihood of the right code in nats, where a guess has {GUESS:.1f}."
+            f"Retrieval: {facts.text.name} (sha256 `{file_sha256(facts.text)}`) with five-digit codes hidden in it, "
+            f"{facts.needles} for each length and depth, seed {facts.seed}; how many greedy decoding found, and the mean "
+            f"log-likelihood of the right code in nats, where guessing gives {GUESS:.1f}."
         )
     return told
 

@@ -153,7 +153,7 @@ def parse_methods(text: str | None) -> tuple[Method, ...]:
         method = Method(rotation, weights if plus else default)
         if method.rotation not in ROTATIONS or method.weights not in WEIGHTS:
             raise ConfigError(
-                f"--methods {name.strip()!r} is not offered: give ROTATION or ROTATION+WEIGHTS with a rotation of "
+                f"--methods {name.strip()!r} is not supported: give ROTATION or ROTATION+WEIGHTS with a rotation of "
                 f"{', '.join(ROTATIONS)} and weights of {', '.join(WEIGHTS)}"
             )
         if method in methods:

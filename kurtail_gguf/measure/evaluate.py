@@ -71,7 +71,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.cache_share and self.text is None:
-            raise ConfigError("--cache-share compares what a file says to a text with two caches: give --text FILE")
+            raise ConfigError("--cache-share compares a file's predictions with two caches: give --text FILE")
         if not any((self.text, self.mmlu, self.tasks, self.retrieval)):
             raise ConfigError("nothing to measure: give --text, --mmlu, --tasks or --retrieval")
 
@@ -341,7 +341,10 @@ def _check_vocabularies(infos: list[GgufInfo], reference: GgufInfo) -> None:
     # llama-perplexity goes on with a reference of another vocabulary, and compares garbage
     for info in infos:
         if info.metadata.get(_VOCABULARY) != reference.metadata.get(_VOCABULARY):
-            raise KurtailError(f"{info.path} and the reference have different vocabularies: no divergence exists")
+            raise KurtailError(
+                f"{info.path} and the reference have different vocabularies, so their predictions cannot be compared: give "
+                "the reference of this file"
+            )
 
 
 def _vocabulary_size(info: GgufInfo) -> int:

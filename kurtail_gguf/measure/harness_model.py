@@ -104,7 +104,7 @@ class RuntimeLM(TemplateLM):
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-            raise KurtailError("the task asks for sampled text: only greedy text is offered")
+            raise KurtailError("the task asks for sampled text: only greedy decoding is supported")
         given = (settings[key] for key in _MOST_GENERATED_KEYS if settings.get(key) is not None)
         most = min(int(next(given, _MOST_GENERATED)), self.max_length - 1)
         stops = settings.get("until") or []

@@ -31,7 +31,7 @@ def run(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dict
         manager.load(request["tasks"])
     except Exception as error:  # whatever a task's own code, datasets and the network raise
         raise KurtailError(
-            f"{', '.join(request['tasks'])} cannot be loaded, is the data at hand? {type(error).__name__}: {error}"
+            f"{', '.join(request['tasks'])} cannot be loaded; is the data available? {type(error).__name__}: {error}"
         ) from error
     model = RuntimeLM(load_asked(request, send), send)
     answer = lm_eval.simple_evaluate(

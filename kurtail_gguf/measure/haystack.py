@@ -157,8 +157,8 @@ def _fill(
 
     if (least := size(0)) > length:
         raise KurtailError(
-            f"{len(facts)} facts and a question take {least} tokens, a context of {length} has no room for them: give "
-            f"larger --retrieval-lengths or fewer --retrieval-depths"
+            f"{len(facts)} facts and a question take {least} tokens, which a context of {length} has no room for: give "
+            "larger --retrieval-lengths or fewer --retrieval-depths"
         )
     every = len(haystack.pieces)
     high = min(length, every)
@@ -166,8 +166,8 @@ def _fill(
         high = min(2 * high, every)
     if high == every and (most := size(every)) < length:
         raise KurtailError(
-            f"the whole text with the facts has {most} tokens, --retrieval-lengths asks for {length}: give a longer "
-            f"--retrieval-text or smaller lengths"
+            f"the whole text with the facts has {most} tokens, but --retrieval-lengths asks for {length}: give a longer "
+            "--retrieval-text or smaller lengths"
         )
     count = bisect_right(range(1, high + 1), length, key=size)
     # another question may be longer behind the text than by itself

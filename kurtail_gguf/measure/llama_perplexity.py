@@ -122,8 +122,8 @@ def _follow(
                     value = match[2] or match[4]
                     if "nan" in value:  # it stays so, and the program would end with other words
                         raise EvaluationError(
-                            f"{model} computes NaN in chunk {done} of the text, though its weights are numbers: the file is damaged, or "
-                            "values are too large for the precision that it is run in"
+                            f"{model} computes NaN in chunk {done} of the text, although its weights are finite: the file "
+                            "is damaged, or values are too large for the precision that it runs in"
                         )
                     stage.advance(1, f"perplexity {value}")
     return output

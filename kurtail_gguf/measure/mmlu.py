@@ -109,7 +109,7 @@ def read_mmlu(directory: Path, shots: int = DEFAULT_SHOTS, limit: int | None = N
     """
     tests = sorted((directory / "test").glob("*_test.csv"))
     if not tests:
-        raise MmluError(f"{directory} has no test/SUBJECT_test.csv: give the directory that holds dev and test")
+        raise MmluError(f"{directory} has no test/SUBJECT_test.csv: give the directory that contains dev and test")
     subjects = []
     for path in tests:
         name = path.name.removesuffix("_test.csv")
@@ -118,10 +118,10 @@ def read_mmlu(directory: Path, shots: int = DEFAULT_SHOTS, limit: int | None = N
             dev = directory / "dev" / f"{name}_dev.csv"
             examples = tuple(_read(dev))[:shots]
             if len(examples) < shots:
-                raise MmluError(f"{dev} holds {len(examples)} examples: --shots {shots} needs more")
+                raise MmluError(f"{dev} contains {len(examples)} examples: --shots {shots} needs more")
         questions = tuple(_read(path))[:limit]
         if not questions:
-            raise MmluError(f"{path} holds no question")
+            raise MmluError(f"{path} contains no question")
         subjects.append(Subject(name, examples, questions))
     return tuple(subjects)
 
@@ -199,7 +199,7 @@ def score(
         try:
             vendored.run(_WORKER, request, on_message)
         except vendored.WorkerError as error:
-            raise EvaluationError(f"{model} cannot be asked: {error}") from None
+            raise EvaluationError(f"MMLU failed on {model}: {error}") from None
     return replace(summarise(subjects, answers, shortened), activations=in_force)
 
 
@@ -260,17 +260,17 @@ def _is_header(row: list[str], where: str) -> bool:
     if names[0] not in HEADER and names[-1] not in HEADER:
         return False
     if (len(names), names[0], names[-1]) != (len(HEADER), HEADER[0], HEADER[-1]):
-        raise MmluError(f"{where}: the header is {','.join(row)[:80]!r}, not {','.join(HEADER)}")
+        raise MmluError(f"{where}: the header is {','.join(row)[:80]!r}, expected {','.join(HEADER)}")
     return True
 
 
 def _question(row: list[str], where: str) -> Question:
     if len(row) != len(HEADER):
-        raise MmluError(f"{where}: {len(row)} fields, not {len(HEADER)} ({','.join(HEADER)})")
+        raise MmluError(f"{where}: {len(row)} fields, expected {len(HEADER)} ({','.join(HEADER)})")
     text, *choices, answer = (field.strip() for field in row)
     for name, field in zip(HEADER, (text, *choices), strict=False):
         if not field:
             raise MmluError(f"{where}: {name} is empty")
     if answer.upper() not in _ANSWERS:
-        raise MmluError(f"{where}: the answer is {answer!r}, not A, B, C, D or 0, 1, 2, 3")
+        raise MmluError(f"{where}: the answer is {answer!r}, expected A, B, C, D or 0, 1, 2, 3")
     return Question(text, tuple(choices), _ANSWERS[answer.upper()], where)

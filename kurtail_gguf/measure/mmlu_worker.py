@@ -57,8 +57,8 @@ def _fit(model: BindingsModel, subject: dict[str, Any], number: int, continuatio
         if asked.length <= model.limit:
             return asked
     raise KurtailError(
-        f"{subject['where'][number]}: the question takes {asked.length} tokens without any example, the model's "
-        f"context has {model.limit}: take it out"
+        f"{subject['where'][number]}: the question takes {asked.length} tokens without any example, but the model's "
+        f"context has {model.limit}: remove the question"
     )
 
 

@@ -60,7 +60,7 @@ def check_picture(path: Path) -> None:
         KurtailError: an unknown ending, or no matplotlib.
     """
     if path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise KurtailError(f"a picture {path} cannot be drawn: its name must end with {' or '.join(PICTURE_SUFFIXES)}")
+        raise KurtailError(f"cannot draw {path}: the name must end with {' or '.join(PICTURE_SUFFIXES)}")
     check_matplotlib("a picture")
 
 

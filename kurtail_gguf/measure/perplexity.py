@@ -142,7 +142,7 @@ def reference(
                     f"the reference's log-probabilities need {size / 1e9:.1f} GB and {directory} has "
                     f"{free / 1e9:.1f} GB free: set TMPDIR to a larger disk or give fewer --chunks"
                 )
-            progress.tell(f"log-probabilities of the reference take {size / 1e6:.0f} MB in {directory} for the time being")
+            progress.tell(f"log-probabilities of the reference take {size / 1e6:.0f} MB in {directory} temporarily")
 
         arguments = [*_arguments(text, context, chunks, cache, activations), "--kl-divergence-base", str(path)]
         name = with_cache(model.name, None if cache == FILE else cache)
@@ -150,7 +150,9 @@ def reference(
         estimate = Perplexity(*llama_perplexity.find(llama_perplexity.FINAL_ESTIMATE, output, model), reported_activations(output))
         # the program does not notice that its writes fail
         if path.stat().st_size != size:
-            raise EvaluationError(f"{path} has {path.stat().st_size} bytes, not {size}: the disk is full, set TMPDIR")
+            raise EvaluationError(
+                f"{path} has {path.stat().st_size} bytes, expected {size}: the disk is full; set TMPDIR to a larger one"
+            )
         yield Reference(path, estimate, context)
 
 
@@ -211,7 +213,7 @@ def check_scored(context: int, chunks: int | None) -> None:
     scored = _scored(context)
     if chunks is not None and scored * chunks < _FEWEST_SCORED:
         raise EvaluationError(
-            f"{chunks} chunks of context {context} score {scored * chunks} tokens, a divergence needs "
+            f"{chunks} chunks of context {context} score {scored * chunks} tokens, but a divergence needs "
             f"{_FEWEST_SCORED}: raise --chunks or --context"
         )
 

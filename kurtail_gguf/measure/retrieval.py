@@ -121,8 +121,8 @@ def check_lengths(info: GgufInfo, request: RetrievalRequest) -> None:
     limit = info.metadata.get(f"{info.architecture}.context_length")
     if limit is not None and max(request.lengths) > limit:
         raise EvaluationError(
-            f"{info.path} has a context of {limit} tokens, --retrieval-lengths asks for {max(request.lengths)}: "
-            f"give lengths up to {limit}"
+            f"{info.path} has a context of {limit} tokens, but --retrieval-lengths asks for {max(request.lengths)}: give "
+            f"lengths up to {limit}"
         )
 
 
@@ -190,7 +190,7 @@ def retrieve(
         try:
             vendored.run(_WORKER, asked, on_message)
         except vendored.WorkerError as error:
-            raise EvaluationError(f"{model} cannot be asked: {error}") from None
+            raise EvaluationError(f"retrieval failed on {model}: {error}") from None
     return replace(summarise(request, found), activations=in_force)
 
 

@@ -72,6 +72,6 @@ def retrieval_figure(panels: Mapping[str, RetrievalResult]) -> Figure:
     figure.supxlabel("tokens of the context", fontsize="medium")
     figure.supylabel("depth of the code", fontsize="medium")
     bar = figure.colorbar(image, ax=grid, extend="min", pad=0.02, aspect=20 * rows)
-    bar.set_label(f"log-likelihood of the right code, nats\n(a guess has \N{MINUS SIGN}{-GUESS:.1f})")
+    bar.set_label(f"log-likelihood of the right code, nats\n(guessing gives −{-GUESS:.1f})")
     figure.suptitle("Codes found in a long text", fontsize="large")
     return figure

@@ -31,7 +31,7 @@ def build_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
             family = replace(family, **fields)
 
     def refuse(key: str, value: object, limit: str) -> UnsupportedArchitecture:
-        return UnsupportedArchitecture(f"{name}: {key} {value} cannot be converted: {limit}")
+        return UnsupportedArchitecture(f"{name}: {key} {value} is not supported: {limit}")
 
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -124,7 +124,7 @@ def _window(family: Family, config: Mapping[str, Any]) -> int:
 def _windows(config: Mapping[str, Any], layers: int, window: int, refuse: _Refuse) -> tuple[int, ...]:
     types = config.get("layer_types")
     if not isinstance(types, list) or len(types) != layers:
-        raise refuse("layer_types", types, f"it must name the kind of each of the {layers} layers")
+        raise refuse("layer_types", types, f"it must list the kind of each of the {layers} layers")
     if _SLIDING in types and not window:
         raise refuse("sliding_window", config.get("sliding_window"), f"layers are {_SLIDING}")
     return tuple(window if kind == _SLIDING else 0 for kind in types)

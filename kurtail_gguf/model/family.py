@@ -161,8 +161,8 @@ class Family:
     def kept_in_place(self) -> str:
         """What stands between the residual stream and its readers or writers that R1 does not commute with; empty for nothing."""
         if self.attention_post_norm or self.ffn_post_norm:
-            return "norms behind attention and FFN"
-        return "norms that take the mean off" if self.norm.centred else ""
+            return "norms after attention and FFN"
+        return "norms that subtract the mean" if self.norm.centred else ""
 
     def biased(self, config: Mapping[str, Any]) -> frozenset[str]:
         """The linears that have a bias under ``config``."""

@@ -55,7 +55,7 @@ def checkpoint_turns(config: Any) -> dict[str, tuple[list[float], float]]:
             found[LONG] = frequencies.tolist(), float(size)
     except Exception as error:  # whatever it stumbles on is the config's fault
         told = " ".join(f"{type(error).__name__} {error}".split())
-        raise SourceError(f"{config.name_or_path}: transformers makes no RoPE of config.json: {told}") from error
+        raise SourceError(f"{config.name_or_path}: transformers cannot build RoPE from config.json: {told}") from error
     return found
 
 

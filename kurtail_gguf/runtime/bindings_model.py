@@ -108,7 +108,7 @@ class BindingsModel:
         """
         token = int(llama_cpp.llama_vocab_eos(self._vocabulary))
         if token < 0:
-            raise KurtailError(f"the vocabulary of {self._path} names no token that ends a text")
+            raise KurtailError(f"the vocabulary of {self._path} has no token that ends a text")
         return token
 
     @property
@@ -141,7 +141,7 @@ class BindingsModel:
     def reserve(self, tokens: int) -> None:
         """Make room for prompts of so many tokens, continuation included, within :attr:`limit`."""
         if tokens > self.limit:
-            raise KurtailError(f"{self._path} has a context of {self.limit} tokens, {tokens} were asked for")
+            raise KurtailError(f"{self._path} has a context of {self.limit} tokens, but {tokens} were requested")
         if tokens <= self._size:
             return
         if self._context is not None:
@@ -159,7 +159,7 @@ class BindingsModel:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = llama_cpp.llama_init_from_model(self._model, params)
         if not context:
-            raise KurtailError(f"no context of {tokens} tokens for {self._path}: {self._told()}")
+            raise KurtailError(f"cannot create a context of {tokens} tokens for {self._path}: {self._told()}")
         if self._adapter is not None:
             adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
             llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
@@ -274,7 +274,7 @@ class BindingsModel:
     def _told(self) -> str:
         """The first and the last error that the runtime logged."""
         if not self._errors:
-            return "it gave no reason; too little memory?"
+            return "it gave no reason; there may be too little memory"
         return "; ".join(dict.fromkeys((self._errors[0], self._errors[-1])))
 
 

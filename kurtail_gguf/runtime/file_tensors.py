@@ -73,7 +73,7 @@ class FileTensors:
     def _rows(self, tensor: TensorInfo, expert: int | None) -> npt.NDArray[np.uint8]:
         raw = np.asarray(self._data[tensor.offset : tensor.offset + tensor.bytes])
         if len(raw) != tensor.bytes:
-            raise KurtailError(f"{self._info.path}: tensor {tensor.name} is cut off: the file is truncated")
+            raise KurtailError(f"{self._info.path}: the data of tensor {tensor.name} is incomplete: the file is truncated")
         raw = raw.reshape(math.prod(tensor.shape[:-1]), -1)
         if expert is None:
             return raw

@@ -73,7 +73,7 @@ class GgmlBase:
         traits = self._type_traits(ggml_type).contents
         if width % traits.blck_size:
             name = traits.type_name.decode()
-            raise KurtailError(f"a row of {width} values is no multiple of {name}'s block of {traits.blck_size}")
+            raise KurtailError(f"a row of {width} values is not a multiple of {name}'s block of {traits.blck_size}")
         return width // traits.blck_size * traits.type_size
 
     def quantize(self, rows: Floats, ggml_type: int) -> Bytes:

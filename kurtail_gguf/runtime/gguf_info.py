@@ -146,7 +146,7 @@ class GgufInfo:
             GgufError: the file has no such key.
         """
         if "general.architecture" not in self.metadata:
-            raise GgufError(f"{self.path} does not say what it is: key general.architecture is missing")
+            raise GgufError(f"{self.path} does not name its architecture: key general.architecture is missing")
         return str(self.metadata["general.architecture"])
 
     def hyper(self, key: str) -> Any:
@@ -262,7 +262,7 @@ def read_gguf(path: Path) -> GgufInfo:
         GgufError: one line: no such file, not a GGUF, truncated, an unknown type.
     """
     if not path.is_file():
-        raise GgufError(f"{path} is {'a directory' if path.is_dir() else 'not there'}: give a GGUF file")
+        raise GgufError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}: give a GGUF file")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -270,7 +270,7 @@ def read_gguf(path: Path) -> GgufInfo:
         raise GgufError(f"cannot read {path}: {error.strerror}") from None
     refuse_pointer(path, GgufError)
     if magic != b"GGUF":
-        raise GgufError(f"{path} is no GGUF file: it starts with {magic!r}")
+        raise GgufError(f"{path} is not a GGUF file: it starts with {magic!r}")
     try:
         answer = vendored.run("kurtail_gguf.runtime.export.read_worker", {"path": str(path.resolve())})
     except vendored.WorkerError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from kurtail_gguf.messages.errors import KurtailError
 
 DISTRIBUTION = "kurtail-gguf"
-REMEDY = "install it with `pip install .` in the checkout (tools/quickstart does so)"
+REMEDY = "install it with `pip install .` in the checkout (tools/quickstart does that)"
 
 
 class NativeMissing(KurtailError):

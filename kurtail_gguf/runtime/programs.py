@@ -36,8 +36,8 @@ def check_loads(path: Path) -> None:
     if done.returncode:
         told = explain(done.stdout.decode("utf-8", "replace"), done.returncode)
         raise KurtailError(
-            f"the runtime cannot run what was written, and nothing is left of it: {told}: MODEL has something that upstream's "
-            "graph does not know; please report it with its config.json"
+            f"the runtime cannot run the converted file, which was removed: {told}: MODEL uses something that upstream's "
+            "graph does not support; please report it with its config.json"
         )
 
 

@@ -106,7 +106,7 @@ def test_the_other_programs_take_it(four, program, serving, post):
 )
 def test_other_values_are_refused_in_one_line(four, program, name, monkeypatch):
     done = program(name, "-m", four, "--activation-bits", "6")
-    told = "--activation-bits is '6': give 4, 8 or file (as the model file says)"
+    told = "--activation-bits is '6': give 4, 8 or file (the file's own)"
     assert done.status != 0
     assert [line for line in (done.stdout + done.stderr).splitlines() if told in line]
     monkeypatch.setenv(VARIABLE, "six")

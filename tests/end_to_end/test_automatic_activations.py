@@ -96,9 +96,9 @@ def _rms(values: npt.NDArray[np.float64]) -> float:
 
 def test_refusals(cli, tiny_spm, outputs):
     for options, told in (
-        (("--activations", "auto", "--target", "stock"), "--activations cannot be chosen with --target stock"),
-        (("--budget", "0.2"), "--budget 0.2 is of no use with --activations 4"),
-        (("--activations", "auto", "--budget", "2"), "--budget 2.0 is no share between 0 and 1"),
+        (("--activations", "auto", "--target", "stock"), "--activations cannot be combined with --target stock"),
+        (("--budget", "0.2"), "--budget 0.2 has no effect with --activations 4"),
+        (("--activations", "auto", "--budget", "2"), "--budget 2.0 must be between 0 and 1"),
     ):
         assert told in cli("convert", tiny_spm, outputs / "o.gguf", *options).error
     assert list(outputs.iterdir()) == []

@@ -60,7 +60,7 @@ def test_gguf_dump_knows_our_type(cli, file, options, told):
 
 def test_gguf_dump_of_no_gguf_is_one_line(cli, tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"words")
-    assert "x.gguf is no GGUF file" in cli("dump", tmp_path / "x.gguf").error
+    assert "x.gguf is not a GGUF file" in cli("dump", tmp_path / "x.gguf").error
 
 
 def _loaded(*words: object) -> subprocess.CompletedProcess[str]:
@@ -70,7 +70,7 @@ def _loaded(*words: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.usefixtures("bindings")
 def test_a_loaded_model_is_not_saved(file, tmp_path):
     done = _loaded("save", file, tmp_path / "o.gguf")
-    assert done.returncode == 0 and "nothing is written: a loaded kurtail or kt4 model cannot be saved" in done.stderr, done.stderr
+    assert done.returncode == 0 and "nothing is written: saving a loaded kurtail or kt4 model would lose" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -134,7 +134,7 @@ def test_offsets_that_are_no_numbers_are_refused(outliers, tmp_path, program, va
 @pytest.mark.parametrize(
     ("key", "at", "value", "told"),
     [
-        ("kurtail.kv.k_bits", 16, 5, "kurtail.kv.k_bits is 5 in layer 0, this runtime knows 4, 8, 16"),
+        ("kurtail.kv.k_bits", 16, 5, "kurtail.kv.k_bits is 5 in layer 0, this runtime supports 4, 8, 16"),
         ("kurtail.kv.v_bits", 4, 5, "key kurtail.kv.v_bits is an array of i32, expected u32"),
     ],
 )

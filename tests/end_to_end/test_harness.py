@@ -157,7 +157,7 @@ def test_errors_are_one_line(cli, tiny_bpe_reference, tasks, offline, tmp_path):
     for name in ("choices", "examples"):
         (tmp_path / f"{name}.yaml").write_text(CHOICES.format(directory=tmp_path / "gone"), encoding="utf-8")
     gone = cli("eval", tiny_bpe_reference, "--tasks", "kurtail_choices", "--include-path", tmp_path, env=offline).error
-    assert "kurtail_choices cannot be loaded, is the data at hand?" in gone
+    assert "kurtail_choices cannot be loaded; is the data available?" in gone
     sampled = TEXT.format(directory=tasks).replace("do_sample: false", "do_sample: true")
     (tmp_path / "text.yaml").write_text(sampled, encoding="utf-8")
     refused = cli("eval", tiny_bpe_reference, "--tasks", "kurtail_text", "--include-path", tmp_path, env=offline).error

@@ -286,12 +286,12 @@ Q = "blk.0.attn_q.weight"
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        (listed({"blk.7.attn_q.weight": 64}), "kurtail.online.name lists blk.7.attn_q.weight, which is no tensor of this file"),
+        (listed({"blk.7.attn_q.weight": 64}), "kurtail.online.name lists blk.7.attn_q.weight, which is not a tensor of this file"),
         (listed({Q: 48}), f"kurtail.online.size is 48 for {Q}, needs a power of two from 2 to 8192"),
         (listed({Q: 1}), f"kurtail.online.size is 1 for {Q}, needs a power of two from 2 to 8192"),
         (listed({Q: 16384}), f"kurtail.online.size is 16384 for {Q}, needs a power of two from 2 to 8192"),
         (listed({Q: 256}), f"kurtail.online.size is 256 for {Q}, which does not divide its 128 inputs"),
-        (listed({Q: 64}) | {"kurtail.online.kind": ("STRING", ["slanting"])}, f"kurtail.online.kind is 'slanting' for {Q}, this runtime knows hadamard"),
+        (listed({Q: 64}) | {"kurtail.online.kind": ("STRING", ["slanting"])}, f"kurtail.online.kind is 'slanting' for {Q}, this runtime supports hadamard"),
         (listed({Q: 64}) | {"kurtail.online.kind": ("STRING", ["hadamard"] * 2)}, "kurtail.online.kind has 2 values, kurtail.online.name has 1"),
         (listed({Q: 64}) | {"kurtail.online.size": ("UINT32", [64, 64])}, "key kurtail.online.size has 2 values, needs 1"),
         (listed({Q: 64}) | {"kurtail.online.size": ("UINT32", 64)}, "key kurtail.online.size has type u32, expected arr"),
@@ -317,7 +317,7 @@ def test_what_it_cannot_do_is_refused(program, plain, tmp_path, keys, told):
     [
         ({"kurtail.r4.size": ("UINT32", 96)}, "kurtail.r4.size is 96, needs a power of two from 2 to 8192"),
         ({"kurtail.r4.size": ("UINT32", 128)}, "kurtail.r4.size is 128, which does not divide the 192 inputs of blk.0.ffn_down.weight"),
-        ({"kurtail.r4.kind": ("STRING", "slanting")}, "kurtail.r4.kind is 'slanting', this runtime knows none, hadamard"),
+        ({"kurtail.r4.kind": ("STRING", "slanting")}, "kurtail.r4.kind is 'slanting', this runtime supports none, hadamard"),
         ({"kurtail.r4.kind": None}, "key kurtail.r4.kind is missing"),
     ],
 )
@@ -363,10 +363,10 @@ def test_keys_past_the_hooks_are_refused(program, deepseek, tmp_path):
     cached = 32 + 32  # latent values of a token and its rotary part, one head for all
     offset = {"kurtail.kv.k_offset": ("FLOAT32", [0.5] * (2 * cached))}
     line = refusal(program, rewritten(deepseek, tmp_path / "offset.gguf", BARE | offset))
-    assert "deepseek2 stores the keys of layer 0 with the offset that kurtail.kv.k_offset takes from them" in line
+    assert "deepseek2 stores the keys of layer 0 with the offset that kurtail.kv.k_offset subtracts from them" in line
 
     quantized = {"kurtail.kv_bits": ("UINT32", 4), "kurtail.r3.kind": ("STRING", "hadamard"), "kurtail.r3.size": ("UINT32", cached)}
     path = rewritten(deepseek, tmp_path / "r3.gguf", BARE | quantized)
-    assert "deepseek2 stores the keys of layer 0 without R3, which kurtail.r3.kind asks for: give -ctk f16" in refusal(program, path)
+    assert "deepseek2 stores the keys of layer 0 without R3, which kurtail.r3.kind requires: give -ctk f16" in refusal(program, path)
     done = program("llama-completion", "-m", path, "-no-cnv", "-p", "a", "-n", "1", "-ctk", "f16", "-ctv", "f16")
     assert done.status == 0, done.stderr[-2000:]

@@ -89,7 +89,7 @@ def test_the_command(cli, converted, tiny_spm, tiny_reference, text, tmp_path):
     assert len({model["retrieval"]["log_likelihood"] for model in (file, half, content["reference"])}) == 3
     shown = " ".join(done.stdout.split())
     # where a terminal of 80 columns breaks the lines
-    assert f"{path.name} (cache f16)" in shown and "a guess has -11.5" in shown
+    assert f"{path.name} (cache f16)" in shown and "guessing gives -11.5" in shown
     assert "┃ file " in shown
     assert "retrieval of" in done.stderr and "(cache f16)" in done.stderr
     assert f"<!-- {path.name} (cache f16) -->" in picture.read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ def test_the_command(cli, converted, tiny_spm, tiny_reference, text, tmp_path):
 
 def test_errors_are_one_line(cli, tiny_reference, text, tmp_path):
     told = cli("eval", tiny_reference, "--retrieval", "--retrieval-text", text).error
-    assert "has a context of 1024 tokens, --retrieval-lengths asks for 8192: give lengths up to 1024" in told
+    assert "has a context of 1024 tokens, but --retrieval-lengths asks for 8192: give lengths up to 1024" in told
     short = tmp_path / "short.txt"
     short.write_text("Too few words. " * 20, encoding="utf-8")
     told = cli("eval", tiny_reference, "--retrieval", "--retrieval-text", short, "--retrieval-lengths", "800").error

@@ -86,12 +86,12 @@ def test_flash_attention_switched_off_wins(tiny, program) -> None:
     ("key", "value", "told"),
     [
         ("kurtail.format_version", 4, "kurtail.format_version is 4, this runtime reads up to 3"),
-        ("kurtail.kv_bits", 3, "kurtail.kv_bits is 3, this runtime knows 4, 8, 16"),
-        ("kurtail.activation_bits", 6, "kurtail.activation_bits is 6, this runtime knows 4, 8"),
+        ("kurtail.kv_bits", 3, "kurtail.kv_bits is 3, this runtime supports 4, 8, 16"),
+        ("kurtail.activation_bits", 6, "kurtail.activation_bits is 6, this runtime supports 4, 8"),
         ("kurtail.activation_bits", 32, "is kt4, whose inputs are rounded to 4 or 8 bits"),
         ("kurtail.r3.size", 128, "kurtail.r3.size is 128, head_dim is 64"),
-        ("kurtail.target", "slanted", "kurtail.target is 'slanted', this runtime knows kurtail, stock"),
-        ("kurtail.r1.kind", "slanting", "kurtail.r1.kind is 'slanting', this runtime knows none, hadamard, random, learned"),
+        ("kurtail.target", "slanted", "kurtail.target is 'slanted', this runtime supports kurtail, stock"),
+        ("kurtail.r1.kind", "slanting", "kurtail.r1.kind is 'slanting', this runtime supports none, hadamard, random, learned"),
     ],
 )
 def test_what_it_cannot_do_is_refused(tiny, program, tmp_path, key, value, told) -> None:

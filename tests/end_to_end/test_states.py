@@ -12,7 +12,7 @@ import pytest
 
 PROMPT = "The weights of a model are stored in blocks of equal length."
 HADAMARD = ("--rotation", "hadamard", "--weights", "rtn")
-OTHER_FILE = "the state is of another file or of other cache settings: it has "
+OTHER_FILE = "the state belongs to another file or to other cache settings: it has "
 #: Shapes and types of a kurtail file's cache, for files that are not ours.
 Q4_0 = ("-ctk", "q4_0", "-ctv", "q4_0")
 
@@ -82,10 +82,10 @@ def test_the_state_of_an_unrotated_cache_is_refused(complete, file, monkeypatch)
 
 def test_stock_and_kurtail_files_refuse_each_others_states(complete, file, tiny_reference, tmp_path):
     assert complete(tiny_reference, *Q4_0).status == 0
-    assert "the state does not say by what its model was rotated" in refusal(complete(file))
+    assert "the state does not record its model's rotations" in refusal(complete(file))
     (tmp_path / "state").unlink()
     assert complete(file).status == 0
-    assert "the state is of a kurtail file, which this model is not" in refusal(complete(tiny_reference, *Q4_0))
+    assert "the state belongs to a kurtail file, but this model is not one" in refusal(complete(tiny_reference, *Q4_0))
 
 
 def test_a_file_for_stock_has_states_of_its_own(complete, converted, tiny_spm, tiny_reference):
@@ -93,7 +93,7 @@ def test_a_file_for_stock_has_states_of_its_own(complete, converted, tiny_spm, t
     path = converted(tiny_spm, "--target", "stock", *HADAMARD)
     assert complete(path).status == 0
     assert complete(path).status == 0
-    assert "the state is of a kurtail file, which this model is not" in refusal(complete(tiny_reference))
+    assert "the state belongs to a kurtail file, but this model is not one" in refusal(complete(tiny_reference))
 
 
 def test_states_of_other_models_stay_upstreams(complete, tiny_reference, tmp_path):
@@ -110,7 +110,7 @@ def test_a_damaged_tag_is_refused(complete, file, tmp_path):
     state = (tmp_path / "state").read_bytes()
     at = state.index(b"rotations ")
     (tmp_path / "state").write_bytes(state[: at - 4] + b"\xff\xff\xff\x7f" + state[at:])
-    assert "the state is damaged: its tag has 2147483647 bytes, the limit is 1024" in refusal(complete(file))
+    assert "the state is damaged: its tag has 2147483647 bytes, more than the limit of 1024" in refusal(complete(file))
     (tmp_path / "state").write_bytes(state[:at] + b"\x1b[2J\n" + state[at + 5 :])
     assert "it has '?[2J?ions " in refusal(complete(file))
 

@@ -75,5 +75,5 @@ def test_inspect(cli, converted, tiny_spm):
 
 def test_options_that_stock_llama_cpp_cannot_honour(cli, tiny_spm, outputs):
     refused = cli("convert", tiny_spm, outputs / "o.gguf", "--target", "stock", "--kv", "4")
-    assert "--kv cannot be chosen with --target stock" in refused.error
+    assert "--kv cannot be combined with --target stock" in refused.error
     assert list(outputs.iterdir()) == []

@@ -75,7 +75,7 @@ def test_a_vocabulary_that_changes_blanks_first_is_compared_on_other_texts(cli, 
     convert(ConvertConfig(str(model), tmp_path / "o.gguf", rotation="hadamard", weights="rtn", activations=8), NullProgress())
     done = cli("verify", tmp_path / "o.gguf", "--reference", model)
     assert done.status == 0, done.stderr
-    assert "tokenizer: 4 texts; 2 more differ, for tokenizer.model changes line ends or blanks first" in done.stdout
+    assert "tokenizer: 4 texts; 2 more differ because tokenizer.model changes line ends or blanks first" in done.stdout
 
 
 def test_another_model_fails_and_is_told_in_one_line(cli, file, source, save_tiny, tmp_path):
@@ -83,7 +83,7 @@ def test_another_model_fails_and_is_told_in_one_line(cli, file, source, save_tin
     shutil.copytree(source, other)
     save_tiny("llama-biases", other, seed=1, vocab_size=400)
     done = cli("verify", file, "--reference", other)
-    assert "tensors: tensor token_embd.weight (q4_0) is off by" in done.error
+    assert "tensors: tensor token_embd.weight (q4_0) has a relative error of" in done.error
     assert "pass" not in done.stdout
 
 
@@ -99,7 +99,7 @@ def test_a_scale_that_is_not_finite_is_found(copy, source):
 
 def test_a_scale_of_zero_is_found(copy, source):
     change(copy, "blk.0.ffn_gate.weight", lambda rows: halves(rows).__setitem__((7, 1), 0))
-    assert "blk.0.ffn_gate.weight: the scale of row 7, block 1 is 0, its weights reach" in first_difference(copy, source).detail
+    assert "blk.0.ffn_gate.weight: the scale of row 7, block 1 is 0, but its weights reach" in first_difference(copy, source).detail
 
 
 def test_rows_in_another_order_are_found(copy, source):
@@ -107,7 +107,7 @@ def test_rows_in_another_order_are_found(copy, source):
         rows[:64] = rows[:64][::-1].copy()
 
     change(copy, "blk.1.attn_k.weight", swap)
-    assert "tensor blk.1.attn_k.weight (kt4) is off by" in first_difference(copy, source).detail
+    assert "tensor blk.1.attn_k.weight (kt4) has a relative error of" in first_difference(copy, source).detail
 
 
 def test_another_hyper_parameter_is_found(file, source, tmp_path):
@@ -137,7 +137,7 @@ def test_a_cache_that_harms_is_told_of_with_the_remedy(cli, source, tmp_path):
     assert content.count(offsets) == 1 and any(offsets)
     path.write_bytes(content.replace(offsets, bytes(len(offsets))))
     done = cli("verify", path, "--reference", model)
-    assert "the file's own cache (KV4) harms what it says" in done.error
+    assert "the file's own cache (KV4) changes its predictions" in done.error
     assert "convert the model again, or run the file with -ctk q8_0" in done.error and "is not" not in done.error
     assert [line.split(":")[0] for line in done.stdout.splitlines()][-2:] == ["logits", "cache"]
 

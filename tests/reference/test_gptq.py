@@ -153,7 +153,7 @@ def test_inputs_that_are_not_finite_are_named():
 def test_weights_beyond_a_half_are_named():
     w, h = _problem(0)
     w[3, 70] = 3e38
-    with pytest.raises(QuantizeError, match=r"tensor blk: weights up to 3e\+38 need a block scale beyond half precision"):
+    with pytest.raises(QuantizeError, match=r"tensor blk: weights up to 3e\+38 need a block scale that exceeds half precision"):
         quantize_gptq(w, h, "blk")
 
 

@@ -163,7 +163,7 @@ def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(tiny_checkpoint, 
     checkpoint = open_checkpoint(tiny_checkpoint())
     ids = np.zeros((1, 32), np.int32)
     monkeypatch.setattr(spinquant, "memory_available", lambda device: 900_000)
-    with pytest.raises(KurtailError, match=r"whole model in memory.*0\.0 GB free; use --rotation kurtail"):
+    with pytest.raises(KurtailError, match=r"whole model in memory.*0\.0 GB free; give --rotation kurtail"):
         _learned(checkpoint, ids)
 
 

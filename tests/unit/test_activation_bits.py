@@ -47,7 +47,7 @@ ASKED = Activations("8", "as --activation-bits asks; the file says 4")
         ),
         # loaded twice: what ran is the last
         ("activations: 4 bits, a\nactivations: 8 bits, b\n", Activations("8", "b")),
-        ("written for stock llama.cpp, runs as there", None),
+        ("written for stock llama.cpp, runs as it does there", None),
     ],
 )
 def test_what_the_runtime_reports_is_understood(line, found):

@@ -116,7 +116,7 @@ def test_the_choice_reaches_file_and_provenance_and_is_taken_over(tiny_checkpoin
 
     recorder.stages.clear()
     pipeline.convert(config, recorder)
-    assert [name for name, *_ in recorder.stages] == ["fold embedding and head", "take over finished layers"]
+    assert [name for name, *_ in recorder.stages] == ["fold embedding and head", "reuse finished layers"]
     assert exported[1] == exported[0]
     with pytest.raises(KurtailError, match=r"budget was 0.3, is 0.5"):
         pipeline.convert(dataclasses.replace(config, budget=0.5), NullProgress())

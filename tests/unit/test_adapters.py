@@ -69,25 +69,25 @@ def test_scaling_is_in_b(adapter, config, scaling):
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"use_dora": True}, "use_dora True is more than a plain LoRA"),
+        ({"use_dora": True}, "use_dora True is not supported, only plain LoRA"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-        ({"lora_bias": True}, "lora_bias True is more"),
-        ({"use_qalora": True, "qalora_group_size": 16}, "use_qalora True is more"),
+        ({"lora_bias": True}, "lora_bias True is not supported"),
+        ({"use_qalora": True, "qalora_group_size": 16}, "use_qalora True is not supported"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
         ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
-        ({"a_setting_of_tomorrow": 1}, "a_setting_of_tomorrow 1 is more"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' began with other weights.*path_initial_model_for_weight_conversion"),
+        ({"a_setting_of_tomorrow": 1}, "a_setting_of_tomorrow 1 is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base weights.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"init_lora_weights": "corda", "corda_config": {}}, "corda"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq"),
         ({"init_lora_weights": "lora_ga"}, "lora_ga"),
-        ({"r": 8}, r"has rank 4, adapter_config.json says 8 \(r, rank_pattern\)"),
-        ({"rank_pattern": {"q_proj": 2}}, "says 2"),
+        ({"r": 8}, r"has rank 4, but adapter_config.json has 8 \(r, rank_pattern\)"),
+        ({"rank_pattern": {"q_proj": 2}}, "json has 2"),
         ({"bias": "all"}, "bias 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"lora_alpha": "x"}, "lora_alpha 'x' is no number"),
-        ({"lora_alpha": math.inf}, "lora_alpha inf is no number"),
+        ({"lora_alpha": "x"}, "lora_alpha 'x' is not a number"),
+        ({"lora_alpha": math.inf}, "lora_alpha inf is not a number"),
     ],
 )
 def test_what_is_more_than_lora_is_refused(adapter, config, told):
@@ -98,10 +98,10 @@ def test_what_is_more_than_lora_is_refused(adapter, config, told):
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [
-        ({}, "holds no tensors"),
+        ({}, "contains no tensors"),
         (pair(2, "self_attn.q_proj"), "layer 2, self_attn.q_proj cannot be adapted"),
         (pair(0, "self_attn.qkv_proj"), "cannot be adapted: .* has 2 layers of self_attn.q_proj"),
-        (pair(0, "self_attn.q_proj", shape=(64, 128)), r"is \[64, 4\] times \[4, 128\], the model's linear is \[128, 128\]"),
+        (pair(0, "self_attn.q_proj", shape=(64, 128)), r"is \[64, 4\] times \[4, 128\], expected the model's \[128, 128\]"),
         (dict(list(pair(0, "self_attn.q_proj").items())[:1]), "lacks lora_B"),
         ({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 2)}, "lm_head.lora_A.weight is not A or B"),
         ({name: value / 0 for name, value in pair(0, "self_attn.q_proj").items()}, "NaN or infinite"),
@@ -127,7 +127,7 @@ def test_missing_and_damaged_files_are_told(adapter, tmp_path):
     with pytest.raises(AdapterError, match="adapter_model.safetensors is missing"):
         read_adapter(directory, checkpoint)
     (directory / "adapter_config.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(AdapterError, match="no PEFT configuration"):
+    with pytest.raises(AdapterError, match="not a PEFT configuration"):
         read_adapter(directory, checkpoint)
     with pytest.raises(AdapterError, match="adapter_config.json is missing"):
         read_adapter(tmp_path, checkpoint)
@@ -149,6 +149,6 @@ def test_nothing_that_is_read_is_written_over(tmp_path, out, what):
         (tmp_path / name).write_text("kept")
     (tmp_path / "link.gguf").symlink_to(tmp_path / "o.gguf")
     read = (tmp_path / "o.gguf", tmp_path / "o.rotations", str(tmp_path / "m.gguf"))
-    with pytest.raises(ConfigError, match=f"OUT .*{out} is {what} itself: give it a name of its own"):
+    with pytest.raises(ConfigError, match=f"OUT .*{out} is the same path as {what}: give another name"):
         convert_lora(tmp_path / "peft", tmp_path / out, *read, tmp_path, NullProgress())
     assert (tmp_path / out).read_text() == "kept"

@@ -177,7 +177,7 @@ def test_what_damages_beyond_the_limit_has_more_bits_whatever_the_budget():
 
 def test_a_fixed_cache_that_harms_is_warned_of():
     plan = CachePlan(uniform(4, 2), damages={"k0": 0.5, "v0": 0.0, "k1": 0.0, "v1": 0.01})
-    assert "K of layer 0 alone above 0.02 nats" in plan.warning
+    assert "K of layer 0 alone cost more than 0.02 nats" in plan.warning
     assert dataclasses.replace(plan, bits=uniform(8, 2)).warning is None
     assert CachePlan(uniform(16, 2)).warning is None
 

@@ -154,5 +154,5 @@ def test_table_and_card_have_it(tmp_path, words):
     circumstances = card.Circumstances(request, ("a",), "m", datetime(2026, 1, 1, tzinfo=timezone.utc))
     text = card.render(tmp_path / "x.gguf", summary, "W4A4KV4", [row], None, circumstances)
     assert "| mean KL divergence from the same file with an f16 cache, nats | 0.2500 |" in text
-    assert "| perplexity, divided by that with an f16 cache | 1.1000 |" in text
+    assert "| perplexity relative to that with an f16 cache | 1.1000 |" in text
     json.dumps(row.to_json())

@@ -156,7 +156,7 @@ def test_missing_tokenizer_names_the_directory(tiny_checkpoint):
     directory = tiny_checkpoint()
     for path in directory.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(SourceError, match=r"holds no tokenizer \(none of tokenizer.json, tokenizer.model"):
+    with pytest.raises(SourceError, match=r"contains no tokenizer \(none of tokenizer.json, tokenizer.model"):
         load_tokenizer(directory)
 
 
@@ -332,7 +332,7 @@ def test_nan_weights_are_named_while_capturing(tiny_checkpoint, tmp_path, ids):
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(SourceError, match="model.layers.1.mlp.down_proj.weight holds NaN"):
+    with pytest.raises(SourceError, match="model.layers.1.mlp.down_proj.weight contains NaN"):
         capture(open_checkpoint(directory), ids, tmp_path, 0, CPU, NullProgress())
 
 

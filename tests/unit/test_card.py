@@ -74,10 +74,10 @@ def test_a_card_with_everything(places):
     assert rows["measure"] == ["this file", "reference: smollm2"]
     assert rows["perplexity"] == ["78.3100 ± 4.2000", "28.5000 ± 1.1000"]
     assert rows["mean KL divergence from the reference, nats"] == ["0.6000", ""]
-    assert rows["same likeliest token as the reference"] == ["55.40 %", ""]
+    assert rows["same top token as the reference"] == ["55.40 %", ""]
     assert rows["MMLU, micro average"] == ["25.0 ± 1.0 % of 40"] * 2
     assert rows["MMLU, us history"] == ["50.0 % of 1"] * 2
-    assert rows["MMLU, questions with fewer examples for want of context"] == ["2", "2"]
+    assert rows["MMLU, questions with fewer examples because the context is too short"] == ["2", "2"]
     assert f"wiki.txt (sha256 `{hashlib.sha256(b'some words').hexdigest()}`), context 512, the first 16 chunks" in text
     assert "MMLU: mmlu (sha256" in text and "all questions, 5 examples" in text
     assert f"on 2026-11-24T09:30:00+01:00 by {TOOL} on A CPU, 2 threads, Linux." in text
@@ -114,8 +114,8 @@ def test_a_column_for_each_cache_type_and_a_row_for_each_length_and_depth(places
     assert rows["retrieval, 1024 tokens, depth 10 %"] == ["3 of 4, log-likelihood -0.50", "2 of 4, log-likelihood -0.50"]
     assert rows["retrieval, 1024 tokens, depth 25 %"] == ["4 of 4, log-likelihood -0.25"] * 2
     digest = hashlib.sha256(b"some words").hexdigest()
-    assert f"Retrieval: wiki.txt (sha256 `{digest}`) with codes of five digits hidden in it, 4 for each length" in text
-    assert "seed 3" in text and "a guess has -11.5" in text
+    assert f"Retrieval: wiki.txt (sha256 `{digest}`) with five-digit codes hidden in it, 4 for each length" in text
+    assert "seed 3" in text and "guessing gives -11.5" in text
 
 
 def test_the_digest_of_questions_is_sha256sums(places):

@@ -100,7 +100,7 @@ def test_automatic_activations_reach_the_config(run, monkeypatch, tmp_path):
     for typed in (("--budget", "0.1"), ("--activations", "auto", "--budget", "1.5")):
         assert "--budget" in _one_error_line(run("convert", "M", out, *typed))
     stock = _one_error_line(run("convert", "M", out, "--activations", "auto", "--target", "stock"))
-    assert "--activations cannot be chosen with --target stock" in stock
+    assert "--activations cannot be combined with --target stock" in stock
     assert run("convert", "M", out, "--activations", "6").exit_code == 2
     assert len(seen) == 2
 
@@ -118,8 +118,8 @@ def test_inputs_are_not_written_over(run, tmp_path):
     link.symlink_to(model)
     for out in (model, link):
         told = _one_error_line(run("convert", model, out))
-        assert told == f"error: OUT {out} is MODEL itself: give it a name of its own"
-    assert f"OUT {text} is --calibration itself" in _one_error_line(run("convert", model, text, "--calibration", text))
+        assert told == f"error: OUT {out} is the same path as MODEL: give another name"
+    assert f"OUT {text} is the same path as --calibration" in _one_error_line(run("convert", model, text, "--calibration", text))
     options = ("--file", link, "--rotations", text, "--reference", tmp_path / "hf")
     told = _one_error_line(run("convert-lora", tmp_path / "peft", model, *options))
     assert f"OUT {model} is --file itself" in told
@@ -152,7 +152,7 @@ def test_interruption_says_how_to_go_on(run, monkeypatch, tmp_path):
     result = run("convert", "M", tmp_path / "o.gguf")
     assert result.exit_code == 130
     assert result.stderr.strip().splitlines() == [
-        "interrupted; to go on from the last finished step, type: kurtail-gguf convert M 'my file.gguf'"
+        "interrupted; to continue from the last finished step, run: kurtail-gguf convert M 'my file.gguf'"
     ]
 
 
@@ -173,7 +173,7 @@ def test_an_interruption_that_comes_out_as_another_error_is_one(monkeypatch, tmp
         for number, handler in before.items():
             signal.signal(number, handler)
     assert ended.value.code == 130
-    assert "go on from the last finished step, type: kurtail-gguf convert M" in capsys.readouterr().err
+    assert "continue from the last finished step, run: kurtail-gguf convert M" in capsys.readouterr().err
 
 
 def test_a_defect_is_not_hidden(run, monkeypatch):
@@ -249,14 +249,14 @@ def test_convert_says_what_it_took(run, monkeypatch, tmp_path, resumed):
     monkeypatch.setattr("kurtail_gguf.runtime.export.read_gguf", lambda path: SimpleNamespace(bits_per_weight=4.25, runs_as="W4A4KV4"))
     monkeypatch.setattr("kurtail_gguf.cli.convert.peak_memory", lambda: 1_500_000_000)
     lines = run("convert", "M", out).stdout.splitlines()
-    assert lines[0] == f"wrote {out}: 3 MB, 4.25 bits a weight (W4A4KV4)"
+    assert lines[0] == f"wrote {out}: 3 MB, 4.25 bits per weight (W4A4KV4)"
     assert lines.pop(1) == (
-        "cache: 4.55 bits a value (K 4, 8 in layer 0; V 4); alone it diverges by 0.0213 nats a token and changes perplexity "
+        "cache: 4.55 bits per value (K 4, 8 in layer 0; V 4); alone it costs a divergence of 0.0213 nats per token and changes perplexity "
         "by +0.4 % (2048 tokens of text that it was not fitted to)"
     )
     assert lines[1] == "took 3:01 (rotations 40 s, quantize 1:20, tune 1:01); peak memory 1.5 GB"
     # what an earlier run has done is in no clock of this one
-    each = [] if resumed else ["rotations and gptq together: 4.00 s a layer, 2.00 s a million weights"]
+    each = [] if resumed else ["rotations and gptq together: 4.00 s per layer, 2.00 s per million weights"]
     assert lines[2:-1] == each
     assert lines[-1] == f"run it with: llama-cli -m {out}"
 
@@ -327,4 +327,4 @@ def test_what_to_type_after_an_interruption_does_not_restart(run, monkeypatch, t
     monkeypatch.setattr(sys, "argv", ["kurtail-gguf", "convert", "M", "o.gguf", "--restart", "--seed", "3"])
     done = run("convert", "M", tmp_path / "o.gguf", "--restart")
     assert done.exit_code == 130
-    assert done.stderr.strip().endswith("go on from the last finished step, type: kurtail-gguf convert M o.gguf --seed 3")
+    assert done.stderr.strip().endswith("continue from the last finished step, run: kurtail-gguf convert M o.gguf --seed 3")

@@ -94,7 +94,7 @@ def test_a_bar_has_an_eta_where_units_take_minutes(monkeypatch):
 def test_a_lasting_line_is_printed_as_it_is_and_is_no_stage(terminal):
     out = io.StringIO()
     drawn = make_progress(Console(file=out, force_terminal=terminal, color_system=None, width=40))
-    long = "all weights of [model].o_proj are 0: the checkpoint is damaged, unless this was pruned"
+    long = "all weights of [model].o_proj are 0: the checkpoint is damaged, unless they were pruned"
     drawn.tell("before")
     with drawn.stage("fold", 1) as stage:
         drawn.tell(long)

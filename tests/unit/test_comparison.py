@@ -31,7 +31,7 @@ def test_all_rotations_but_none_unless_named():
 
 @pytest.mark.parametrize("text", ["quarot", "kurtail+awq", "kurtail+", "", "kurtail,,none"])
 def test_unknown_methods_are_refused_with_what_is_offered(text):
-    with pytest.raises(ConfigError, match="is not offered") as raised:
+    with pytest.raises(ConfigError, match="is not supported") as raised:
         parse_methods(text)
     assert all(name in str(raised.value) for name in (*ROTATIONS, *WEIGHTS))
 
@@ -99,7 +99,7 @@ def test_options_are_checked_before_any_conversion(text, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "run_measured", lambda *_: pytest.fail("too late"))
     for changes, word in (
         ({"options": {"seed": -1}}, "--seed -1"),
-        ({"methods": parse_methods("none+f32,spinquant+f32")}, "--rotation spinquant has no place with --weights f32"),
+        ({"methods": parse_methods("none+f32,spinquant+f32")}, "--rotation spinquant cannot be combined with --weights f32"),
         ({"picture": tmp_path / "x.gif"}, ".png or .svg"),
         ({"text": TextRequest(tmp_path / "gone.txt", 512, None)}, "gone.txt"),
         ({"text": TextRequest(text, 16, 1)}, "--chunks or --context"),

@@ -218,5 +218,5 @@ def test_a_divergence_that_is_not_finite_is_said(quantize, tmp_path):
     head = np.load(quantized / tables.HEAD)
     head[0, 0] = np.inf
     np.save(quantized / tables.HEAD, head)
-    with pytest.raises(KurtailError, match="the divergence is nan on sequence 0; use --activations 4 or 8"):
+    with pytest.raises(KurtailError, match="the divergence is nan on sequence 0; give --activations 4 or 8"):
         _measure(checkpoint, quantized, ROUNDING, tmp_path)

@@ -216,7 +216,7 @@ def test_reports_that_cannot_be_written_are_refused_before_any_work(tiny_checkpo
     for bad in (tmp_path, tmp_path / "none" / "o.html"):
         with pytest.raises(KurtailError, match="--report .* (is a directory|cannot be written)"):
             pipeline.convert(config(model, report=bad), NullProgress())
-    with pytest.raises(ConfigError, match="is OUT itself"):
+    with pytest.raises(ConfigError, match="is the same path as OUT"):
         config(model, report=Path(os.path.relpath(tmp_path / "o.gguf")))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(KurtailError, match=r"--report needs matplotlib: pip install 'kurtail-gguf\[eval\]'"):

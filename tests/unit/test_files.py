@@ -65,7 +65,7 @@ def test_what_is_written_is_nothing_else(tmp_path):
     (tmp_path / "link.gguf").symlink_to(model)
     check_apart({"OUT": out, "--report": None}, [("MODEL", model)])
     for path in (model, tmp_path / "x" / ".." / "m.gguf", tmp_path / "link.gguf"):
-        with pytest.raises(ConfigError, match=r"OUT .*gguf is MODEL itself: give it a name of its own"):
+        with pytest.raises(ConfigError, match=r"OUT .*gguf is the same path as MODEL: give another name"):
             check_apart({"OUT": path}, [("MODEL", model)])
-    with pytest.raises(ConfigError, match="--report .*o.gguf is OUT itself"):
+    with pytest.raises(ConfigError, match="--report .*o.gguf is the same path as OUT"):
         check_apart({"OUT": out, "--report": out}, [])

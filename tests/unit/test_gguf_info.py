@@ -78,7 +78,7 @@ def test_what_a_file_runs_as(keys, type_id, bits, word):
 
 
 def test_a_file_that_does_not_say_what_it_is():
-    with pytest.raises(GgufError, match="x.gguf does not say what it is: key general.architecture is missing"):
+    with pytest.raises(GgufError, match="x.gguf does not name its architecture: key general.architecture is missing"):
         GgufInfo(Path("x.gguf"), {}, ()).hyper("block_count")
 
 

@@ -118,7 +118,7 @@ def test_the_same_is_built_again(vocabulary):
 def test_texts_and_contexts_that_are_too_short_are_named(vocabulary):
     with pytest.raises(KurtailError, match=r"the whole text with the facts has \d+ tokens, .* asks for 4000: give a longer"):
         build_contexts(vocabulary, " ".join(SENTENCES[:100]), (100, 4000), DEPTHS, 1, 0)
-    with pytest.raises(KurtailError, match=r"3 facts and a question take \d+ tokens, a context of 40 has no room"):
+    with pytest.raises(KurtailError, match=r"3 facts and a question take \d+ tokens, which a context of 40 has no room"):
         build_contexts(vocabulary, TEXT, (40,), DEPTHS, 1, 0)
 
 

@@ -67,7 +67,7 @@ def test_names(model, expected, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["hf:b", "https://huggingface.co/datasets/a/b", "https://hf.co/a/b/blob/main/c.gguf", "hf:a/b/c.gguf"])
 def test_addresses_of_something_else(model):
-    with pytest.raises(SourceError, match="names no model of the Hugging Face Hub: give hf:owner/name"):
+    with pytest.raises(SourceError, match="is not the name of a model on the Hugging Face Hub: give hf:owner/name"):
         parse_hub_model(model)
 
 
@@ -76,7 +76,7 @@ def test_the_root_of_a_cached_model_is_its_main_snapshot(tmp_path):
     for name in ("one", "two"):
         (root / "snapshots" / name).mkdir(parents=True)
         (root / "snapshots" / name / "config.json").write_text("{}")
-    with pytest.raises(SourceError, match="models--a--b is .* without a snapshot of main; it holds one, two: give"):
+    with pytest.raises(SourceError, match="models--a--b is .* without a snapshot of main; it contains one, two: give"):
         resolve_source(str(root), tmp_path, NullProgress())
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("two")
@@ -168,13 +168,13 @@ def test_a_model_is_downloaded_into_the_hubs_own_cache(hub, resolve, tmp_path):
 
 def test_what_the_hub_does_not_give_is_told_with_the_remedy(hub, resolve, tmp_path):
     hub.files.update({"config.json": b"{}", "pytorch_model.bin": b"z"})
-    assert "a/b holds its weights in .bin pickles only" in resolve(hub.address, "a/b")
+    assert "a/b has its weights only in .bin pickles" in resolve(hub.address, "a/b")
     assert resolve(hub.address, "a/b", "--allow-pickle").endswith(COMMIT)
     del hub.files["pytorch_model.bin"]
     hub.files["b-Q4_0.gguf"] = b"GGUF"
-    assert "holds GGUF files and no safetensors: prefer the original model, or run hf download a/b b-Q4_0.gguf" in resolve(hub.address, "hf:a/b")
+    assert "contains GGUF files and no safetensors: prefer the original model, or run hf download a/b b-Q4_0.gguf" in resolve(hub.address, "hf:a/b")
     hub.status, hub.error = 401, "RepoNotFound"
-    assert "there is no such model, or it is private: check the name, or log in" in resolve(hub.address, "hf:a/c")
+    assert "this model does not exist, or is private: check the name, or log in" in resolve(hub.address, "hf:a/c")
     hub.status, hub.error = 403, "GatedRepo"
     assert "its licence must be accepted first" in resolve(hub.address, "hf:a/c")
 
@@ -182,8 +182,8 @@ def test_what_the_hub_does_not_give_is_told_with_the_remedy(hub, resolve, tmp_pa
 @pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}])
 def test_without_a_network_one_line_says_what_to_do(resolve, offline):
     told = resolve("http://127.0.0.1:9", "a/b", **offline)
-    assert told.startswith("refused: a/b is no directory here, and cannot be downloaded from the Hugging Face Hub (")
-    assert told.endswith("where there is a network, run hf download a/b --local-dir b, bring the directory here and give it as MODEL")
+    assert told.startswith("refused: a/b is not a local directory, and cannot be downloaded from the Hugging Face Hub (")
+    assert told.endswith("run hf download a/b --local-dir b where there is a network, copy the directory here and give it as MODEL")
 
 
 def test_a_plan_downloads_config_json_alone(hub, resolve, tmp_path):
@@ -194,7 +194,7 @@ def test_a_plan_downloads_config_json_alone(hub, resolve, tmp_path):
     hub.files.update({"config.json": json.dumps(config).encode(), "model.safetensors": b"not asked for"})
     values = 64 * 128 + 128 + 2 * (2 * 128 + 128 * (2 * 128 + 2 * 64) + 3 * 128 * 192)
     assert resolve(hub.address, "hf:a/b", "--outline") == (
-        f"scratch {2 * values} hub a/b is not downloaded yet; its shapes are those of its config.json, which was"
+        f"scratch {2 * values} hub a/b is not downloaded yet; its shapes come from its config.json, which was"
     )
     snapshot = tmp_path / "home" / "hub" / "models--a--b" / "snapshots" / COMMIT
     assert [path.name for path in snapshot.iterdir()] == ["config.json"]

@@ -57,13 +57,13 @@ def test_without_shots_no_examples_are_read(files, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        ("q,a,b,c,d\n", r"a_test.csv:2: 5 fields, not 6"),
-        ("q,a,b,c,d,0\nq,a,b,c,d,4\n", r"a_test.csv:3: the answer is '4', not A, B, C, D or 0, 1, 2, 3"),
+        ("q,a,b,c,d\n", r"a_test.csv:2: 5 fields, expected 6"),
+        ("q,a,b,c,d,0\nq,a,b,c,d,4\n", r"a_test.csv:3: the answer is '4', expected A, B, C, D or 0, 1, 2, 3"),
         ("q,a,b,c,d,E\n", r"a_test.csv:2: the answer is 'E'"),
         ("q,a, ,c,d,1\n", r"a_test.csv:2: choice1 is empty"),
         ('"a\nlong\nquestion",a,b,c,d,0\nq,a,b,c,d,\n', r"a_test.csv:5: the answer is ''"),
         ('"never closed,a,b,c,d,0\n', r"a_test.csv:2: unexpected end of data"),
-        ("", "a_test.csv holds no question"),
+        ("", "a_test.csv contains no question"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(files, rows, told):

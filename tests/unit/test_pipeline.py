@@ -222,7 +222,7 @@ def test_a_rerun_skips_what_is_finished_and_gives_the_same(tiny_checkpoint, tmp_
     (tmp_path / "w" / "quantized" / "layer-00001.safetensors").unlink()  # as if interrupted there
     assert pipeline.convert(config, recorder).resumed
     assert exported[0] == exported[1]
-    assert [name for name, *_ in recorder.stages] == ["fold embedding and head", "take over finished layers", "fold and quantize"]
+    assert [name for name, *_ in recorder.stages] == ["fold embedding and head", "reuse finished layers", "fold and quantize"]
     assert (tmp_path / "w" / "settings.json").exists()
 
 
@@ -297,7 +297,7 @@ def test_a_disk_that_fails_to_read_costs_no_finished_layer(tiny_checkpoint, tmp_
     with monkeypatch.context() as patched:
         patched.setattr(weight_files, "safe_open", failing)
         told = _refused(config, SourceError)
-    kept = f"the work directory {work} keeps what is finished: once the file can be read as it was, type the same line"
+    kept = f"finished steps are kept in {work}: once the file is readable again, rerun the same command"
     assert "Input/output error" in told and (kept in told) == finished == work.exists()
     assert pipeline.convert(config, NullProgress()).resumed == finished
     assert exported[0] == exported[1]
@@ -351,7 +351,7 @@ def test_which_device_it_is(cards):
 @pytest.mark.parametrize(
     ("count", "cuda", "device", "told"),
     [
-        (0, None, "cuda", r"--device cuda: this torch \(.*\) is built without CUDA: install one with it \(pytorch.org\), or .*"),
+        (0, None, "cuda", r"--device cuda: this torch \(.*\) is built without CUDA: install a CUDA build \(pytorch.org\), or .*"),
         (0, "13.0", "cuda:0", r"--device cuda:0: torch sees no CUDA device: check the driver with nvidia-smi .* --device cpu"),
         (1, "13.0", "cuda:1", "--device cuda:1: torch sees 1 CUDA device, counted from cuda:0"),
     ],
@@ -366,31 +366,31 @@ def test_a_card_that_is_not_there(cards, tmp_path, count, cuda, device, told):
     ("changes", "word"),
     [
         ({"rotation": "quarot"}, "kurtail, spinquant, hadamard, none"),
-        ({"weights": "awq"}, "--weights 'awq' is not offered"),
+        ({"weights": "awq"}, "--weights 'awq' is not supported"),
         ({"activations": 5}, "4, 8"),
         ({"kv": 2}, "4, 8, 16"),
         ({"device": "tpu"}, "auto, cpu, cuda, cuda:N"),
         ({"device": "cuda:"}, "auto, cpu, cuda, cuda:N"),
         ({"target": "ollama"}, "kurtail, stock"),
-        ({"target": "stock", "kv": 16}, "--kv cannot be chosen with --target stock"),
+        ({"target": "stock", "kv": 16}, "--kv cannot be combined with --target stock"),
         ({"target": "stock", "activations": 8}, "--target stock: stock llama.cpp decides"),
         ({"target": "stock", "activations": "auto"}, "--target stock: stock llama.cpp decides"),
-        ({"activations": "auto", "budget": 0.0}, "--budget 0.0 is no share between 0 and 1"),
-        ({"activations": "auto", "budget": 1.0}, "--budget 1.0 is no share"),
-        ({"activations": "auto", "budget": float("nan")}, "--budget nan is no share"),
-        ({"budget": 0.1}, "--budget 0.1 is of no use with --activations 4: give auto"),
-        ({"activations": 8, "budget": 0.1}, "--budget 0.1 is of no use with --activations 8"),
+        ({"activations": "auto", "budget": 0.0}, "--budget 0.0 must be between 0 and 1"),
+        ({"activations": "auto", "budget": 1.0}, "--budget 1.0 must be"),
+        ({"activations": "auto", "budget": float("nan")}, "--budget nan must be"),
+        ({"budget": 0.1}, "--budget 0.1 has no effect with --activations 4: give --activations auto"),
+        ({"activations": 8, "budget": 0.1}, "--budget 0.1 has no effect with --activations 8"),
         ({"calibration": ()}, "--calibration"),
         ({"calibration": ("self", "a.txt")}, "cannot be mixed"),
-        ({"weights": "f32", "rotation": "spinquant"}, "--rotation spinquant has no place with --weights f32"),
-        ({"out": Path("m")}, "OUT m is MODEL itself: give it a name of its own"),
-        ({"out": Path("x/../m")}, "OUT x/../m is MODEL itself"),
-        ({"calibration": ("a.txt", "o")}, "OUT o is --calibration itself"),
-        ({"report": Path("o")}, "--report o is OUT itself"),
-        ({"keep_rotations": Path("o")}, "--keep-rotations o is OUT itself"),
-        ({"keep_rotations": Path("m")}, "--keep-rotations m is MODEL itself"),
+        ({"weights": "f32", "rotation": "spinquant"}, "--rotation spinquant cannot be combined with --weights f32"),
+        ({"out": Path("m")}, "OUT m is the same path as MODEL: give another name"),
+        ({"out": Path("x/../m")}, "OUT x/../m is the same path as MODEL"),
+        ({"calibration": ("a.txt", "o")}, "OUT o is the same path as --calibration"),
+        ({"report": Path("o")}, "--report o is the same path as OUT"),
+        ({"keep_rotations": Path("o")}, "--keep-rotations o is the same path as OUT"),
+        ({"keep_rotations": Path("m")}, "--keep-rotations m is the same path as MODEL"),
         ({"keep_rotations": Path("r"), "report": Path("r")}, "--report r is --keep-rotations itself"),
-        ({"work_dir": Path("o")}, "--work-dir o is OUT itself"),
+        ({"work_dir": Path("o")}, "--work-dir o is the same path as OUT"),
         ({"seed": -1}, "--seed -1"),
         ({"calibration_tokens": 10}, "--calibration-tokens 10"),
     ],
@@ -498,7 +498,7 @@ def test_a_model_too_large_for_tuning_by_default_is_tuned_only_where_asked(
         assert (provenance.tune_steps, provenance.calibration_tokens) == (0, 1024)
     assert exported[0] == exported[1]
     assert len(recorder.told) == 2
-    assert re.fullmatch(r"scales are not tuned: .* about \d+\.\d GB for it, --tune 96 asks for it", recorder.told[0])
+    assert re.fullmatch(r"scales are not tuned: .* about \d+\.\d GB for it; give --tune 96 to tune them", recorder.told[0])
     assert pipeline.convert(dataclasses.replace(config, tune=2), recorder).provenance.tune_steps == 2
     assert len(recorder.told) == 2
 
@@ -566,20 +566,20 @@ def test_for_stock_spinquant_learns_by_its_roundings(tiny_checkpoint, tmp_path, 
 
 @pytest.mark.parametrize("changes", [{"activations": 8}, {"tune": 3}])
 def test_nothing_is_rounded_with_unquantized_weights(changes, tmp_path):
-    with pytest.raises(ConfigError, match="no place with --weights f32"):
+    with pytest.raises(ConfigError, match="cannot be combined with --weights f32"):
         _config(tmp_path, tmp_path / "o.gguf", weights="f32", **changes)
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
-        ("mixtral", {"activations": "auto"}, "--activations auto is not offered for MixtralForCausalLM"),
-        ("qwen3-moe", {"tune": 4}, "--tune 4 is not offered for Qwen3MoeForCausalLM"),
-        ("mixtral", {"rotation": "spinquant"}, "--rotation spinquant is not offered for MixtralForCausalLM"),
-        ("granite", {"rotation": "spinquant"}, "--rotation spinquant is not offered for GraniteForCausalLM"),
-        ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not offered for Phi3ForCausalLM"),
-        ("gemma2", {"rotation": "output"}, "it has norms behind attention and FFN, .*: give --rotation diagonal"),
-        ("cohere2", {"rotation": "hadamard"}, "it has norms that take the mean off, .*: give --rotation diagonal"),
+        ("mixtral", {"activations": "auto"}, "--activations auto is not supported for MixtralForCausalLM"),
+        ("qwen3-moe", {"tune": 4}, "--tune 4 is not supported for Qwen3MoeForCausalLM"),
+        ("mixtral", {"rotation": "spinquant"}, "--rotation spinquant is not supported for MixtralForCausalLM"),
+        ("granite", {"rotation": "spinquant"}, "--rotation spinquant is not supported for GraniteForCausalLM"),
+        ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not supported for Phi3ForCausalLM"),
+        ("gemma2", {"rotation": "output"}, "it has norms after attention and FFN, .*: give --rotation diagonal"),
+        ("cohere2", {"rotation": "hadamard"}, "it has norms that subtract the mean, .*: give --rotation diagonal"),
     ],
 )
 def test_what_does_not_know_a_family_is_refused(tiny_checkpoint, tmp_path, exported, kind, changes, told):
@@ -613,7 +613,7 @@ def test_heads_that_no_cache_type_divides_are_refused_before_any_work(save_tiny,
     model, out = tmp_path / "m", tmp_path / "o.gguf"
     save_tiny("llama", model, head_dim=40, num_attention_heads=8)
     for kv in ("auto", 8):
-        with pytest.raises(KurtailError, match=f"--kv {kv} is not offered .* head_dim 40: .* give --kv 16"):
+        with pytest.raises(KurtailError, match=f"--kv {kv} is not supported .* head_dim 40: .* give --kv 16"):
             pipeline.convert(_config(model, out, rotation="hadamard", kv=kv), NullProgress())
     assert not out.exists() and exported == []
     pipeline.convert(_config(model, out, rotation="hadamard", kv=16), NullProgress())

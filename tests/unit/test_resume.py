@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_and_the_same_run_goes_on(config, tmp_path, monk
 
         with monkeypatch.context() as patched:
             patched.setattr("kurtail_gguf.files.atomic.publish", publish)
-            told = f"No space left on device: .*{refused}.*: the work directory .* type the same"
+            told = f"No space left on device: .*{refused}.*: finished steps are kept in .* rerun the same command"
             with pytest.raises(KurtailError, match=told):
                 pipeline.convert(config, NullProgress())
         assert not list(tmp_path.rglob("*.tmp")) and not config.out.exists()
@@ -129,7 +129,7 @@ def test_other_settings_are_refused_by_name_and_restart_begins_anew(config, tmp_
     pipeline.convert(kept, NullProgress())
     (tmp_path / "w" / "somebody's.txt").touch()
     other = dataclasses.replace(kept, seed=1)
-    with pytest.raises(KurtailError, match=r"other settings \(seed was 0, is 1\): give --restart"):
+    with pytest.raises(KurtailError, match=r"other settings \(seed was 0, now 1\): give --restart"):
         pipeline.convert(other, NullProgress())
     pipeline.convert(dataclasses.replace(other, restart=True), NullProgress())
     restarted = config.out.read_bytes()
@@ -298,7 +298,7 @@ def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    told = r"cannot be locked \(No locks available\): its file system has no locks; give a --work-dir on another one"
+    told = r"cannot be locked \(No locks available\): its file system has no locks; give --work-dir a directory on another one"
     with pytest.raises(KurtailError, match=told), workdir.locked(tmp_path / "w"):
         pass
     assert not (tmp_path / "w").exists()

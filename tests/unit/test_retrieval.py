@@ -101,7 +101,7 @@ def test_contexts_longer_than_the_models_are_refused_before_any_work(monkeypatch
     monkeypatch.setattr(retrieval.vendored, "run", lambda *_: pytest.fail("a worker was started"))
     monkeypatch.setattr(measurement.perplexity, "perplexity", lambda *_: pytest.fail("something was measured"))
     request = Request(TextRequest(words, 64, 1), retrieval=_request(words))
-    told = r"m.gguf has a context of 150 tokens, --retrieval-lengths asks for 200: give lengths up to 150"
+    told = r"m.gguf has a context of 150 tokens, but --retrieval-lengths asks for 200: give lengths up to 150"
     with pytest.raises(KurtailError, match=told):
         measure((Path("m.gguf"),), request, None, NullProgress())
     retrieval.check_lengths(_info("m.gguf", 200), _request(words))
@@ -195,7 +195,7 @@ def test_a_row_and_a_column_for_each_cache_type():
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["8192", "10 %", "3/4 (-0.25)", "3/4 (-14.50)"]
     row = next(line for line in cells.splitlines() if "all" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["all", "", "75.0 % (-0.25)", "75.0 % (-14.50)"]
-    assert "a guess has -11.5" in cells
+    assert "guessing gives -11.5" in cells
     assert list(retrieval_panels(report)) == ["m.gguf (cache f16)", "m.gguf (cache q4_0)"]
 
 
@@ -350,9 +350,9 @@ def test_options_reach_the_request(run, requests, words):
 @pytest.mark.parametrize(
     ("typed", "status", "told"),
     [
-        (("--cache-type", "f16,q5_1"), 2, "'q5_1' is not one of its values"),
-        (("--retrieval-lengths", "512,many"), 2, "'many' is not one of its values"),
-        (("--retrieval-depths", ""), 2, "'' is not one of its values"),
+        (("--cache-type", "f16,q5_1"), 2, "'q5_1' is not a valid value"),
+        (("--retrieval-lengths", "512,many"), 2, "'many' is not a valid value"),
+        (("--retrieval-depths", ""), 2, "'' is not a valid value"),
         (("--retrieval-depths", "50"), 1, "--retrieval-depths must be between 0"),
         (("--plot", "x.gif"), 1, "must end with .png or .svg"),
     ],
@@ -365,7 +365,7 @@ def test_options_that_are_refused(run, requests, words, typed, status, told):
 
 def test_options_that_need_others(run, requests, words):
     assert "give --retrieval-text or --text" in run("m.gguf", "--retrieval").stderr
-    assert "--plot draws what --retrieval found" in run("m.gguf", "--text", words, "--plot", "x.svg").stderr
+    assert "--plot draws the results of --retrieval" in run("m.gguf", "--text", words, "--plot", "x.svg").stderr
     assert requests == []
 
 

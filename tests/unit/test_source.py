@@ -151,7 +151,7 @@ def test_a_gguf_that_lacks_a_tensor_is_refused(tmp_path, arch, without, message)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"blk.0.attn_q.bias": (256,)}, "no place for tensor blk.0.attn_q.bias and would drop it: convert from"),
+        ({"blk.0.attn_q.bias": (256,)}, "does not use tensor blk.0.attn_q.bias and would drop it: convert from"),
         # a mixture of experts under the name of a llama, which transformers takes for a dense one
         (
             {"blk.0.ffn_gate_inp.weight": (4, 256), "blk.1.ffn_gate_inp.weight": (4, 256)},
@@ -176,7 +176,7 @@ def test_a_disk_too_small_for_the_weights_is_told_first(tmp_path, monkeypatch):
     values = sum(tensor.size for tensor in _write_gguf(path).values())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: usage._replace(free=4 * values - 1))
-    with pytest.raises(SourceError, match="model.gguf takes 0.0 GB in .*work once .* float32, and 0.0 GB are free"):
+    with pytest.raises(SourceError, match="model.gguf takes 0.0 GB in .*work when .* float32, but 0.0 GB are free"):
         resolve_source(str(path), tmp_path / "work", NullProgress())
     assert not list((tmp_path / "work").glob("*"))
 
@@ -224,7 +224,7 @@ def test_a_directory_without_a_tokenizer_is_told_so(tiny_checkpoint):
     directory = tiny_checkpoint()
     for path in directory.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(KurtailError, match="holds no tokenizer .none of tokenizer.json, tokenizer.model") as caught:
+    with pytest.raises(KurtailError, match="contains no tokenizer .none of tokenizer.json, tokenizer.model") as caught:
         read_header(directory)
     assert "sentencepiece" not in str(caught.value)
 
@@ -270,7 +270,7 @@ def test_the_outline_of_a_gguf_is_what_it_is_unpacked_to(tmp_path, more, tied):
     ("changes", "message"),
     [
         ({"without": "blk.1.attn_q.weight"}, "lacks tensor blk.1.attn_q.weight"),
-        ({"more": {"blk.0.attn_q.bias": (256,)}}, "no place for tensor blk.0.attn_q.bias"),
+        ({"more": {"blk.0.attn_q.bias": (256,)}}, "does not use tensor blk.0.attn_q.bias"),
         ({"parts": 3}, "is one of 3 parts"),
         ({"scaling": "yarn"}, "scales RoPE"),
     ],

@@ -92,7 +92,7 @@ def test_what_datasets_reads(tmp_path, tokenizer):
         ("wide.jsonl", _lines({"text": "a"}).decode().encode("utf-16"), "wide.jsonl is UTF-16: convert it with iconv"),
         ("latin.txt", b"na\xefve words", "latin.txt is not UTF-8: .* at byte 2"),
         ("model.txt", b"GGUF\x03\x00\x00\x00", "model.txt is a GGUF file; a plain UTF-8 text is needed"),
-        ("zeros.txt", b"words\x00words", "zeros.txt is no text: byte 5 is NUL"),
+        ("zeros.txt", b"words\x00words", "zeros.txt is not text: byte 5 is NUL"),
         ("cut.txt.gz", gzip.compress(b"words " * 99)[:-9], "cut.txt.gz is a truncated or damaged gzip file"),
         ("pointer.txt", POINTER, "pointer.txt is a Git LFS pointer.*git lfs pull"),
         ("pointer.jsonl", POINTER, "pointer.jsonl is a Git LFS pointer.*git lfs pull"),

@@ -243,5 +243,5 @@ def test_a_divergence_that_is_not_finite_is_said(tiny_checkpoint, tmp_path):
     head = np.load(quantized / tables.HEAD)
     head[0, 0] = np.inf
     np.save(quantized / tables.HEAD, head)
-    with pytest.raises(KurtailError, match="the divergence is nan on sequence 0; use --tune 0"):
+    with pytest.raises(KurtailError, match="the divergence is nan on sequence 0; give --tune 0"):
         _tune(checkpoint, quantized, tmp_path / "tuned", 3)

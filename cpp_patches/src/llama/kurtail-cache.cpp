@@ -133,22 +133,22 @@ uint32_t kurtail_read_state_tag(llama_io_read_i & io, const std::string & tag) {
     io.read(&word, sizeof(word));
     if (word != STATE_MAGIC) {
         if (!tag.empty()) {
-            throw std::runtime_error("kurtail: the state does not say by what its model was rotated, so it is not of this file: process the prompt again");
+            throw std::runtime_error("kurtail: the state does not record its model's rotations, so it belongs to another file: process the prompt again");
         }
         return word;
     }
     if (tag.empty()) {
-        throw std::runtime_error("kurtail: the state is of a kurtail file, which this model is not: process the prompt again");
+        throw std::runtime_error("kurtail: the state belongs to a kurtail file, but this model is not one: process the prompt again");
     }
     uint32_t size;
     io.read(&size, sizeof(size));
     if (size > MAX_TAG_BYTES) {
-        throw std::runtime_error(format("kurtail: the state is damaged: its tag has %u bytes, the limit is %u", size, MAX_TAG_BYTES));
+        throw std::runtime_error(format("kurtail: the state is damaged: its tag has %u bytes, more than the limit of %u", size, MAX_TAG_BYTES));
     }
     std::string found(size, '\0');
     io.read(found.data(), size);
     if (found != tag) {
-        throw std::runtime_error(format("kurtail: the state is of another file or of other cache settings: it has %s: process the prompt again", difference(found, tag).c_str()));
+        throw std::runtime_error(format("kurtail: the state belongs to another file or to other cache settings: it has %s: process the prompt again", difference(found, tag).c_str()));
     }
     io.read(&word, sizeof(word));
     return word;

@@ -89,11 +89,11 @@ void check_keys(const kurtail_model & model, const ggml_tensor * write, int il, 
         keys = behind_views(keys->src[1]);
         keys = keys->op == GGML_OP_CONT ? behind_views(keys->src[0]) : keys;
     } else if (rotated) {
-        throw std::runtime_error(format("kurtail: the graph of architecture %s stores the keys of layer %d without R3, which kurtail.r3.kind asks for: give -ctk f16, or convert again with --kv 16", arch, il));
+        throw std::runtime_error(format("kurtail: the graph of architecture %s stores the keys of layer %d without R3, which kurtail.r3.kind requires: give -ctk f16, or convert again with --kv 16", arch, il));
     }
     const ggml_tensor * offset = model.cache.offset(il);
     if (offset && (keys->op != GGML_OP_SUB || keys->src[1] != offset)) {
-        throw std::runtime_error(format("kurtail: the graph of architecture %s stores the keys of layer %d with the offset that kurtail.kv.k_offset takes from them: convert again with --kv 16", arch, il));
+        throw std::runtime_error(format("kurtail: the graph of architecture %s stores the keys of layer %d with the offset that kurtail.kv.k_offset subtracts from them: convert again with --kv 16", arch, il));
     }
 }
 
@@ -118,7 +118,7 @@ void kurtail_check_graph(const kurtail_model & model, ggml_cgraph * graph, const
             check_weights(model.online, node, arch);
         }
         if (model.cache.has_offsets() && has_sinks(node)) {
-            throw std::runtime_error(format("kurtail: kurtail.kv.k_offset takes an offset from keys, which attention sinks do not allow, and architecture %s has them: convert again with --kv 16", arch));
+            throw std::runtime_error(format("kurtail: kurtail.kv.k_offset subtracts an offset from keys, which attention sinks do not allow, and architecture %s has them: convert again with --kv 16", arch));
         }
         const int il = node->view_src ? layer_of_keys(node->view_src) : -1;
         if (il >= 0) {

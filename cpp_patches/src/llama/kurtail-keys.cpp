@@ -21,7 +21,7 @@ uint32_t kurtail_keys::u32_of(const char * key, std::initializer_list<uint32_t> 
         }
         list += (list.empty() ? "" : ", ") + std::to_string(a);
     }
-    throw std::runtime_error(format("kurtail: %s is %u, this runtime knows %s", key, v, list.c_str()));
+    throw std::runtime_error(format("kurtail: %s is %u, this runtime supports %s", key, v, list.c_str()));
 }
 
 std::string kurtail_keys::str_of(const char * key, std::initializer_list<const char *> allowed) const {
@@ -33,7 +33,7 @@ std::string kurtail_keys::str_of(const char * key, std::initializer_list<const c
         }
         list += (list.empty() ? "" : ", ") + std::string(a);
     }
-    throw std::runtime_error(format("kurtail: %s is '%s', this runtime knows %s", key, v.c_str(), list.c_str()));
+    throw std::runtime_error(format("kurtail: %s is '%s', this runtime supports %s", key, v.c_str(), list.c_str()));
 }
 
 std::vector<std::string> kurtail_keys::strs(const char * key) const {

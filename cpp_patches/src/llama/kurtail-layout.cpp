@@ -27,7 +27,7 @@ static std::vector<uint32_t> load_bits(const kurtail_keys & keys, const char * k
     std::vector<uint32_t> bits = keys.u32s(key, n_layer);
     for (size_t il = 0; il < bits.size(); ++il) {
         if (bits[il] != 4 && bits[il] != 8 && bits[il] != 16) {
-            throw std::runtime_error(format("kurtail: %s is %u in layer %zu, this runtime knows 4, 8, 16", key, bits[il], il));
+            throw std::runtime_error(format("kurtail: %s is %u in layer %zu, this runtime supports 4, 8, 16", key, bits[il], il));
         }
     }
     return bits;
@@ -53,7 +53,7 @@ void kurtail_layout::load(const kurtail_keys & keys, const llama_model & model, 
 void kurtail_layout::load_offsets(const kurtail_keys & keys, const llama_model & model, kurtail_constants & constants) {
     const llama_hparams & hp = model.hparams;
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        throw std::runtime_error("kurtail: -sm tensor splits keys by heads, and not kurtail.kv.k_offset with them: give -sm layer");
+        throw std::runtime_error("kurtail: -sm tensor splits keys by heads, but cannot split kurtail.kv.k_offset with them: give -sm layer");
     }
     size_t total = 0;
     for (uint32_t il = 0; il < hp.n_layer(); ++il) {
@@ -61,7 +61,7 @@ void kurtail_layout::load_offsets(const kurtail_keys & keys, const llama_model &
     }
     // q·c is the same for all keys of a query, but what tanh makes of the scores is not
     if (hp.attn_soft_cap || model.arch == LLM_ARCH_GROK) {
-        throw std::runtime_error("kurtail: kurtail.kv.k_offset takes an offset from keys, which this model's cap on attention scores does not allow: convert again with --kv 16");
+        throw std::runtime_error("kurtail: kurtail.kv.k_offset subtracts an offset from keys, which this model's cap on attention scores does not allow: convert again with --kv 16");
     }
     const std::vector<float> values = keys.f32s("kurtail.kv.k_offset", total);
     offsets.assign(hp.n_layer(), nullptr);

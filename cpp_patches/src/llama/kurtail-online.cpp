@@ -64,25 +64,25 @@ void kurtail_online::load(const kurtail_keys & keys, const llama_model_loader & 
     const std::vector<std::string> kinds = any ? keys.strs("kurtail.online.kind") : names;
     const std::vector<uint32_t>    each  = any ? keys.u32s("kurtail.online.size", names.size()) : std::vector<uint32_t>();
     if (kinds.size() != names.size()) {
-        throw std::runtime_error(format("kurtail: kurtail.online.kind has %zu values, kurtail.online.name has %zu: needs as many", kinds.size(), names.size()));
+        throw std::runtime_error(format("kurtail: kurtail.online.kind has %zu values, kurtail.online.name has %zu: they must have as many", kinds.size(), names.size()));
     }
     // graphs of encoders are built when text comes, and nothing looks at them before (kurtail-graph.h)
     if (!names.empty() && llama_model_has_encoder(&model)) {
-        throw std::runtime_error("kurtail: kurtail.online.name lists tensors, but this runtime has no online transforms for models with an encoder: convert without them");
+        throw std::runtime_error("kurtail: kurtail.online.name lists tensors, but this runtime does not support online transforms for models with an encoder: convert without them");
     }
     sizes_t sizes;
     for (size_t i = 0; i < names.size(); ++i) {
         const char *   name = names[i].c_str();
         const uint32_t size = each[i];
         if (kinds[i] != "hadamard") {
-            throw std::runtime_error(format("kurtail: kurtail.online.kind is '%s' for %s, this runtime knows hadamard", kinds[i].c_str(), name));
+            throw std::runtime_error(format("kurtail: kurtail.online.kind is '%s' for %s, this runtime supports hadamard", kinds[i].c_str(), name));
         }
         if (!is_power_of_two(size) || size < 2 || size > MAX_SIZE) {
             throw std::runtime_error(format("kurtail: kurtail.online.size is %u for %s, needs a power of two from 2 to %u", size, name, MAX_SIZE));
         }
         const ggml_tensor * meta = ml.get_tensor_meta(name);
         if (!meta) {
-            throw std::runtime_error(format("kurtail: kurtail.online.name lists %s, which is no tensor of this file", name));
+            throw std::runtime_error(format("kurtail: kurtail.online.name lists %s, which is not a tensor of this file", name));
         }
         if (meta->ne[0] % size != 0) {
             throw std::runtime_error(format("kurtail: kurtail.online.size is %u for %s, which does not divide its %" PRId64 " inputs", size, name, meta->ne[0]));
@@ -116,7 +116,7 @@ void kurtail_online::load_r4(const kurtail_keys & keys, const llama_model_loader
         throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, needs a power of two from 2 to %u", size, MAX_SIZE));
     }
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR && size > TENSOR_SPLIT) {
-        throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, and -sm tensor gives each card inputs of an FFN in multiples of %u: give -sm layer", size, TENSOR_SPLIT));
+        throw std::runtime_error(format("kurtail: kurtail.r4.size is %u, and -sm tensor gives each GPU inputs of an FFN in multiples of %u: give -sm layer", size, TENSOR_SPLIT));
     }
     sizes_t sizes;
     int64_t width = 0;
@@ -131,7 +131,7 @@ void kurtail_online::load_r4(const kurtail_keys & keys, const llama_model_loader
         sizes.emplace(name, size);
     }
     if (width == 0) {
-        throw std::runtime_error("kurtail: kurtail.r4.kind is hadamard, but no ffn_down tensor takes it");
+        throw std::runtime_error("kurtail: kurtail.r4.kind is hadamard, but no ffn_down tensor uses it");
     }
     make(sizes, ml, model.hparams.no_alloc, constants);
     words = width == size ? format("R4 %u", size) : format("R4 %u×%d", size, (int) (width/size));

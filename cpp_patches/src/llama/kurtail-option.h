@@ -15,7 +15,7 @@
 // Throws std::invalid_argument for anything but 4, 8 and file.
 inline void kurtail_check_activation_bits(const std::string & option, const std::string & value) {
     if (value != "4" && value != "8" && value != "file") {
-        throw std::invalid_argument(option + " is '" + value + "': give 4, 8 or file (as the model file says)");
+        throw std::invalid_argument(option + " is '" + value + "': give 4, 8 or file (the file's own)");
     }
 }
 

@@ -59,11 +59,11 @@ void kurtail_model::load(const llama_model_loader & ml, llama_model & model) {
     // written for stock llama.cpp: it runs as it does there, with an explicit -ctk or -ctv too
     if (k.has("kurtail.target") && k.str_of("kurtail.target", { "kurtail", "stock" }) == "stock") {
         kurtail_load_activation_bits(ml, model, KEYLESS_BITS);
-        LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as there\n", __func__);
+        LLAMA_LOG_INFO("%s: written for stock llama.cpp, runs as it does there\n", __func__);
         return;
     }
     if (version < ONLINE_VERSION && !is_checked(model.arch)) {
-        throw std::runtime_error(format("kurtail: architecture %s has kurtail keys, but this runtime does not know whether its graph goes through the online rotations", llm_arch_name(model.arch)));
+        throw std::runtime_error(format("kurtail: architecture %s has kurtail keys, but this runtime does not support online rotations for it: convert the model again", llm_arch_name(model.arch)));
     }
     const uint32_t activation_bits = k.u32_of("kurtail.activation_bits", { 4, 8, KURTAIL_UNROUNDED });
     cache.load(k, model, constants);
@@ -106,15 +106,15 @@ void kurtail_model::check_adapter(const gguf_context * adapter) const {
     // files for stock llama.cpp are not active, but rotated all the same
     if (!active && rotations.empty()) {
         if (ours) {
-            throw std::runtime_error("kurtail: the adapter was made by convert-lora for a rotated file, which this model is not: give the original adapter");
+            throw std::runtime_error("kurtail: the adapter was made by convert-lora for a rotated file, but this model is not rotated: give the original adapter");
         }
         return;
     }
     if (!ours) {
-        throw std::runtime_error("kurtail: the adapter was made for the original checkpoint, this file is rotated: bring the adapter into its basis with kurtail-gguf convert-lora");
+        throw std::runtime_error("kurtail: the adapter was made for the original checkpoint, but this file is rotated: convert the adapter with kurtail-gguf convert-lora");
     }
     if (rotations.empty()) {
-        throw std::runtime_error("kurtail: this file does not say by what it was rotated, so no adapter can be known to fit: convert the model again");
+        throw std::runtime_error("kurtail: this file does not record its rotations, so no adapter can be matched to it: convert the model again");
     }
     if (k.str("kurtail.adapter.rotations") != rotations) {
         throw std::runtime_error("kurtail: the adapter was made for a file with other rotations: run kurtail-gguf convert-lora with the rotations of this file");
@@ -123,7 +123,7 @@ void kurtail_model::check_adapter(const gguf_context * adapter) const {
 
 void kurtail_model::warn_of_control_vector() const {
     if (residual_rotated) {
-        LLAMA_LOG_WARN("%s: this file is rotated: a control vector fits that was made with it, none that was made with the original checkpoint\n", __func__);
+        LLAMA_LOG_WARN("%s: this file is rotated: control vectors must be computed on it, those of the original checkpoint do not fit\n", __func__);
     }
 }
 
@@ -158,7 +158,7 @@ void kurtail_model::leave_cache_types(llama_context_params & params, ggml_type g
 void kurtail_check_override(const char * key) {
     // how --activation-bits comes here
     if (std::string(key).rfind("kurtail.", 0) == 0 && std::string(key) != KURTAIL_ACTIVATION_BITS_KEY) {
-        throw std::runtime_error(format("kurtail: --override-kv %s is refused: these keys say what was done to the weights, and are read from the file: convert the model again with other options", key));
+        throw std::runtime_error(format("kurtail: --override-kv %s is refused: these keys describe what was done to the weights and are read only from the file: convert the model again with other options", key));
     }
 }
 
@@ -166,7 +166,7 @@ void kurtail_check_quantize(const gguf_context * metadata, bool copies, bool to_
     const kurtail_keys k(metadata);
     const bool stock = k.has("kurtail.target") && k.str("kurtail.target") == "stock";
     if (k.has("kurtail.format_version") && !stock && !copies && !(to_kt4 && !k.has("kurtail.weights"))) {
-        throw std::runtime_error("kurtail: this file's weights expect transforms that only this runtime makes, and with other types stock llama.cpp would run it without them: quantize the original model, or convert it with kurtail-gguf convert --target stock");
+        throw std::runtime_error("kurtail: this file's weights expect transforms that only this runtime applies, and with other types stock llama.cpp would run it without them: quantize the original model, or convert it with kurtail-gguf convert --target stock");
     }
 }
 
@@ -176,7 +176,7 @@ bool kurtail_can_be_saved(const llama_model & model) {
         ours = ours || t->type == GGML_TYPE_KT4;
     }
     if (ours) {
-        LLAMA_LOG_ERROR("%s: nothing is written: a loaded kurtail or kt4 model cannot be saved, its keys and the order of its weights would be lost: copy its file instead\n", __func__);
+        LLAMA_LOG_ERROR("%s: nothing is written: saving a loaded kurtail or kt4 model would lose its keys and the order of its weights: copy its file instead\n", __func__);
     }
     return !ours;
 }

@@ -31,7 +31,7 @@ class Activations(Stage):
 
     def refuse(self, job: Job) -> Iterator[str]:
         if job.spec.experts:
-            yield f"--activations auto is not offered for {job.spec.family.architecture}, a mixture of experts: give 4 or 8"
+            yield f"--activations auto is not supported for {job.spec.family.architecture}, a mixture of experts: give 4 or 8"
         elif not job.has(_DAMAGE) and (shortage := memory_shortage(job.checkpoint, job.block_format.block, job.device)):
             yield f"--activations auto {shortage}: give --activations 4 or 8, or use a larger machine"
 

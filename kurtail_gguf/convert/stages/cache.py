@@ -33,12 +33,12 @@ class Cache(Stage):
         kv, size = job.config.cache_bits, job.spec.head_dim
         if kv != 16 and size % CACHE_BLOCK:
             yield (
-                f"--kv {kv} is not offered for {job.spec.family.architecture} with head_dim {size}: 4- and 8-bit caches have "
-                f"blocks of {CACHE_BLOCK} values, which must divide it; give --kv 16"
+                f"--kv {kv} is not supported for {job.spec.family.architecture} with head_dim {size}: 4- and 8-bit caches "
+                f"have blocks of {CACHE_BLOCK} values, which must divide it; give --kv 16"
             )
 
     def cost(self, estimate: Estimate) -> Cost:
-        spec, sizes, name = estimate.spec, estimate.sizes, "decide on the cache"
+        spec, sizes, name = estimate.spec, estimate.sizes, "choose the cache's bits"
         if estimate.job.config.cache_bits == 16:
             return Cost()
         sequences, length = _text_size(estimate)

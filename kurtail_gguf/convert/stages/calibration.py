@@ -88,8 +88,8 @@ def read(job: Job, tokens: int, tuning_tokens: int, progress: Progress) -> Calib
         ids = tokenize(read_texts(config.calibration, chat_template(tokenizer)), tokenizer, tokens, tuning_tokens)
         if ids.max() >= job.spec.vocab_size:
             raise CalibrationError(
-                f"{checkpoint.directory}: the tokenizer's id {ids.max()} is outside the model's "
-                f"vocabulary of {job.spec.vocab_size}"
+                f"{checkpoint.directory}: the tokenizer's id {ids.max()} is outside the model's vocabulary of "
+                f"{job.spec.vocab_size}: download the tokenizer's files again"
             )
     with replacing(path) as scratch, scratch.open("wb") as file:
         np.save(file, ids)

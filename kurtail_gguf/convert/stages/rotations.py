@@ -33,15 +33,15 @@ class Rotations(Stage):
         spec, rotation = job.spec, job.config.rotation
         if job.config.has_r1 and (between := spec.family.kept_in_place):
             yield (
-                f"--rotation {rotation} is not offered for {spec.family.architecture}: it has {between}, which a rotated "
-                "residual stream does not pass: give --rotation diagonal"
+                f"--rotation {rotation} is not supported for {spec.family.architecture}: it has {between}, with which a "
+                "rotated residual stream does not commute: give --rotation diagonal"
             )
             return
         if rotation != "spinquant":
             return
         scaled = (spec.embedding_scale, spec.residual_scale, spec.logit_divisor) != (1, 1, 1)
         if spec.experts or scaled or spec.family.fused_attention:
-            yield f"--rotation spinquant is not offered for {spec.family.architecture}: use output, kurtail or hadamard"
+            yield f"--rotation spinquant is not supported for {spec.family.architecture}: give output, kurtail or hadamard"
         elif not job.has(_TRANSFORMS):
             try:
                 check_memory(job.checkpoint, BATCH * min(SEQUENCE, job.sequence, spec.window or SEQUENCE), job.device)

@@ -31,7 +31,10 @@ class Tune(Stage):
 
     def refuse(self, job: Job) -> Iterator[str]:
         if job.spec.experts:
-            yield f"--tune {job.config.tune} is not offered for {job.spec.family.architecture}, a mixture of experts: give --tune 0"
+            yield (
+                f"--tune {job.config.tune} is not supported for {job.spec.family.architecture}, a mixture of experts: give "
+                "--tune 0"
+            )
         elif not job.has(_TUNED) and (shortage := memory_shortage(job.checkpoint, job.block_format.block, job.device)):
             asked = "tuning of scales" if job.config.tune is None else f"--tune {job.config.tune}"
             yield f"{asked} {shortage}: give --tune 0 or use a larger machine"
@@ -39,8 +42,8 @@ class Tune(Stage):
     def notes(self, job: Job) -> Iterator[str]:
         if job.too_large_to_tune:
             yield (
-                f"scales are not tuned: a model of this size needs about {job.tuning_bytes / 1e9:.1f} GB for it, "
-                f"--tune {DEFAULT_TUNE} asks for it"
+                f"scales are not tuned: a model of this size needs about {job.tuning_bytes / 1e9:.1f} GB for it; give "
+                f"--tune {DEFAULT_TUNE} to tune them"
             )
 
     def cost(self, estimate: Estimate) -> Cost:

@@ -83,21 +83,21 @@ def _plots(figures: Figures) -> Iterator[tuple[str, Markup]]:
     """Caption and SVG of each plot."""
     after = {} if figures.after is None else {"after": figures.after}
     yield (
-        "Tails of the activations that attention and FFN read, layer by layer. Transforms are there to bring both down: "
-        "the kurtosis says how heavy the tails are, the squared maximum of a block is what the error of 4 bits grows with.",
+        "Tails of the activations that attention and FFN read, layer by layer. The transforms reduce both: the kurtosis "
+        "measures how heavy the tails are, and the 4-bit error grows with the squared maximum of a block.",
         Markup(as_svg(figure("", figures.layers, figures.before, after), "outliers")),
     )
     if figures.weight_errors:
         curves = by_linear(figures.weight_errors, figures.layers)
         yield (
-            "What the file's weights differ from the folded ones by, relative to them. GPTQ accepts a larger error of the "
-            "weights for a smaller one of what they compute.",
+            "Relative difference between the file's weights and the folded ones. GPTQ accepts a larger error of the "
+            "weights for a smaller error of their outputs.",
             Markup(as_svg(error_figure("relative error of the weights", curves), "weights")),
         )
     if figures.activation_errors:
         curves = by_linear(figures.activation_errors, figures.layers)
         yield (
-            "What the runtime's rounding changes in the input of each linear, relative to it, in the quantized model.",
+            "Relative change of each linear's input by the runtime's rounding, in the quantized model.",
             Markup(as_svg(error_figure("relative error of the input", curves), "activations")),
         )
 
@@ -112,7 +112,7 @@ def _next(config: ConvertConfig, result: ConvertResult, runs_as: str) -> Iterato
     yield f"run it: no option is needed, it runs as {runs_as}", shlex.join(("llama-cli", "-m", out))
     yield "compare the file with what it was made from", _ours("verify", out, "--reference", model)
     yield (
-        "measure its quality on a text of yours, and write a card",
+        "measure its quality on your own text, and write a model card",
         _ours("eval", out, "--text", "wiki.test.raw", "--reference", model, "--card"),
     )
     if config.target == "kurtail" and config.weights != "f32" and config.activations == 4:
@@ -122,7 +122,7 @@ def _next(config: ConvertConfig, result: ConvertResult, runs_as: str) -> Iterato
         )
     if config.keep_rotations is not None:
         kept = ("--file", out, "--rotations", str(config.keep_rotations), "--reference", model)
-        yield "bring a LoRA adapter into the file's basis", _ours("convert-lora", "ADAPTER", "lora.gguf", *kept)
+        yield "convert a LoRA adapter to the file's basis", _ours("convert-lora", "ADAPTER", "lora.gguf", *kept)
 
 
 def _beside(out: Path, word: str) -> str:

@@ -91,7 +91,7 @@ def measure(
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise KurtailError(
-                    f"measuring damage: the divergence is {value} on sequence {sequence}; use --activations 4 or 8"
+                    f"measuring damage: the divergence is {value} on sequence {sequence}; give --activations 4 or 8"
                 )
             loss.backward()
             mean += value / len(ids)

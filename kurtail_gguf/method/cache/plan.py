@@ -66,7 +66,10 @@ class CachePlan:
         if not worst:
             return None
         layers = ", ".join(f"{'K' if name[0] == 'k' else 'V'} of layer {name[1:]}" for name in worst)
-        return f"the 4-bit cache harms this model ({layers} alone above {LIMIT} nats a token): --kv auto gives them 8 bits"
+        return (
+            f"the 4-bit cache harms this model ({layers} alone cost more than {LIMIT} nats per token): --kv auto gives them 8 "
+            "bits"
+        )
 
     def _bits(self, name: str) -> int:
         return (self.bits.k if name[0] == "k" else self.bits.v)[int(name[1:])]

@@ -125,7 +125,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{where}: not JSON ({error}): JSON lines have an object on each line") from error
+        raise CalibrationError(f"{where}: not JSON ({error}): JSON lines files have one object per line") from error
 
 
 def _text(row: Any, where: str, render: Render) -> str:
@@ -134,7 +134,7 @@ def _text(row: Any, where: str, render: Render) -> str:
     field = next((name for name in FIELDS if row.get(name) is not None), None)
     if field is None:
         held = ", ".join(map(str, row))[:80] or "nothing"
-        raise CalibrationError(f"{where}: has none of the fields {', '.join(FIELDS)}; it holds {held}")
+        raise CalibrationError(f"{where}: has none of the fields {', '.join(FIELDS)}; its fields are {held}")
     value = row[field]
     if field == _CHAT:
         return _chat(value, where, render)
@@ -150,8 +150,8 @@ def _chat(messages: Any, where: str, render: Render) -> str:
         return render(messages)
     except Exception as error:  # a template is a program of the model's, which may refuse a chat in any way
         raise CalibrationError(
-            f"{where}: no text can be made of the chat in {_CHAT!r} ({type(error).__name__}: {error}): give rows with the "
-            f"field {FIELDS[0]!r}"
+            f"{where}: the chat in {_CHAT!r} cannot be turned into text ({type(error).__name__}: {error}): give rows with "
+            f"the field {FIELDS[0]!r}"
         ) from error
 
 
@@ -160,8 +160,8 @@ def _checked(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise CalibrationError(
-            f"{where}: character {error.start} of the text is half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no "
-            "character: write the pair whole, or leave it out"
+            f"{where}: character {error.start} of the text is half a surrogate pair (\\u{ord(text[error.start]):04x}), "
+            "which is not a character: write the whole pair, or leave it out"
         ) from None
     return text
 

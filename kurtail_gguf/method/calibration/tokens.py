@@ -51,7 +51,7 @@ def load_tokenizer(directory: Path) -> object:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # anything transformers makes of missing or damaged tokenizer files
         # where there is no file of one, transformers asks for packages that are installed
-        told = no_tokenizer(directory) or f"{directory}: no tokenizer that transformers can read: {error}"
+        told = no_tokenizer(directory) or f"{directory}: transformers cannot read its tokenizer: {error}"
         raise SourceError(told) from error
 
 
@@ -89,8 +89,8 @@ def cut_sequences(
             break
     if count < needed * body:
         raise CalibrationError(
-            f"the calibration text has {count} tokens, {needed * body} are needed: give more text or "
-            "lower --calibration-tokens"
+            f"the calibration text has {count} tokens, but {needed * body} are needed: give more text or lower "
+            "--calibration-tokens"
         )
     sequences = min(useful, count // body)
     ids = np.concatenate(pieces)[: sequences * body].reshape(sequences, body)

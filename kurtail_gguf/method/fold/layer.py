@@ -144,7 +144,7 @@ def _fold_scale(folded: dict[str, torch.Tensor], spec: ModelSpec, site: Site, sc
             folded[f"{site.norm}.bias"] = folded[f"{site.norm}.bias"] * scale
         return
     if site.source is None:
-        raise ValueError(f"no diagonal can be folded into what makes the site {site.kind} of {', '.join(site.readers)}")
+        raise ValueError(f"no diagonal can be folded into the source of site {site.kind} of {', '.join(site.readers)}")
     (name, rows), factor = site.source, site.source_scale(scale)
     _change(folded, f"{name}.weight", rows, lambda weight: weight * factor[:, None])
     if f"{name}.bias" in folded:

@@ -86,8 +86,8 @@ def quantize_gptq(
         codes[part], scales[part] = _quantize_rows(weight[part], curvature, order, block, sweeps)
         if not np.isfinite(scales[part]).all():
             raise QuantizeError(
-                f"tensor {name}: weights up to {float(weight[part].abs().max()):.4g} need a block scale beyond half "
-                "precision: the checkpoint's weights are not those of a usable model"
+                f"tensor {name}: weights up to {float(weight[part].abs().max()):.4g} need a block scale that exceeds half "
+                "precision: the checkpoint is damaged"
             )
         report(min(start + step, rows))
     return codes, scales

@@ -91,13 +91,13 @@ def fold_and_quantize(
                 del folded
                 starved = one.quantize(prefix)
                 _save(one.results(), path)
-                note = f", {starved} of {spec.experts} experts by all tokens: too few of their own" if starved else ""
+                note = f", {starved} of {spec.experts} experts use all tokens: too few of their own" if starved else ""
             elif prefix is not None:
                 replay(prefix, checkpoint, layer, path, block_format)
             seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"
             return f"layer {layer}{seen}{note}"
 
-        for title, part in (("take over finished layers", range(start)), ("fold and quantize", range(start, spec.layers))):
+        for title, part in (("reuse finished layers", range(start)), ("fold and quantize", range(start, spec.layers))):
             if part:
                 with progress.stage(title, len(part)) as stage:
                     for layer in part:
@@ -113,7 +113,7 @@ def fold_and_quantize(
 
 def _tell_zeros(names: list[str], progress: Progress) -> None:
     others = f" and of {len(names) - 1} other linears" if len(names) > 1 else ""
-    progress.tell(f"all weights of {names[0]}{others} are 0: the checkpoint is damaged, unless this was pruned")
+    progress.tell(f"all weights of {names[0]}{others} are 0: the checkpoint is damaged, unless they were pruned")
 
 
 def layer_path(directory: Path, layer: int) -> Path:

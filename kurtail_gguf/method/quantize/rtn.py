@@ -51,7 +51,7 @@ def quantize_rtn(
     """
     rows, columns = weight.shape
     if columns % block:
-        raise ValueError(f"{name}: rows of {columns} values are no multiple of the block of {block}")
+        raise ValueError(f"{name}: rows of {columns} values are not a multiple of the block of {block}")
     blocks = weight.float().reshape(-1, block)
     codes = torch.empty(blocks.shape, dtype=torch.int8, device=blocks.device)
     scales = torch.empty(len(blocks), dtype=torch.float16, device=blocks.device)
@@ -59,8 +59,8 @@ def quantize_rtn(
     limit = HALF_MAX * 8 / max(abs(factor) for factor in FACTORS)
     if largest > limit:
         raise QuantizeError(
-            f"tensor {name}: a weight of {largest:.4g} needs a block scale beyond half precision "
-            f"(limit {limit:.4g}): the checkpoint's weights are not those of a usable model"
+            f"tensor {name}: a weight of {largest:.4g} needs a block scale that exceeds half precision (limit "
+            f"{limit:.4g}): the checkpoint is damaged"
         )
     step = _CARD_CHUNK if is_card(blocks.device) else _CHUNK
     for start in range(0, len(blocks), step):

@@ -58,7 +58,9 @@ class CayleySGD(torch.optim.Optimizer):
                 if x.ndim < 2 or x.shape[-1] != x.shape[-2] or x.dtype not in MAX_DEFECT:
                     raise ValueError(f"{x.dtype} {list(x.shape)}: square float64 or float32 matrices are needed")
                 if not defect(x) <= MAX_DEFECT[x.dtype]:
-                    raise ValueError(f"|XᵀX − I| is {defect(x):.1e}: at most {MAX_DEFECT[x.dtype]:.0e} is orthogonal")
+                    raise ValueError(
+                        f"|XᵀX − I| is {defect(x):.1e}, but at most {MAX_DEFECT[x.dtype]:.0e} for an orthogonal matrix"
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -93,7 +93,7 @@ def learn_spinquant(
             loss = network.loss(r1, r2, pieces[order[step * BATCH : (step + 1) * BATCH]])
             if not torch.isfinite(loss):
                 raise KurtailError(
-                    f"{checkpoint.directory}: the loss is {float(loss)} at step {step}; use --rotation kurtail"
+                    f"{checkpoint.directory}: the loss is {float(loss)} at step {step}; give --rotation kurtail"
                 )
             loss.backward()
             optimiser.step()
@@ -117,9 +117,8 @@ def check_memory(checkpoint: Checkpoint, tokens: int, device: torch.device) -> N
     free = memory_available(device)
     if needed > free:
         raise KurtailError(
-            f"--rotation spinquant needs the whole model in memory: {checkpoint.directory} takes "
-            f"{needed / 1e9:.1f} GB in single precision, {device} has {free / 1e9:.1f} GB free; use "
-            "--rotation kurtail, which goes layer by layer"
+            f"--rotation spinquant needs the whole model in memory: {checkpoint.directory} takes {needed / 1e9:.1f} GB in "
+            f"single precision, {device} has {free / 1e9:.1f} GB free; give --rotation kurtail, which works layer by layer"
         )
 
 

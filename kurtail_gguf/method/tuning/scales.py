@@ -133,7 +133,7 @@ def _step(student, teacher, outside, ids, sequences, optimiser, device) -> float
     loss = divergence(student, teacher, outside, ids, sequences, device)
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise KurtailError(f"tuning scales: the divergence is {value} on sequence {sequences[0]}; use --tune 0")
+        raise KurtailError(f"tuning scales: the divergence is {value} on sequence {sequences[0]}; give --tune 0")
     optimiser.zero_grad()
     loss.backward()
     optimiser.step()

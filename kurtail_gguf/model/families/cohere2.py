@@ -19,11 +19,11 @@ def _turned(config: Mapping[str, Any], layer: int) -> bool:
 def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
     layers = range(config["num_hidden_layers"])
     if config["layer_types"] != ["full_attention" if (layer + 1) % _PERIOD == 0 else "sliding_attention" for layer in layers]:
-        return "layer_types", f"the runtime attends to everything in every {_PERIOD}. layer and to a window in the others"
+        return "layer_types", f"the runtime computes full attention in one of every {_PERIOD} layers and a window in the others"
     if not config["tie_word_embeddings"]:
-        return "tie_word_embeddings", "upstream's graph has no head of its own for Cohere 2"
+        return "tie_word_embeddings", "upstream's graph has no untied head for Cohere 2"
     if config["num_attention_heads"] * config["head_dim"] != config["hidden_size"]:
-        return "head_dim", "upstream's graph wants heads that are hidden_size together"
+        return "head_dim", "upstream's graph requires heads that add up to hidden_size"
     return None
 
 
@@ -37,6 +37,6 @@ FAMILY = Family(
     turned=_turned,
     windows=True,
     logit_factor="logit_scale",
-    refused={"attention_bias": "upstream's converter wants no biases for Cohere 2"},
+    refused={"attention_bias": "upstream's converter requires no biases for Cohere 2"},
     check=_check,
 )

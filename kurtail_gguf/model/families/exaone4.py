@@ -18,9 +18,9 @@ def _turned(config: Mapping[str, Any], layer: int) -> bool:
 
 def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
     if (config["num_hidden_layers"] == _LAYERS_32B) != (config["sliding_window"] is not None):
-        return "sliding_window", f"upstream's graph has windows for {_LAYERS_32B} layers and for no other number"
+        return "sliding_window", f"upstream's graph has windows for models of {_LAYERS_32B} layers only"
     if config["num_attention_heads"] * (config.get("head_dim") or 0) not in (0, config["hidden_size"]):
-        return "head_dim", "upstream's graph wants heads that are hidden_size together"
+        return "head_dim", "upstream's graph requires heads that add up to hidden_size"
     return None
 
 

@@ -27,13 +27,13 @@ def check(config: Mapping[str, Any], large: int = _LAYERS_27B, period: int = 2) 
         return "query_pre_attn_scalar", f"the runtime has {scale}"
     types = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(layers)]
     if config["sliding_window"] and config["layer_types"] != types:
-        return "layer_types", f"the runtime attends to everything in every {period}. layer and to a window in the others"
+        return "layer_types", f"the runtime computes full attention in one of every {period} layers and a window in the others"
     return None
 
 
 def _tied(config: Mapping[str, Any]) -> tuple[str, str] | None:
     if not config["tie_word_embeddings"]:
-        return "tie_word_embeddings", "upstream's graph has no head of its own for Gemma 2"
+        return "tie_word_embeddings", "upstream's graph has no untied head for Gemma 2"
     return check(config)
 
 

@@ -17,5 +17,5 @@ FAMILY = Family(
         "attention_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
         "mlp_bias": ("mlp.up_proj", "mlp.down_proj"),
     },
-    refused={"tie_word_embeddings": "upstream's graph wants a head of its own for Nemotron"},
+    refused={"tie_word_embeddings": "upstream's graph requires an untied head for Nemotron"},
 )

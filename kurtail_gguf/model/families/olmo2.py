@@ -17,6 +17,6 @@ FAMILY = Family(
     wide_norms=True,
     refused={
         "attention_bias": "upstream's graph has no biases for Olmo 2",
-        "tie_word_embeddings": "upstream's graph wants a head of its own for Olmo 2",
+        "tie_word_embeddings": "upstream's graph requires an untied head for Olmo 2",
     },
 )

@@ -11,9 +11,9 @@ from kurtail_gguf.model.norms import NormForm
 
 def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
     if config["intermediate_size"] != 4 * config["hidden_size"]:
-        return "intermediate_size", "upstream writes 4 times hidden_size for Phi"
+        return "intermediate_size", "upstream's converter assumes 4 times hidden_size for Phi"
     if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
-        return "num_key_value_heads", "upstream writes num_attention_heads for Phi"
+        return "num_key_value_heads", "upstream's converter assumes num_attention_heads for Phi"
     return None
 
 
@@ -33,7 +33,7 @@ FAMILY = Family(
     head_bias=True,
     refused={
         "qk_layernorm": "upstream's graph has no norms of q and k for Phi",
-        "tie_word_embeddings": "upstream's graph wants a head of its own for Phi",
+        "tie_word_embeddings": "upstream's graph requires an untied head for Phi",
     },
     check=_check,
     final_norm="model.final_layernorm",

@@ -20,7 +20,7 @@ FAMILY = replace(
         used="num_experts_per_tok",
         width="moe_intermediate_size",
         required={
-            "norm_topk_prob": ((True,), "the runtime's chosen experts always weigh 1 together"),
+            "norm_topk_prob": ((True,), "in the runtime the weights of the chosen experts always add up to 1"),
             "decoder_sparse_step": ((1,), "every layer must be a mixture of experts"),
             "mlp_only_layers": (([], None), "every layer must be a mixture of experts"),
         },

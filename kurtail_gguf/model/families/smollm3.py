@@ -14,7 +14,7 @@ _PERIOD = 4
 def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
     layers = config["num_hidden_layers"]
     if [bool(turned) for turned in config["no_rope_layers"]][:layers] != [(layer + 1) % _PERIOD != 0 for layer in range(layers)]:
-        return "no_rope_layers", f"upstream's graph has no RoPE in every {_PERIOD}. layer, and in the others it has"
+        return "no_rope_layers", f"upstream's graph has no RoPE in one of every {_PERIOD} layers, and RoPE in the others"
     return None
 
 
@@ -26,6 +26,6 @@ FAMILY = Family(
     refused={
         "attention_bias": "upstream's graph has no biases for SmolLM3",
         "mlp_bias": "upstream's graph has no biases for SmolLM3",
-        "use_sliding_window": "upstream's graph attends to everything",
+        "use_sliding_window": "upstream's graph computes full attention",
     },
 )

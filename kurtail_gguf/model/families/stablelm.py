@@ -11,8 +11,8 @@ FAMILY = Family(
     norm=NormForm(centred=True, biased=True, eps="layer_norm_eps"),
     biased_by={"use_qkv_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
     refused={
-        "qk_layernorm": "norms of single heads of q and k are not described",
-        "tie_word_embeddings": "upstream's graph wants a head of its own for StableLM",
+        "qk_layernorm": "norms of single heads of q and k are not implemented",
+        "tie_word_embeddings": "upstream's graph requires an untied head for StableLM",
     },
     variants={"use_parallel_residual": {"parallel": True, "ffn_norm": ""}},
 )

@@ -11,7 +11,7 @@ from kurtail_gguf.model.norms import NormForm
 
 
 def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    return None if config["use_bias"] else ("use_bias", "upstream's graph wants biases for StarCoder 2")
+    return None if config["use_bias"] else ("use_bias", "upstream's graph requires biases for StarCoder 2")
 
 
 FAMILY = Family(

@@ -30,8 +30,8 @@ _BUFFERS = (
 )
 #: What is told of a head that is neither saved nor said to be the embedding: transformers makes one of random numbers.
 _NO_HEAD = (
-    ", and config.json says that the head is not the embedding (tie_word_embeddings false, or left out): set "
-    "tie_word_embeddings to true if it is, or download the shard that holds it"
+    ", and config.json declares an untied head (tie_word_embeddings false or missing): set tie_word_embeddings to true if "
+    "the head is the embedding, or download the shard that contains it"
 )
 #: Rows of an embedding checked or converted at once: 8192 x 4096 float32 is 128 MiB.
 CHUNK_ROWS = 8192
@@ -152,17 +152,17 @@ class Checkpoint:
         spec, by_tensor = self.spec, self.files.by_tensor
         for name in spec.top_shapes():
             if not name.endswith(".bias") and not self._filled(name):
-                raise SourceError(f"{by_tensor[name]}: tensor {name} holds nothing but zeros: download the file again")
+                raise SourceError(f"{by_tensor[name]}: tensor {name} contains only zeros: download the file again")
         prefixes, names = [spec.layer_prefix(layer) for layer in range(spec.layers)], tuple(spec.layer_shapes())
         for prefix in prefixes:
             if not any(self._filled(prefix + name) for name in names):
                 raise SourceError(
-                    f"{by_tensor[prefix + names[0]]}: all of {prefix.removesuffix('.')} is zeros: download the file again, or "
-                    "leave a layer that does nothing out of the model"
+                    f"{by_tensor[prefix + names[0]]}: all of {prefix.removesuffix('.')} is zeros: download the file again, "
+                    "or remove the layer from the model if it is meant to do nothing"
                 )
         if not any(self._filled(f"{prefix}{name}.weight") for prefix in prefixes for name in spec.linears):
             raise SourceError(
-                f"{self.directory}: the linears of all {spec.layers} layers hold nothing but zeros: download it again"
+                f"{self.directory}: the linears of all {spec.layers} layers contain only zeros: download the model again"
             )
 
     def _filled(self, name: str) -> bool:
@@ -225,8 +225,8 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     config.tie_word_embeddings = False
     spec = build_spec(family, config.to_dict())  # not every graph of upstream's has a head of its own
     note = (
-        f"{directory / 'config.json'}: tie_word_embeddings is true, but {family.head}.weight differs from the embedding: it is "
-        "taken for the head, as transformers does; set tie_word_embeddings to false"
+        f"{directory / 'config.json'}: tie_word_embeddings is true, but {family.head}.weight differs from the embedding: "
+        "it is used as the head, as transformers does; set tie_word_embeddings to false"
     )
     return replace(checkpoint, spec=spec, notes=(note,))
 
@@ -237,7 +237,7 @@ def read_spec(directory: Path) -> tuple[dict[str, Any], Any, ModelSpec]:
     Raises:
         UnsupportedArchitecture, SourceError: as :func:`open_checkpoint`.
     """
-    raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
+    raw = read_json(directory / "config.json", remedy="MODEL must be a directory that contains config.json")
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         raise SourceError(f"{directory / 'config.json'}: 'architectures' must name one architecture")
@@ -270,7 +270,7 @@ def _load_config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of a bad config, it is the config's fault
-        raise SourceError(f"{directory / 'config.json'}: transformers refuses it: {error}") from error
+        raise SourceError(f"{directory / 'config.json'}: transformers rejects it: {error}") from error
 
 
 def _same_tables(checkpoint: Checkpoint) -> bool:
@@ -290,17 +290,19 @@ def _check_tensors(spec: ModelSpec, files: WeightFiles, directory: Path) -> None
             present = set(file.keys())
             for name in names:
                 if name not in present:
-                    raise SourceError(f"{path}: tensor {name} is missing, though the index names this file")
+                    raise SourceError(
+                        f"{path}: tensor {name} is missing, although the index lists it in this file: download the file "
+                        "again"
+                    )
                 info = file.get_slice(name)
                 shape, dtype = tuple(info.get_shape()), info.get_dtype()
                 if shape != expected[name]:
                     raise SourceError(
-                        f"{path}: tensor {name} has shape {list(shape)}, config.json asks for "
-                        f"{list(expected[name])}"
+                        f"{path}: tensor {name} has shape {list(shape)}, but config.json requires {list(expected[name])}"
                     )
                 if dtype not in _DTYPES:
                     raise SourceError(
-                        f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} can be read"
+                        f"{path}: tensor {name} is {dtype}; only {', '.join(sorted(_DTYPES))} are supported"
                     )
     tops = tuple(f"{name}." for name in (spec.family.embedding, spec.family.final_norm, spec.family.head))
     for name, path in files.by_tensor.items():
@@ -328,4 +330,4 @@ def _expected(spec: ModelSpec, files: dict[str, Path], directory: Path) -> dict[
 def _check_finite(tensor: torch.Tensor, name: str, path: Path) -> None:
     # what is computed with is single precision, which holds less than float64
     if not torch.isfinite(tensor.to(torch.float32)).all():
-        raise SourceError(f"{path}: tensor {name} holds NaN or infinite weights: the checkpoint is damaged")
+        raise SourceError(f"{path}: tensor {name} contains NaN or infinite weights: the checkpoint is damaged")

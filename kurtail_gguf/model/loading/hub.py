@@ -46,7 +46,9 @@ def parse_hub_model(model: str) -> HubModel | None:
         rest, _, revision = rest.partition("@")
     if not _NAME.fullmatch(rest):
         if told:
-            raise SourceError(f"{model} names no model of the Hugging Face Hub: give hf:owner/name or hf:owner/name@revision")
+            raise SourceError(
+                f"{model} is not the name of a model on the Hugging Face Hub: give hf:owner/name or hf:owner/name@revision"
+            )
         return None
     if not told and (Path(rest).parent.is_dir() or rest.endswith(".gguf")):
         return None
@@ -66,8 +68,8 @@ def snapshot_of(directory: Path) -> Path:
     if not main.is_file() or not snapshot.is_dir():
         held = ", ".join(sorted(path.name for path in (directory / "snapshots").iterdir())) or "none"
         raise SourceError(
-            f"{directory} is a model in the Hugging Face cache without a snapshot of main; it holds {held}: give the directory of "
-            "one of these below snapshots, or download the model again"
+            f"{directory} is a model in the Hugging Face cache without a snapshot of main; it contains {held}: give the "
+            "directory of one of these below snapshots, or download the model again"
         )
     return snapshot
 
@@ -125,7 +127,7 @@ def fetch_model(model: HubModel, progress: Progress, allow_pickle: bool = False)
     small = [name for name in sizes if name.endswith(_SUFFIXES) or name == _CARD]
     weights = _weights(model, sizes, allow_pickle)
     if "config.json" not in sizes:
-        raise SourceError(f"{model.name} holds no config.json, so it is no model that transformers reads: give another repository")
+        raise SourceError(f"{model.name} contains no config.json, so transformers cannot read it: give another repository")
     try:
         directory = _download(commit, small, sizes, None).parent
         shards = _shards(directory / weights) if weights.endswith(".json") else [weights]
@@ -145,18 +147,18 @@ def _weights(model: HubModel, sizes: dict[str, int], allow_pickle: bool) -> str:
         found = next((name for name in (f"{single}.index.json", single) if name in sizes), None)
         if found is not None and suffix == ".bin" and not allow_pickle:
             raise SourceError(
-                f"{model.name} holds its weights in .bin pickles only, which can run code when read: give --allow-pickle to read "
-                "their tensors and nothing else"
+                f"{model.name} has its weights only in .bin pickles, which can run code when read: give --allow-pickle to "
+                "read their tensors and nothing else"
             )
         if found is not None:
             return found
     packed = [name for name in sizes if name.endswith(".gguf")]
     if packed:
         raise SourceError(
-            f"{model.name} holds GGUF files and no safetensors: prefer the original model, or run hf download {model.name} "
-            f"{packed[0]} --local-dir . and give that file"
+            f"{model.name} contains GGUF files and no safetensors: prefer the original model, or run hf download "
+            f"{model.name} {packed[0]} --local-dir . and give that file"
         )
-    raise SourceError(f"{model.name} holds neither model.safetensors nor an index of its shards: give another repository")
+    raise SourceError(f"{model.name} contains neither model.safetensors nor an index of its shards: give another repository")
 
 
 def _shards(index: Path) -> list[str]:
@@ -170,8 +172,8 @@ def _check_room(model: HubModel, names: list[str], sizes: dict[str, int], direct
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise SourceError(
-            f"{model.name} needs {needed / 1e9:.1f} GB in {directory.parents[2]}, and {free / 1e9:.1f} GB are free: make room there "
-            "or set HF_HOME to a directory on a larger disk"
+            f"{model.name} needs {needed / 1e9:.1f} GB in {directory.parents[2]}, but {free / 1e9:.1f} GB are free: free "
+            "some space there or set HF_HOME to a directory on a larger disk"
         )
 
 
@@ -210,22 +212,23 @@ def _refused(error: Exception) -> str | None:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return "its licence must be accepted first: do so on its page at huggingface.co, then log in with hf auth login"
+        return "its licence must be accepted first: accept it on its page at huggingface.co, then log in with hf auth login"
     if isinstance(error, errors.RevisionNotFoundError):
-        return "there is no such revision"
+        return "this revision does not exist"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such model, or it is private: check the name, or log in with hf auth login"
+        return "this model does not exist, or is private: check the name, or log in with hf auth login"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return "it holds no config.json, so it is no model that transformers reads"
+        return "it contains no config.json, so transformers cannot read it"
     return None
 
 
 def _told(model: HubModel, error: Exception) -> SourceError:
     at = f"{model.name}@{model.revision}" if model.revision else model.name
     if (refused := _refused(error)) is not None:
-        return SourceError(f"{at} cannot be had from the Hugging Face Hub: {refused}")
+        return SourceError(f"{at} cannot be downloaded from the Hugging Face Hub: {refused}")
     folder = model.name.partition("/")[2]
     return SourceError(
-        f"{model.name} is no directory here, and cannot be downloaded from the Hugging Face Hub ({type(error).__name__}): where there "
-        f"is a network, run hf download {model.name} --local-dir {folder}, bring the directory here and give it as MODEL"
+        f"{model.name} is not a local directory, and cannot be downloaded from the Hugging Face Hub "
+        f"({type(error).__name__}): run hf download {model.name} --local-dir {folder} where there is a network, copy the "
+        "directory here and give it as MODEL"
     )

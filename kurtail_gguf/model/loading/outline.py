@@ -81,7 +81,7 @@ def _of_gguf(gguf: Path, scratch: Path, cache: Path | None) -> Outline:
 
 def _of_recipe(recipe: Recipe, scratch: Path) -> Outline:
     values = _write(recipe.shape.config(), scratch)
-    note = f"{recipe.name} is not downloaded yet; its shapes are those that its recipe tells"
+    note = f"{recipe.name} is not downloaded yet; its shapes are those that its recipe lists"
     return Outline(scratch, True, recipe.bytes, 4 * values, recipe.bytes, recipe_cache(recipe), note)
 
 
@@ -95,7 +95,7 @@ def _of_hub(hub: HubModel, scratch: Path) -> Outline:
     _, size = _stored_as(raw)
     values = _write(raw, scratch)
     cache = next(parent for parent in path.parents if parent.name == "snapshots").parents[1]
-    note = f"{hub.name} is not downloaded yet; its shapes are those of its config.json, which was"
+    note = f"{hub.name} is not downloaded yet; its shapes come from its config.json, which was"
     return Outline(scratch, True, size * values, cache=cache, note=note)
 
 

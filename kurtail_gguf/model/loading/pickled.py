@@ -45,7 +45,7 @@ class PickledFile:
         except Exception as error:  # a pickle may make its interpreter raise anything
             raise _not_read(path, error) from None
         if not isinstance(content, dict):
-            raise SourceError(f"{path} holds a {type(content).__name__}, not tensors by name")
+            raise SourceError(f"{path} contains a {type(content).__name__}, expected tensors by name")
         self._tensors = {name: _plain(path, name, value) for name, value in content.items()}
 
     def __enter__(self) -> Self:
@@ -89,19 +89,19 @@ def _check_zip(path: Path) -> None:
             entries = file.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise SourceError(
-            f"{path} is truncated or of the format before torch 1.6 ({error}): download the file again, or get the model as "
-            "safetensors"
+            f"{path} is truncated or in the format before torch 1.6 ({error}): download the file again, or get the model "
+            "as safetensors"
         ) from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise SourceError(f"{path} is a compressed zip, which torch.save does not write")
     others = sum(entry.file_size for entry in entries if "/data/" not in entry.filename)
     if others > MAX_PICKLE:
-        raise SourceError(f"{path}: {others} bytes beside the tensors' data are more than the {MAX_PICKLE} that are read")
+        raise SourceError(f"{path}: {others} bytes beside the tensors' data exceed the limit of {MAX_PICKLE}")
 
 
 def _plain(path: Path, name: Any, value: Any) -> torch.Tensor:
     if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
-        raise SourceError(f"{path}: {_shown(name)} is a {type(value).__name__}, not a tensor by its name")
+        raise SourceError(f"{path}: {_shown(name)} is a {type(value).__name__}, expected a tensor")
     tensor = value.detach()
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise SourceError(f"{path}: tensor {_shown(name)} is sparse, quantized or without data, and cannot be read")
@@ -115,7 +115,7 @@ def _not_read(path: Path, error: Exception) -> SourceError:
     told = str(error)
     if called := _CALLED.search(told):
         return SourceError(
-            f"{path} wants to call {called[1]}, which no weights need, and was not run: do not trust it; get the model as "
+            f"{path} tries to call {called[1]}, which no weights need, and was not run: do not trust it; get the model as "
             "safetensors"
         )
     lines = told.strip().splitlines()

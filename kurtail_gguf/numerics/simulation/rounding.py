@@ -70,7 +70,7 @@ def round_to(x: Tensor, bits: int, block: int) -> Tensor:
         return round_8bit(x, block)
     if bits == 16:
         return x.half().float()
-    raise ValueError(f"{bits} bits are not offered: 4, 8 or 16")
+    raise ValueError(f"{bits} bits are not supported: give 4, 8 or 16")
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

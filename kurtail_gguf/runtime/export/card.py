@@ -42,7 +42,7 @@ def usable_card(source: Path, dropped: Callable[[str], None]) -> Iterator[Path]:
                 _put(target, *(({key: fields[key]}, {}) if fields is card else ({}, {key: fields[key]})))
                 if (told := _refusal(target, scratch)) is not None:
                     value = _shown(fields.pop(key))
-                    dropped(f"{source / name}: {key} is {value}, which the file cannot hold ({told}): it is left out")
+                    dropped(f"{source / name}: {key} is {value}, which a GGUF file cannot store ({told}): it is left out")
         _put(target, card, generation)
         yield target
 
@@ -52,7 +52,7 @@ def _config(path: Path, dropped: Callable[[str], None]) -> dict[str, Any]:
     config = json.loads(path.read_text(encoding="utf-8"))
     name = config.get("_name_or_path")
     if name is not None and not isinstance(name, str):
-        dropped(f"{path}: _name_or_path is {_shown(config.pop('_name_or_path'))}, which is no name: it is left out")
+        dropped(f"{path}: _name_or_path is {_shown(config.pop('_name_or_path'))}, expected a name: it is left out")
     return config
 
 
@@ -69,7 +69,7 @@ def _card(path: Path, dropped: Callable[[str], None]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        dropped(f"{path}: its header is no YAML ({_first_line(error)}): it is left out")
+        dropped(f"{path}: its header is not YAML ({_first_line(error)}): it is left out")
         return {}
     return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
 
@@ -80,10 +80,10 @@ def _generation(path: Path, dropped: Callable[[str], None]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        dropped(f"{path}: no JSON ({_first_line(error)}): it is left out")
+        dropped(f"{path}: not JSON ({_first_line(error)}): it is left out")
         return {}
     if not isinstance(found, dict):
-        dropped(f"{path}: a {type(found).__name__}, not an object: it is left out")
+        dropped(f"{path}: a {type(found).__name__}, expected an object: it is left out")
         return {}
     return found
 

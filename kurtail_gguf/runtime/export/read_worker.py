@@ -53,7 +53,7 @@ def _open(path: str) -> gguf.GGUFReader:
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:
         text = str(error)
         if "is not a valid GGMLQuantizationType" in text:
-            raise KurtailError(f"holds a tensor of type {text.split()[0]}, which this version does not know") from None
+            raise KurtailError(f"contains a tensor of type {text.split()[0]}, which this version does not support") from None
         raise KurtailError(f"is truncated or damaged ({type(error).__name__}: {text})") from None
 
 

@@ -38,8 +38,8 @@ def no_tokenizer(directory: Path) -> str | None:
     if any(next(directory.glob(name), None) for name in _VOCABULARIES):
         return None
     return (
-        f"{directory} holds no tokenizer (none of {', '.join(_VOCABULARIES[:4])}): copy the tokenizer's files there from where the "
-        "model comes from"
+        f"{directory} contains no tokenizer (none of {', '.join(_VOCABULARIES[:4])}): copy the tokenizer's files there "
+        "from the original model"
     )
 
 
@@ -109,7 +109,7 @@ def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
         outtype: ``auto``: bf16 or f16 where every matrix of the checkpoint is, else f32.
     """
     if outtype not in REFERENCE_TYPES:
-        raise ExportError(f"a reference of type {outtype!r} is not offered: choose {', '.join(REFERENCE_TYPES)}")
+        raise ExportError(f"a reference of type {outtype!r} is not supported: choose {', '.join(REFERENCE_TYPES)}")
     with _whole_or_not_at_all(out) as beside:
         request = {"task": "reference", "source": str(source.resolve()), "out": str(beside)}
         _run(request, f"cannot write {out}")
