@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What ptxas says about the CUDA kernels: registers, spills, shared memory, occupancy. No card needed."""
+"""What ptxas says about the CUDA kernels: registers, spills, shared memory, occupancy. No GPU needed."""
 
 from __future__ import annotations
 

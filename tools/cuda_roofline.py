@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Instructions of the loops that multiply prompts, ours and stock's Q4_0, counted in SASS the same way. No card needed.
+"""Instructions of the loops that multiply prompts, ours and stock's Q4_0, counted in SASS the same way. No GPU needed.
 
 A fragment is 16 x 8 x 64 products. The step of a kernel is its smallest loop with both matrix instructions and copies from
 global memory: all it does for these products but a tile's beginning and end. Needs nvcc, nvdisasm (pip install

@@ -1,6 +1,6 @@
 """What stages cost: bytes of the arrays that are alive together at their fullest moments, of disk, and seconds.
 
-With a card there are two sums of memory: what lies on it, which is a layer and what is computed from it, and what the host
+With a GPU there are two sums of memory: what lies on it, which is a layer and what is computed from it, and what the host
 holds, which is the next layer as it was read and what goes to files.
 """
 
@@ -33,7 +33,7 @@ class Cost:
 
     Args:
         memory: of the host, by moment.
-        card: of the card that computes, by moment; nothing on the CPU.
+        card: of the GPU that computes, by moment; nothing on the CPU.
         disk: what is left there until the end.
         seconds: by stage.
     """
@@ -110,8 +110,8 @@ class Estimate:
         Args:
             name: of the moment.
             cpu: bytes beside the program's own where the CPU computes.
-            host: the same where a card does.
-            card: bytes on the card; 0 for a stage that leaves it alone.
+            host: the same where a GPU does.
+            card: bytes on the GPU; 0 for a stage that leaves it alone.
         """
         if not self.on_card:
             return Cost(memory={name: PROGRAM_BYTES + cpu})
@@ -131,7 +131,7 @@ class Estimate:
 
     @cached_property
     def layer_rotations(self) -> int:
-        """What of them is where a layer is computed: on a card those of that layer."""
+        """What of them is where a layer is computed: on a GPU those of that layer."""
         return sum(self.rotations(1 if self.on_card else self.spec.layers))
 
     @cached_property
@@ -158,13 +158,13 @@ class Estimate:
 
     @cached_property
     def loaded(self) -> int:
-        """A layer on a card: a tensor comes as it is stored and is converted there; experts are stacked for each pass."""
+        """A layer on a GPU: a tensor comes as it is stored and is converted there; experts are stacked for each pass."""
         stored = forward_dtype(self.job.device).itemsize * self.sizes.layer
         return stored * (2 if self.spec.experts else 1) + 4 * self.sizes.widest
 
     @cached_property
     def ahead(self) -> int:
-        """The next layer in a card's host: the file's pages, and the buffer, which page-locked memory makes a power of two."""
+        """The next layer in a GPU's host: the file's pages, and the buffer, which page-locked memory makes a power of two."""
         stored = max(sum(self.job.checkpoint.stored_sizes(layer).values()) for layer in range(self.spec.layers))
         return stored + (1 << (stored - 1).bit_length())
 

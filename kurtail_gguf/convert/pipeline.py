@@ -107,7 +107,7 @@ def _read_error(error: KurtailError, work_dir: Path) -> KurtailError:
 
 
 def _card_full(device: torch.device, stage: str, work_dir: Path) -> KurtailError:
-    """A card without enough memory. What is finished is kept."""
+    """A GPU without enough memory. What is finished is kept."""
     total, held = memory_total(device), memory_held(device)
     others = total - held - memory_available(device)
     return KurtailError(

@@ -30,7 +30,7 @@ KV_CHOICES = ("auto", *KV_BITS)
 #: Bits of a value of the cache on average, scales included, that ``auto`` may spend; 4.5 is four bits everywhere.
 DEFAULT_KV_BUDGET = 4.6
 DEVICES = ("auto", "cpu", "cuda")
-#: One card of several, as torch counts them.
+#: One GPU of several, as torch counts them.
 _NUMBERED_CARD = re.compile(r"cuda:[0-9]{1,3}")
 #: ``kurtail``: kt4 linears and online rotations, for the shipped runtime; ``stock``: for unpatched llama.cpp.
 TARGETS = ("kurtail", "stock")
@@ -250,7 +250,7 @@ class ConvertResult:
         resumed: whether results of an earlier run were taken over, and so are not in ``seconds``.
         peak_bytes: the most resident memory of the process until the end of each stage.
         device: what was computed on, as torch calls it.
-        card_peak: the most of that card's memory in each stage, ``machine.memory.CardMemory``; nothing on the CPU.
+        card_peak: the most of that GPU's memory in each stage, ``machine.memory.CardMemory``; nothing on the CPU.
         warning: one line that a user should not miss; None for nothing.
         figures: ``measure.figures.Figures`` of the layers where a report was asked for, else None.
     """

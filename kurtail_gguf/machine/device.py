@@ -8,7 +8,7 @@ from kurtail_gguf.messages.errors import KurtailError
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one, ``cuda`` the current card, ``cuda:N`` the one of that number.
+    """``auto`` is CUDA where there is one, ``cuda`` the current GPU, ``cuda:N`` the one of that number.
 
     Raises:
         KurtailError: CUDA was asked for and torch sees none, or none of that number.

@@ -1,6 +1,6 @@
-"""Memory of the device that computes: how much is free before a step that needs much, and what was taken of a card's.
+"""Memory of the device that computes: how much is free before a step that needs much, and what was taken of a GPU's.
 
-Everything here asks torch's module of the device's own name (``torch.cuda`` for a card), so that nothing else has to
+Everything here asks torch's module of the device's own name (``torch.cuda`` for a GPU), so that nothing else has to
 know which kind of device it computes on.
 """
 
@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class CardMemory:
-    """Most bytes of a card's memory at once: in tensors, and with what torch held for the next ones."""
+    """Most bytes of a GPU's memory at once: in tensors, and with what torch held for the next ones."""
 
     allocated: int
     reserved: int
@@ -29,12 +29,12 @@ def is_card(device: torch.device) -> bool:
 
 
 def card_module(device: torch.device) -> Any:
-    """torch's module of a card: ``torch.cuda``."""
+    """torch's module of a GPU: ``torch.cuda``."""
     return getattr(torch, device.type)
 
 
 def current_card(device: torch.device) -> AbstractContextManager[Any]:
-    """A ``with`` block in which a card is ready, and a numbered one the current one, which torch asks where nobody is named."""
+    """A ``with`` block in which a GPU is ready, and a numbered one the current one, which torch asks where nobody is named."""
     if not is_card(device):
         return nullcontext()
     card_module(device).init()  # its statistics cannot be asked for before
@@ -42,7 +42,7 @@ def current_card(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def memory_available(device: torch.device) -> int:
-    """Bytes free on the device, as far as one process can know; what torch keeps of a card for itself is not among them."""
+    """Bytes free on the device, as far as one process can know; what torch keeps of a GPU for itself is not among them."""
     return card_module(device).mem_get_info(device)[0] if is_card(device) else psutil.virtual_memory().available
 
 
@@ -52,20 +52,20 @@ def memory_total(device: torch.device) -> int:
 
 
 def memory_held(device: torch.device) -> int:
-    """Bytes of a card that torch has taken for this process."""
+    """Bytes of a GPU that torch has taken for this process."""
     return card_module(device).memory_reserved(device)
 
 
 def start_card_peak(device: torch.device) -> None:
-    """Let :func:`card_peak` speak of what comes now; what torch keeps without use is given back to the card."""
+    """Let :func:`card_peak` speak of what comes now; what torch keeps without use is given back to the GPU."""
     if is_card(device):
-        gc.collect()  # modules and their hooks hold each other, and what they had on the card
+        gc.collect()  # modules and their hooks hold each other, and what they had on the GPU
         card_module(device).empty_cache()
         card_module(device).reset_peak_memory_stats(device)
 
 
 def card_peak(device: torch.device) -> CardMemory | None:
-    """The most of a card's memory since :func:`start_card_peak`; None on the CPU."""
+    """The most of a GPU's memory since :func:`start_card_peak`; None on the CPU."""
     if not is_card(device):
         return None
     module = card_module(device)

@@ -1,4 +1,4 @@
-"""In which type a calibration pass multiplies by weights: bfloat16 on a card that has it, single precision elsewhere.
+"""In which type a calibration pass multiplies by weights: bfloat16 on a GPU that has it, single precision elsewhere.
 
 Only the products with a layer's linears are in bfloat16, inputs and weights rounded to it, sums kept in single precision
 by the hardware and rounded once. What lies between them stays in single precision: the residual stream, norms and their
@@ -22,7 +22,7 @@ from kurtail_gguf.model.spec import ModelSpec
 
 
 def forward_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the card multiplies it by itself (from Ampere on), else float32."""
+    """bfloat16 where the GPU multiplies it by itself (from Ampere on), else float32."""
     if is_card(device) and card_module(device).is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.float32

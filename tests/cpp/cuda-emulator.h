@@ -1,8 +1,8 @@
 // Runs kernel templates of src/cuda on the CPU, a block at a time: each thread of the block has a stack of its own and goes
-// on until it meets a barrier or an operation of its warp. What a card does with matrix fragments follows the tables of
+// on until it meets a barrier or an operation of its warp. What a GPU does with matrix fragments follows the tables of
 // NVIDIA's PTX manual ("Matrix Fragments for mma.m8n8k32", "... mma.m16n8k64" and so on, "ldmatrix").
 //
-// Strict where cards are lenient: shared memory starts as NaN, an asynchronous copy arrives only when it is waited for,
+// Strict where GPUs are lenient: shared memory starts as NaN, an asynchronous copy arrives only when it is waited for,
 // lanes that meet in different operations are an error, and a warp runs as far ahead of the others as barriers let it, the
 // first or, backwards, the last one: that shows missing barriers.
 #pragma once

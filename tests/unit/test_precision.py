@@ -1,4 +1,4 @@
-"""Calibration passes whose linears multiply in bfloat16, as on a card, beside the same in single precision."""
+"""Calibration passes whose linears multiply in bfloat16, as on a GPU, beside the same in single precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// kt4 products on cards: quantize the activations (kt4-input.cu), then multiply integers. Up to 8 columns go to
+// kt4 products on GPUs: quantize the activations (kt4-input.cu), then multiply integers. Up to 8 columns go to
 // the kernel that reads weights at memory speed (kt4-gemv.h), more to the matrix units (kt4-gemm.h): int4 ones from Turing
 // to Ada, where they are twice as fast as int8; int8 ones on Hopper and later, which have no int4, and for 8 bits. Both are
 // made for weights in groups of 16 rows, as kt4-buffer.cu holds them. Where they are as in the file (any other buffer), few

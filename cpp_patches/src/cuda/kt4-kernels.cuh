@@ -1,4 +1,4 @@
-// The kernels as cards run them: entry points around the templates.
+// The kernels as GPUs run them: entry points around the templates.
 #pragma once
 
 #include "kt4-activations.h"

@@ -1,4 +1,4 @@
-// kt4 on cards: how weights and activations lie, shared by all kernels. No CUDA needed.
+// kt4 on GPUs: how weights and activations lie, shared by all kernels. No CUDA needed.
 //
 // Weights are either as in the file, blocks of 34 bytes (only 2-byte aligned), or in groups of 16 rows, in the same number
 // of bytes and with a group where its rows were. A group has first its nibbles, 512 bytes a block, then its scales, 16

@@ -1,4 +1,4 @@
-// What a kernel needs of the machine it runs on, so that the same source runs on a card and, in tests, on the CPU.
+// What a kernel needs of the machine it runs on, so that the same source runs on a GPU and, in tests, on the CPU.
 // Kernels are function templates over the machine M: `device_machine` below, or tests/cpp/cuda-emulator.h, which gives
 // every thread of a block its own stack and follows the PTX manual's tables for matrix fragments.
 #pragma once
@@ -82,7 +82,7 @@ template <class M> KT4_HD void mma_s8_turing(M & m, int (&c)[4], const uint32_t 
 
 #ifdef __CUDACC__
 
-// A card. Volatile: fragments must not be loaded before the barrier that precedes them.
+// A GPU. Volatile: fragments must not be loaded before the barrier that precedes them.
 struct device_machine {
     // Volatile, so that what follows from it is computed again where it is needed: kept in registers through the loops
     // it is more than the accumulators leave.
@@ -105,7 +105,7 @@ struct device_machine {
 
     template <typename T> __device__ T shuffle_xor(T value, int mask) const { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
-    // Instructions that a card before Turing lacks: a build for it as well has to compile, these are never launched there
+    // Instructions that a GPU before Turing lacks: a build for it as well has to compile, these are never launched there
     // (kt4-cuda.cu).
 
     // 4 x int8 times 4 x int8, added to c

@@ -16,7 +16,7 @@
 
 static constexpr uint32_t MAX_SIZE          = 8192; // what our CUDA kernel handles (src/cuda/kt4-activations.h)
 static constexpr uint32_t NODES             = 3;    // of one transform: reshape, product, reshape
-static constexpr uint32_t TENSOR_SPLIT      = 128;  // what llama-model.cpp rounds a card's share of an FFN to at least
+static constexpr uint32_t TENSOR_SPLIT      = 128;  // what llama-model.cpp rounds a GPU's share of an FFN to at least
 static constexpr uint32_t TENSOR_SPLIT_HEAD = 64;   // and that of the attention's output, where the heads allow it
 
 using sizes_t = std::unordered_map<std::string, uint32_t>; // name of a tensor -> size of a Hadamard block
@@ -35,7 +35,7 @@ bool is_ffn_down(const std::string & name) {
     return rest == ".weight" || rest == "_exps.weight" || rest == "_shexp.weight";
 }
 
-// Where a weight's transform is computed: on the device that holds the weight (-ot, --cpu-moe), the CPU for a card's host memory.
+// Where a weight's transform is computed: on the device that holds the weight (-ot, --cpu-moe), the CPU for a GPU's host memory.
 ggml_backend_buffer_type_t matrix_buffer_type(ggml_backend_buffer_type_t weights) {
     ggml_backend_dev_t device = ggml_backend_buft_get_device(weights);
     if (!device || ggml_backend_buft_is_host(weights)) {

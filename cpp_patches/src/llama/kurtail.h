@@ -72,6 +72,6 @@ void kurtail_check_quantize(const gguf_context * metadata, bool copies, bool to_
 // Whether upstream can write the loaded model to a file; else logs why. Its saver knows neither our keys nor repacked weights.
 bool kurtail_can_be_saved(const llama_model & model);
 
-// Where an adapter's tensors lie whose model tensor is in a buffer of this type: the same, but for a card's repacked type
-// (src/cuda/kt4-buffer.cu), which is for the model's weights alone, the card's own
+// Where an adapter's tensors lie whose model tensor is in a buffer of this type: the same, but for a GPU's repacked type
+// (src/cuda/kt4-buffer.cu), which is for the model's weights alone, the GPU's own
 ggml_backend_buffer_type_t kurtail_adapter_buffer_type(ggml_backend_buffer_type_t buft);

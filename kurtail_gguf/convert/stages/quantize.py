@@ -64,7 +64,7 @@ def _folding(estimate: Estimate) -> Cost:
     tables = estimate.moment(
         "embedding and head",
         cpu=3 * 8 * ROWS * hidden + r1,
-        # without R1 the card has no part in it
+        # without R1 the GPU has no part in it
         host=3 * (4 if r1 else 8) * ROWS * hidden + estimate.all_rotations,
         card=3 * 8 * rows * hidden + r1 if r1 else 0,
     )

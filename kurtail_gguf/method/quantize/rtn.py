@@ -26,7 +26,7 @@ FACTORS: Final = (
 )  # fmt: skip
 #: Refits of the scale to its codes, each followed by choosing the codes anew.
 REFITS: Final = 2
-#: Blocks searched at once: of 64 float32 they are 1 MiB, which stays in a core's cache; on a card 64 MiB, since every
+#: Blocks searched at once: of 64 float32 they are 1 MiB, which stays in a core's cache; on a GPU 64 MiB, since every
 #: step of a search is a call of its own there.
 _CHUNK: Final = 4096
 _CARD_CHUNK: Final = 1 << 18

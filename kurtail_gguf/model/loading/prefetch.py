@@ -1,8 +1,8 @@
 """A checkpoint's layers one after the other, the next one being read while the last is computed with.
 
-On a card a layer's time goes into reading and copying as much as into computing. So a thread reads the next layer, checks
-it, and lays it into page-locked memory in the checkpoint's own type; it is copied to the card, and made what is computed
-with there, when its turn comes. The card never holds two layers for this, the host one at most.
+On a GPU a layer's time goes into reading and copying as much as into computing. So a thread reads the next layer, checks
+it, and lays it into page-locked memory in the checkpoint's own type; it is copied to the GPU, and made what is computed
+with there, when its turn comes. The GPU never holds two layers for this, the host one at most.
 
 On the CPU that would cost the memory of a layer and gain nothing, as reading takes far less than computing and the system
 reads ahead by itself: there layers are read when they are asked for.
@@ -43,7 +43,7 @@ def layer_stream(
         checkpoint: the model.
         numbers: layers in the order they are wanted, with repetitions or not.
         device, check, dtype_of: as :meth:`Checkpoint.layer`'s.
-        ahead: whether the next layer is read meanwhile; None for on a card only.
+        ahead: whether the next layer is read meanwhile; None for on a GPU only.
 
     Raises:
         SourceError: as :meth:`Checkpoint.layer`'s, when the layer's turn comes.
@@ -67,7 +67,7 @@ class _Reader:
         self._checkpoint, self._device, self._check, self._dtype_of = checkpoint, device, check, dtype_of
         size = max(_padded_size(checkpoint, layer) for layer in range(checkpoint.spec.layers))
         with torch.inference_mode(False):  # the thread writes to it, outside of any such mode
-            # only page-locked memory is copied to a card without a copy on the way
+            # only page-locked memory is copied to a GPU without a copy on the way
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._stopped = threading.Event()
         self._thread = ThreadPoolExecutor(1, "read-layers")
