@@ -47,7 +47,7 @@ def check(archive: Path, pin: dict) -> Path:
     """The archive itself, once its hash is the pinned one."""
     found = sha256(archive)
     if found != pin["sha256"]:
-        raise PrepareError(f"{archive}: sha256 is {found}, the pin is {pin['sha256']}; remove the file to fetch it again")
+        raise PrepareError(f"{archive}: sha256 is {found}, the pin is {pin['sha256']}; delete the file to download it again")
     return archive
 
 
@@ -59,7 +59,7 @@ def fetch(pin: dict) -> Path:
 
     cached.parent.mkdir(parents=True, exist_ok=True)
     requirement = f"{pin['package']}=={pin['version']}"
-    print(f"fetching {requirement} (source, about 77 MB)", flush=True)
+    print(f"downloading {requirement} (source, about 77 MB)", flush=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as tmp:
         # pip asks the sdist for its metadata; its build backend is ours too, so it is at hand without isolation
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
@@ -68,8 +68,8 @@ def fetch(pin: dict) -> Path:
         got = Path(tmp) / pin["archive"]
         if result.returncode != 0 or not got.is_file():
             last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-            raise PrepareError(f"cannot fetch {requirement}: {last}; with a copy of {pin['archive']} at hand, pass "
-                               "-DKURTAIL_LLAMA_SOURCE=FILE, or put it into " + str(cached.parent))
+            raise PrepareError(f"cannot download {requirement}: {last}; if you have a copy of {pin['archive']}, pass "
+                               "-DKURTAIL_LLAMA_SOURCE=FILE, or copy it to " + str(cached.parent))
         os.replace(check(got, pin), cached)
     return cached
 
@@ -135,7 +135,7 @@ def prepare(out: Path, source: Path | None, patches: list[Path]) -> list[str]:
     elif source.is_file():
         check(source, pin)
     elif not (source / pin["llama_cpp"] / "CMakeLists.txt").is_file():
-        raise PrepareError(f"{source}: neither {pin['archive']} nor its unpacked directory")
+        raise PrepareError(f"{source} is neither {pin['archive']} nor its unpacked directory")
     pristine = Pristine(source, pin)
 
     state_file = out / STATE

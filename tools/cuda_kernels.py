@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What ptxas says about the CUDA kernels: registers, spills, shared memory, occupancy. No GPU needed."""
+"""What ptxas reports about the CUDA kernels: registers, spills, shared memory, occupancy. No GPU needed."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def find_nvcc() -> str:
     """nvcc, or a ToolError that says how to get it."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise ToolError("nvcc is not there: install a CUDA toolkit (12.8 or later), or pip install nvidia-cuda-nvcc and put it on the PATH")
+        raise ToolError("nvcc is missing: install a CUDA toolkit (12.8 or later), or pip install nvidia-cuda-nvcc and put it on the PATH")
     return nvcc
 
 

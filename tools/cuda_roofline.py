@@ -95,7 +95,7 @@ def disassemble(nvcc: str, source: Path, arch: int, includes: list[Path]) -> dic
     """Kernels of a source file, compiled with ggml-cuda's options."""
     nvdisasm = shutil.which("nvdisasm")
     if nvdisasm is None:
-        raise ToolError("nvdisasm is not there: install a CUDA toolkit, or pip install nvidia-cuda-nvdisasm and put it on the PATH")
+        raise ToolError("nvdisasm is missing: install a CUDA toolkit, or pip install nvidia-cuda-nvdisasm and put it on the PATH")
     with tempfile.TemporaryDirectory() as tmp:
         cubin = Path(tmp) / "kernels.cubin"
         compile_cubin(nvcc, arch, source, includes, cubin, "-extended-lambda")
@@ -121,13 +121,13 @@ def steps(nvcc: str, arch: int, ggml: Path, cublas: Path) -> dict[str, Step]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, nargs="*", default=[80, 86, 89, 90, 120])
-    parser.add_argument("--ggml", type=Path, help="upstream's ggml directory; default: of the build in this checkout")
-    parser.add_argument("--cublas", type=Path, help="directory of cublas_v2.h; default: nvcc's")
+    parser.add_argument("--ggml", type=Path, help="upstream's ggml directory (default: that of the build in this checkout)")
+    parser.add_argument("--cublas", type=Path, help="directory of cublas_v2.h (default: nvcc's)")
     args = parser.parse_args()
     nvcc = find_nvcc()
     ggml = args.ggml or build_dir() / "upstream" / "vendor" / "llama.cpp" / "ggml"
     cublas = args.cublas or Path(nvcc).resolve().parents[1] / "include"
-    print("| | instructions a fragment | products a clock at most | the most frequent |\n|---|---|---|---|")
+    print("| | instructions per fragment | products per clock at most | the most frequent |\n|---|---|---|---|")
     for arch in args.arch:
         for name, counted in steps(nvcc, arch, ggml, cublas).items():
             frequent = ", ".join(f"{what} {n / counted.fragments:.1f}" for what, n in counted.instructions.most_common(6))

@@ -76,7 +76,7 @@ def _start(command: list[str], what: str) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                 cwd=ROOT, env={**os.environ, "PATH": path})
     except FileNotFoundError:
-        raise ToolError(f"{what}: {command[0]} is not there, neither in {BIN} nor on the PATH: install it") from None
+        raise ToolError(f"{what}: {command[0]} is neither in {BIN} nor on the PATH: install it") from None
 
 
 def fingerprint(names: tuple[str, ...], settings: object) -> str:
@@ -105,19 +105,19 @@ def build_dir() -> Path:
     """Where scikit-build-core compiles (pyproject.toml: build-dir)."""
     candidates = sorted((ROOT / "build").glob("cp*/CMakeCache.txt"), key=lambda p: p.stat().st_mtime)
     if not candidates:
-        raise ToolError("nothing is built yet")
+        raise ToolError("nothing is built yet: run tools/quickstart")
     return candidates[-1].parent
 
 
 def set_up(tests: bool) -> None:
     """Create .venv and install the package, the runtime and the bindings into it, whatever of that is missing."""
     if sys.version_info < (3, 11):
-        raise ToolError(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
+        raise ToolError(f"Python 3.11 or later is required, this is {sys.version.split()[0]}")
     if not PYTHON.exists():
-        say("making .venv")
+        say("creating .venv")
         result = subprocess.run([sys.executable, "-m", "venv", VENV], capture_output=True, text=True)
         if result.returncode != 0:
-            raise ToolError("cannot make .venv (Debian: apt-get install python3-venv): " + (result.stdout + result.stderr).strip().splitlines()[-1])
+            raise ToolError("cannot create .venv (Debian: apt-get install python3-venv): " + (result.stdout + result.stderr).strip().splitlines()[-1])
 
     if not has("torch"):
         say("installing torch")
@@ -134,7 +134,7 @@ def set_up(tests: bool) -> None:
     if installed == settings:
         return
 
-    say("installing kurtail-gguf: the first time this compiles llama.cpp (about 10 to 20 minutes on 2 cores)")
+    say("installing kurtail-gguf; the first time this compiles llama.cpp (10 to 20 minutes on 2 cores)")
     options = ["--no-build-isolation", "--verbose"]
     if tests:
         options += ["-Ccmake.define.KURTAIL_TESTS=ON", "-Cbuild.targets=kurtail_runtime;kurtail_bindings;kurtail_tests"]

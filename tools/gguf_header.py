@@ -103,7 +103,7 @@ def set_uint32(path: Path, changes: dict[str, int]) -> None:
     values = read_header(path).values
     for key in changes:
         if key not in values or (values[key].kind, values[key].count) != (UINT32, None):
-            raise ToolError(f"{path}: {key} is {'of another type' if key in values else 'missing'}, a uint32 is to be overwritten")
+            raise ToolError(f"{path}: {key} is {'of another type' if key in values else 'missing'}, expected a uint32")
     with path.open("r+b") as f:
         for key, value in changes.items():
             f.seek(values[key].begin)
@@ -158,7 +158,7 @@ def first_layers(path: Path, out: Path, layers: int) -> None:
     header = read_header(path)
     counts = [key for key, value in header.values.items() if key.endswith(".block_count") and (value.kind, value.count) == (UINT32, None)]
     if not counts:
-        raise ToolError(f"{path} does not tell how many layers it has")
+        raise ToolError(f"{path} does not contain its number of layers")
     ends = sorted([begin for _, _, begin in header.tensors.values()] + [path.stat().st_size])
     kept = {name: tensor for name, tensor in header.tensors.items() if not (name.startswith("blk.") and int(name.split(".")[1]) >= layers)}
     with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:

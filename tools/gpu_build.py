@@ -51,7 +51,7 @@ def cublas(directory: Path, toolkit: Path) -> Path | None:
     root = directory / "nvidia" / "cu13"
     if (root / "include" / "cublas_v2.h").is_file():
         return root
-    say(f"fetching cuBLAS ({CUBLAS}, 0.4 GB)")
+    say(f"downloading cuBLAS ({CUBLAS}, 0.4 GB)")
     wheels = directory.with_name(directory.name + "-wheel")
     run([sys.executable, "-m", "pip", "download", "--no-deps", "-d", wheels, CUBLAS], directory.with_name("pip-cublas.log"), CUBLAS)
     with zipfile.ZipFile(next(wheels.glob("nvidia_cublas-*.whl"))) as wheel:

@@ -71,7 +71,7 @@ def read_layout(bundle: Path, part: int | None) -> dict:
     """
     path = bundle / f"part{part or 1}" / LAYOUT
     if not path.is_file():
-        raise ToolError(f"{path} is missing: tools/gpu_bundle makes it, and the part has to be sent")
+        raise ToolError(f"{path} is missing: create it with tools/gpu_bundle and copy the part here")
     return json.loads(path.read_text())
 
 
@@ -93,7 +93,7 @@ def unpack(bundle: Path, layout: dict, part: int | None, work: Path) -> None:
         for piece in layout["parts"][number - 1]:
             path = bundle / f"part{number}" / piece["file"]
             if not path.is_file() or digest(path) != piece["sha256"]:
-                raise ToolError(f"{path} is {'damaged' if path.is_file() else 'missing'}: send part {number} again")
+                raise ToolError(f"{path} is {'damaged' if path.is_file() else 'missing'}: copy part {number} again")
             shutil.copyfile(path, kept / piece["file"])
             if piece["last"]:
                 _unpack_payload(piece["payload"], layout, kept, work)
@@ -106,11 +106,11 @@ def _unpack_payload(name: str, layout: dict, kept: Path, work: Path) -> None:
             for piece in (piece for piece in pieces if piece["payload"] == name):
                 path = kept / piece["file"]
                 if not path.is_file():
-                    raise ToolError(f"{name} is not whole: unpack part {number} first")
+                    raise ToolError(f"{name} is incomplete: unpack part {number} first")
                 with path.open("rb") as source:
                     shutil.copyfileobj(source, out, 1 << 22)
     if digest(archive) != layout["payloads"][name]:
-        raise ToolError(f"{name} is of another bundle in parts: send all parts again")
+        raise ToolError(f"{name} belongs to another bundle: copy all parts again")
     with tarfile.open(archive) as tar:
         tar.extractall(work, filter="data")
     archive.unlink()

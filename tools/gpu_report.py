@@ -176,7 +176,7 @@ def placement(log: str) -> Placement:
         weights[name] = weights.get(name, 0.0) + float(size)
     splits = [int(n) for found in re.findall(r"graph.*?: nodes = .*?, splits = ([\d /]+),", log) for n in found.split("/")]
     if not weights or not splits:
-        raise ToolError("the log does not tell where the model was put")
+        raise ToolError("the log does not contain the buffers of the model")
     return Placement(weights, max(splits))
 
 

@@ -59,7 +59,7 @@ def quantize_model(program: Path, source: Path, path: Path, type_name: str) -> N
         type_name: as the program knows it; where a row does not fit into the type's blocks, it takes another.
     """
     if not program.is_file():
-        raise ToolError(f"{program} is not there, which makes {path.name}: build it beside llama-bench")
+        raise ToolError(f"{path.name} needs {program}, which does not exist: build it beside llama-bench")
     say(f"writing {path.name}")
     part = path.with_suffix(".part")
     done = subprocess.run([program, source, part, type_name], text=True, capture_output=True)
@@ -73,8 +73,8 @@ def quantize_model(program: Path, source: Path, path: Path, type_name: str) -> N
 def main() -> int:
     """Write several at once, a process each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gguf-py", type=Path, required=True, help="the pinned source's")
-    parser.add_argument("--out", type=Path, required=True, help="directory")
+    parser.add_argument("--gguf-py", type=Path, required=True, help="gguf-py of the pinned source")
+    parser.add_argument("--out", type=Path, required=True, help="output directory")
     parser.add_argument("models", nargs="+", metavar="SHAPE:TYPE")
     args = parser.parse_args()
     wanted = [model.split(":") for model in args.models]

@@ -65,10 +65,10 @@ def write(directory: Path, shape: dict, layers: int, seed: int = 0) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="directory to make")
+    parser.add_argument("out", type=Path, help="output directory")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--shape", choices=SHAPES, default="70b")
-    parser.add_argument("--vocab", type=int, help="another size of the vocabulary")
+    parser.add_argument("--vocab", type=int, help="size of the vocabulary (default: the model's)")
     args = parser.parse_args()
     shape = SHAPES[args.shape] | ({"vocab": args.vocab} if args.vocab else {})
     if args.out.exists():

@@ -109,10 +109,10 @@ def test_what_ik_lacks_is_told_in_one_line(place, ik):
     done = _bench_all(place, "--contenders", "ik, Q4_0")
     assert done.returncode == 1 and done.stderr == "error: --contenders 'ik, Q4_0' needs --ik, a tree of ik_llama.cpp that you built\n"
     done = _bench_all(place, "--ik", place, "--contenders", "ik, Q4_0")
-    assert done.returncode == 1 and "has no llama-bench" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and "contains no llama-bench" in done.stderr and done.stderr.count("\n") == 1
     (ik / "build" / "bin" / "llama-quantize").unlink()
     done = _bench_all(place, "--ik", ik, "--contenders", "ik, IQ4_K")
-    assert done.returncode == 1 and "llama-quantize is not there" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and "llama-quantize, which does not exist" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_continue_adds_the_rounds_that_are_missing(place):

@@ -30,5 +30,5 @@ def test_a_program_of_the_virtual_environment_is_found(environment: ModuleType, 
 
 
 def test_a_program_that_is_nowhere_is_named(environment: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(environment.ToolError, match="^configure: a-cmake-of-no-one is not there, neither in .*/bin"):
+    with pytest.raises(environment.ToolError, match="^configure: a-cmake-of-no-one is neither in .*/bin"):
         environment.run(["a-cmake-of-no-one", "-G", "Ninja"], tmp_path / "log", "configure")

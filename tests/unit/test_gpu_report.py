@@ -127,7 +127,7 @@ def test_where_a_model_lies_is_read(report: ModuleType) -> None:
     found = report.placement(LOG.format("2"))
     assert found.weights == {"CPU_Mapped": 97.8, "CUDA0_KT4": 53.79, "CUDA0": 28.69} and found.splits == 2
     assert report.placement(LOG.format("2 / 3")).splits == 3
-    with pytest.raises(Exception, match="does not tell"):
+    with pytest.raises(Exception, match="does not contain"):
         report.placement("load_tensors: CUDA0 model buffer size = 1.00 MiB\n")
 
 

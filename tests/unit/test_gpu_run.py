@@ -76,11 +76,11 @@ def test_payloads_are_cut_into_parts_and_put_together(parts) -> None:
 
 def test_damaged_and_missing_parts_are_told(parts) -> None:
     gpu_parts, layout, tmp = parts
-    with pytest.raises(gpu_parts.ToolError, match="package is not whole: unpack part 2 first"):
+    with pytest.raises(gpu_parts.ToolError, match="package is incomplete: unpack part 2 first"):
         gpu_parts.unpack(tmp / "bundle", layout, 3, tmp / "work")
     piece = tmp / "bundle" / "part1" / "programs.00"
     piece.write_bytes(b"\0" + piece.read_bytes()[1:])
-    with pytest.raises(gpu_parts.ToolError, match="part1/programs.00 is damaged: send part 1 again"):
+    with pytest.raises(gpu_parts.ToolError, match="part1/programs.00 is damaged: copy part 1 again"):
         gpu_parts.unpack(tmp / "bundle", layout, 1, tmp / "work")
     with pytest.raises(gpu_parts.ToolError, match="part4/bundle.json is missing"):
         gpu_parts.read_layout(tmp / "bundle", 4)
@@ -188,7 +188,7 @@ def test_steps_after_a_failure_run_and_results_are_kept(tool, parts, monkeypatch
     assert gpu_run.main() == 1 and kept()[-1] == "left out"
     assert "| good | pass |" in (out / "report.md").read_text()
     monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, "--only", "other"]])
-    with pytest.raises(tool("environment").ToolError, match="there is no step 'other'; steps are: good; bad"):
+    with pytest.raises(tool("environment").ToolError, match="there is no step 'other'; the steps are: good; bad"):
         gpu_run.main()
 
 
@@ -300,7 +300,7 @@ def test_the_drivers_functions_are_found_by_their_exported_names(tool) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["gpu_bundle", "--model", "nothing.gguf"], "nothing.gguf is not there"),
+        (["gpu_bundle", "--model", "nothing.gguf"], "nothing.gguf does not exist"),
         (["gpu_bundle", "--size", "64"], "are more than the 64 MiB that travel at once"),
         (["gpu_bundle", "--no-build", "--build", "nowhere", "--out", "parts"], "the build is not complete"),
         (["gpu_run", "--bundle", "nowhere", "--work", "work", "--out", "out"], "part1/bundle.json is missing"),
