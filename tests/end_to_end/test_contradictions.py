@@ -106,7 +106,7 @@ LONG = {
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
-        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers [1, 0, 1, 0] cannot be converted"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers [1, 0, 1, 0] is not supported"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 2}, "sliding_window 64"),
         ("qwen2", {"head_dim": 64}, "head_dim 64 is not supported: upstream's graph has hidden_size / num_attention_heads, 32"),
         ("granite", {"head_dim": 128}, "head_dim 128"),
@@ -115,7 +115,7 @@ LONG = {
         ("llama", {"rope_parameters": YARN | {"truncate": False}}, "turns 32 values of a head by other frequencies"),
         ("qwen2", {"rope_parameters": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}}, "by other frequencies"),
         ("mistral", {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "turns 32 values"),
-        ("mistral", {"rope_parameters": LONG | {"factor": 8.0}}, "this rope_parameters (rope_scaling) cannot be converted"),
+        ("mistral", {"rope_parameters": LONG | {"factor": 8.0}}, "this rope_parameters (rope_scaling) is not supported"),
         (
             "qwen3",
             {"rope_parameters": YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},

@@ -121,7 +121,7 @@ def test_only_as_many_documents_are_taken_as_needed():
 
 
 def test_short_text_says_both_counts_and_the_remedy():
-    with pytest.raises(CalibrationError, match="has 10 tokens, 1022 are needed.*--calibration-tokens"):
+    with pytest.raises(CalibrationError, match="has 10 tokens, but 1022 are needed.*--calibration-tokens"):
         cut_sequences([np.zeros(10, np.int32)], 1024, 1)
 
 

@@ -122,7 +122,7 @@ def test_inputs_are_not_written_over(run, tmp_path):
     assert f"OUT {text} is the same path as --calibration" in _one_error_line(run("convert", model, text, "--calibration", text))
     options = ("--file", link, "--rotations", text, "--reference", tmp_path / "hf")
     told = _one_error_line(run("convert-lora", tmp_path / "peft", model, *options))
-    assert f"OUT {model} is --file itself" in told
+    assert f"OUT {model} is the same path as --file" in told
     assert (model.read_bytes(), text.read_text()) == (b"GGUF", "words")
 
 

@@ -76,7 +76,7 @@ def test_bad_files(files, tmp_path):
     with pytest.raises(MmluError, match="no test/SUBJECT_test.csv"):
         mmlu.read_mmlu(tmp_path, shots=1)
     directory = files("a", "q,a,b,c,d,0\n", "q,a,b,c,d,0\n")
-    with pytest.raises(MmluError, match="a_dev.csv holds 1 examples: --shots 5"):
+    with pytest.raises(MmluError, match="a_dev.csv contains 1 examples: --shots 5"):
         mmlu.read_mmlu(directory)
     path = tmp_path / "test" / "a_test.csv"
     for content, told in (

@@ -389,7 +389,7 @@ def test_a_card_that_is_not_there(cards, tmp_path, count, cuda, device, told):
         ({"report": Path("o")}, "--report o is the same path as OUT"),
         ({"keep_rotations": Path("o")}, "--keep-rotations o is the same path as OUT"),
         ({"keep_rotations": Path("m")}, "--keep-rotations m is the same path as MODEL"),
-        ({"keep_rotations": Path("r"), "report": Path("r")}, "--report r is --keep-rotations itself"),
+        ({"keep_rotations": Path("r"), "report": Path("r")}, "--report r is the same path as --keep-rotations"),
         ({"work_dir": Path("o")}, "--work-dir o is the same path as OUT"),
         ({"seed": -1}, "--seed -1"),
         ({"calibration_tokens": 10}, "--calibration-tokens 10"),

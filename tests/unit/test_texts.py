@@ -99,11 +99,11 @@ def test_what_datasets_reads(tmp_path, tokenizer):
         ("pointer.parquet", POINTER, "pointer.parquet is a Git LFS pointer.*git lfs pull"),
         ("bad.parquet", b"PAR1 and no more", "bad.parquet cannot be read: "),
         ("broken.jsonl", b'{"text": "a"}\n{"text"', r"broken.jsonl:2: not JSON"),
-        ("field.jsonl", b'{"body": "a", "id": 1}\n', r"field.jsonl:1: .* text, messages, content; it holds body, id"),
+        ("field.jsonl", b'{"body": "a", "id": 1}\n', r"field.jsonl:1: .* text, messages, content; its fields are body, id"),
         ("type.jsonl", b'{"text": 3}\n', r"type.jsonl:1: field 'text' is not a string"),
         ("half.jsonl", b'{"text": "a"}\n{"text": "bc\\ud800d"}\n', r"half.jsonl:2: character 2 .*half a surrogate pair \(\\ud800\)"),
         ("roles.jsonl", b'{"messages": ["hi"]}\n', r"roles.jsonl:1: field 'messages' is not a list of objects with role"),
-        ("chat.jsonl", _lines({"messages": CHAT}), r"chat.jsonl:1: no text .*no chat template.*field 'text'"),
+        ("chat.jsonl", _lines({"messages": CHAT}), r"chat.jsonl:1: the chat .*no chat template.*field 'text'"),
     ],
 )
 def test_bad_texts_are_named(tmp_path, capfd, name, data, message):

@@ -149,7 +149,7 @@ def test_what_is_no_file(tiny_checkpoint):
     directory = tiny_checkpoint("llama")
     (directory / "generation_config.json").unlink(missing_ok=True)
     os.mkfifo(directory / "generation_config.json")
-    assert "no regular file" in _refused(directory)
+    assert "not a regular file" in _refused(directory)
 
 
 def test_code_beside_the_weights_is_not_run(tiny_checkpoint):
