@@ -38,7 +38,7 @@ def quick(monkeypatch):
         original = getattr(rotation_choice, learn)
         monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=2))
     monkeypatch.setattr(scales, "SAVE_EVERY", 2)
-    monkeypatch.setattr(pipeline, "check_header", lambda checkpoint, progress: None)
+    monkeypatch.setattr(pipeline, "check_header", lambda checkpoint, progress, converter: None)
 
     def write_gguf(source, quantized, out, provenance, progress, tables, online, bits, k_offset, context, check):
         content = [f"{path.name} {path.read_bytes().hex()}" for path in sorted(quantized.iterdir())]
