@@ -118,9 +118,9 @@ def test_the_choice_reaches_file_and_provenance_and_is_taken_over(tiny_checkpoin
     pipeline.convert(config, recorder)
     assert [name for name, *_ in recorder.stages] == ["fold embedding and head", "reuse finished layers"]
     assert exported[1] == exported[0]
-    with pytest.raises(KurtailError, match=r"budget was 0.3, is 0.5"):
+    with pytest.raises(KurtailError, match=r"budget was 0.3, now 0.5"):
         pipeline.convert(dataclasses.replace(config, budget=0.5), NullProgress())
-    with pytest.raises(KurtailError, match=r"activations was auto, is 4"):
+    with pytest.raises(KurtailError, match=r"activations was auto, now 4"):
         pipeline.convert(dataclasses.replace(config, activations=4, budget=None), NullProgress())
 
 

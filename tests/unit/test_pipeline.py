@@ -186,7 +186,7 @@ def test_spinquant_learns_on_what_the_target_rounds(tiny_checkpoint, tmp_path, e
 def test_the_target_is_a_setting(tiny_checkpoint, tmp_path, exported):
     config = _config(tiny_checkpoint(), tmp_path / "o.gguf", rotation="none", work_dir=tmp_path / "w")
     pipeline.convert(config, NullProgress())
-    with pytest.raises(KurtailError, match="target was kurtail, is stock"):
+    with pytest.raises(KurtailError, match="target was kurtail, now stock"):
         pipeline.convert(dataclasses.replace(config, target="stock"), NullProgress())
 
 
@@ -230,7 +230,7 @@ def test_changed_settings_are_named(tiny_checkpoint, tmp_path, exported):
     config = _config(tiny_checkpoint(), tmp_path / "o.gguf", rotation="hadamard", work_dir=tmp_path / "w")
     pipeline.convert(config, NullProgress())
     changed = dataclasses.replace(config, seed=5)
-    with pytest.raises(KurtailError, match=r"seed was 0, is 5.*--work-dir"):
+    with pytest.raises(KurtailError, match=r"seed was 0, now 5.*--work-dir"):
         pipeline.convert(changed, NullProgress())
     json.loads((tmp_path / "w" / "settings.json").read_text())
     assert len(exported) == 1

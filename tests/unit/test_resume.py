@@ -40,7 +40,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(scales, "SAVE_EVERY", 2)
     monkeypatch.setattr(pipeline, "check_header", lambda checkpoint, progress, converter: None)
 
-    def write_gguf(source, quantized, out, provenance, progress, tables, online, bits, k_offset, context, check):
+    def write_gguf(source, quantized, out, provenance, progress, tables, online, bits, k_offset, context, check, converter):
         content = [f"{path.name} {path.read_bytes().hex()}" for path in sorted(quantized.iterdir())]
         write_atomically(out, "\n".join([*content, repr(provenance), repr(bits)]))
 
