@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,17 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     Cohere2Config,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GraniteConfig,
+    GraniteMoeConfig,
+    GraniteMoeSharedConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
     Ministral3Config,
@@ -35,11 +41,13 @@ from transformers import (
     NemotronConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
@@ -60,6 +68,11 @@ _SIZES = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+
+_GRANITE_MOE = {
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 8, "num_experts_per_tok": 2, "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+}  # fmt: skip
 
 _CONFIGS = {
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=False),
@@ -100,6 +113,38 @@ _CONFIGS = {
     "qwen3-moe": lambda: Qwen3MoeConfig(
         **_SIZES, head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True,
         mlp_only_layers=[], tie_word_embeddings=False,
+    ),
+    # wider than experts: the one that all tokens go through
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **_SIZES | {"num_attention_heads": 2}, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+        shared_expert_intermediate_size=128, norm_topk_prob=False, tie_word_embeddings=False,
+    ),
+    "olmoe": lambda: OlmoeConfig(
+        **_SIZES | {"num_attention_heads": 2, "intermediate_size": 64}, num_experts=8, num_experts_per_tok=2,
+        tie_word_embeddings=False,
+    ),
+    # the first layer with a FFN, the second with two shared experts
+    "glm4-moe": lambda: Glm4MoeConfig(
+        **_SIZES, head_dim=64, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=2,
+        routed_scaling_factor=1.5, first_k_dense_replace=1, num_mtp_layers=1, attention_bias=True, tie_word_embeddings=False,
+    ),
+    "glm4-moe-norms": lambda: Glm4MoeConfig(
+        **_SIZES, head_dim=64, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1,
+        first_k_dense_replace=1, num_mtp_layers=0, use_qk_norm=True, tie_word_embeddings=False,
+    ),
+    # upstream's converter takes intermediate_size over heads of k and v for what the shared experts are wide
+    "ernie4_5-moe": lambda: Ernie4_5_MoeConfig(
+        **_SIZES | {"intermediate_size": 256}, head_dim=64, moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=2,
+        moe_layer_start_index=1, tie_word_embeddings=True,
+    ),
+    "granite-moe": lambda: GraniteMoeConfig(**_SIZES | _GRANITE_MOE, tie_word_embeddings=True),
+    "granite-moe-shared": lambda: GraniteMoeSharedConfig(
+        **_SIZES | _GRANITE_MOE, shared_intermediate_size=128, tie_word_embeddings=True
+    ),
+    "dots1": lambda: Dots1Config(
+        **_SIZES | {"num_key_value_heads": 4}, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+        n_shared_experts=1, first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=1.5, scoring_func="sigmoid",
+        tie_word_embeddings=False,
     ),
     # a window that is shorter than the texts, in every second layer, and caps that bite
     "gemma2": lambda: Gemma2Config(
@@ -176,7 +221,8 @@ def _build(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **chang
         _use_exact_parts(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for name, parameter in (*model.named_parameters(), *biases):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if "norm" in name:
                 centre = 0 if name.endswith(".bias") else 1 - _gain_offset(config)
@@ -213,12 +259,21 @@ class _ExactRouter(torch.nn.Module):
 
     def __init__(self, router: torch.nn.Module) -> None:
         super().__init__()
-        self.weight, self._used = router.weight, router.top_k
+        self.weight, self._used = torch.nn.Parameter(router.weight.double()), router.top_k
+        self._scores = torch.sigmoid if hasattr(router, "routed_scaling_factor") else partial(torch.softmax, dim=-1)
+        self._factor, self._normalized = getattr(router, "routed_scaling_factor", 1.0), getattr(router, "norm_topk_prob", True)
+        if hasattr(router, "moe_statics"):
+            self.moe_statics = router.moe_statics.double()
+        elif hasattr(router, "e_score_correction_bias"):
+            self.register_buffer("e_score_correction_bias", router.e_score_correction_bias.double())
 
     def forward(self, hidden):
         logits = hidden.reshape(-1, hidden.shape[-1]) @ self.weight.T
-        values, experts = torch.softmax(logits, -1).topk(self._used, -1)
-        return logits, values / values.sum(-1, keepdim=True), experts
+        scores = self._scores(logits)
+        holder = getattr(self, "moe_statics", self)
+        experts = (scores + getattr(holder, "e_score_correction_bias", torch.zeros(1))).topk(self._used, -1).indices
+        values = scores.gather(-1, experts)
+        return logits, (values / values.sum(-1, keepdim=True) if self._normalized else values) * self._factor, experts
 
 
 class _ExactNorm(torch.nn.Module):
@@ -241,7 +296,7 @@ def _use_exact_parts(model: PreTrainedModel) -> None:
             exact = _ExactNorm(module.weight.shape, model.config.rms_norm_eps, _gain_offset(model.config))
         elif type(module).__name__ == "Cohere2LayerNorm":
             exact = torch.nn.LayerNorm(module.weight.shape, model.config.layer_norm_eps, bias=False, dtype=torch.float64)
-        elif type(module).__name__.endswith("TopKRouter"):
+        elif type(module).__name__.lower().endswith("topkrouter"):
             exact = _ExactRouter(module)
         else:
             continue

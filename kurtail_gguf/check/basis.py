@@ -62,7 +62,7 @@ def find_layer_transforms(
         r1: what :func:`find_r1` found.
         online: what :func:`find_online` found.
     """
-    spec = checkpoint.spec
+    spec = checkpoint.spec.at(layer)
     scales = {site.kind: _diagonal(file, spec, layer, site, weights) for site in spec.sites if site.norm}
     # all that is folded into the columns of what reads the residual stream
     folded = fold_layer(weights, spec, LayerTransforms(r1, None, online, scales))
@@ -81,7 +81,8 @@ def find_layer_transforms(
 
 def find_online(checkpoint: Checkpoint, file: FileTensors) -> dict[str, int]:
     """Sizes of the Hadamard blocks that the runtime multiplies sites by, by their kinds."""
-    sizes = {site.kind: file.online(file_tensor(checkpoint.spec, 0, site.readers[0])[0]) for site in checkpoint.spec.sites}
+    spec = checkpoint.spec
+    sizes = {site.kind: file.online(file_tensor(spec, 0, site.readers[0])[0]) for site in spec.at(0).sites}
     return {kind: size for kind, size in sizes.items() if size}
 
 

@@ -131,7 +131,7 @@ def _said(
         for layer in range(spec.layers):
             weights = checkpoint.layer(layer)
             if transforms is not None:
-                folded = fold_layer(weights, spec, replace(transforms[layer], online={}))
+                folded = fold_layer(weights, spec.at(layer), replace(transforms[layer], online={}))
                 weights = {name: value.float() for name, value in folded.items()}
             hidden = runner.run(layer, weights, hidden, positions)
             stage.advance(1, f"layer {layer}, {'original' if transforms is None else 'transformed'}")

@@ -181,13 +181,13 @@ def _tensors(
         stage.advance(1, "embedding and head")
         layers = []
         for layer in range(spec.layers):
-            weights = checkpoint.layer(layer, check=True)
+            weights, own = checkpoint.layer(layer, check=True), spec.at(layer)
             transforms = find_layer_transforms(checkpoint, file, provenance, layer, weights, r1, online)
-            folded = fold_layer(weights, spec, transforms)
+            folded = fold_layer(weights, own, transforms)
             # keys first: what they were divided by is found from them, and queries are multiplied by it
-            for linear in dict.fromkeys((family.key, *spec.linears, *spec.unquantized_readers)):
+            for linear in dict.fromkeys((family.key, *own.linears, *own.unquantized_readers)):
                 name, expert = file_tensor(spec, layer, linear)
-                rows = file_rows(spec, linear, folded[f"{linear}.weight"].numpy())
+                rows = file_rows(own, linear, folded[f"{linear}.weight"].numpy())
                 worst = max(worst, (_compare(file, name, rows, expert, unrounded), name))
                 if f"{linear}.bias" in folded:
                     bias = name.removesuffix("weight") + "bias"
@@ -199,6 +199,8 @@ def _tensors(
                     _compare(file, f"{stored}.weight", family.norm.gain(folded[f"{norm}.weight"]).numpy())
                     if f"{norm}.bias" in folded:
                         _compare(file, f"{stored}.bias", folded[f"{norm}.bias"].numpy())
+            if own.family.experts is not None and (bias := own.family.experts.choice_bias):
+                _compare(file, f"blk.{layer}.exp_probs_b.bias", folded[bias].numpy())
             layers.append(transforms)
             stage.advance(1, f"layer {layer}")
     return layers, f"relative error at most {worst[0]:.1e} ({worst[1]})"

@@ -73,12 +73,14 @@ class Sizes:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Sizes:
+        # a layer without experts counts as one with them: those are a few of many, and the smaller
         layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
         shapes = spec.linear_shapes()
         groups = [site.readers for site in spec.sites]
         if spec.experts:  # one after the other: an expert's own linears, not all of a layer together
             names = spec.family.experts
-            groups = [*groups[:2], *((names.gate.format(expert), names.up.format(expert)) for expert in range(spec.experts)), *groups[3:]]
+            pairs = ((names.gate.format(expert), names.up.format(expert)) for expert in range(spec.experts))
+            groups = [*groups[:2], *((names.shared[:2],) if names.shared else ()), *pairs, *groups[3:]]
         return cls(
             layer=layer,
             linears=sum(math.prod(shape) for shape in shapes.values()),

@@ -104,8 +104,12 @@ def _sizes(checkpoint: Checkpoint, told: _Told) -> Iterator[tuple[str, float, fl
         "attention.head_count": spec.heads, "attention.head_count_kv": spec.kv_heads,
         "attention.value_length": spec.head_dim, "attention.layer_norm_rms_epsilon": spec.eps,
         "attention.layer_norm_epsilon": spec.eps, "expert_count": spec.experts, "expert_used_count": spec.experts_used,
+        "expert_shared_feed_forward_length": spec.shared_width, "leading_dense_block_count": len(spec.dense_layers),
+        "expert_group_count": 1, "expert_weights_norm": spec.normalized, "expert_weights_scale": spec.share_factor,
         "context_length": spec.window or config.max_position_embeddings,
     }  # fmt: skip
+    if spec.dense is not None:
+        expected["feed_forward_length"] = spec.dense.intermediate_size
     for key, value in expected.items():
         found = told(key)
         for one in found if isinstance(found, list) else [] if found is None else [found]:

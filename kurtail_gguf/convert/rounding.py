@@ -40,5 +40,10 @@ def _online(rotation: str, spec: ModelSpec, block: int) -> dict[str, int]:
     # papers' methods have R4 as they describe it, and nothing else. R2 does for attention's output what a transform would.
     limit = block if rotation in OWN_ROTATIONS else MAX_R4
     kinds = (ATTENTION, FFN, FFN_OUTPUT) if rotation == "diagonal" else (FFN_OUTPUT,)
-    sizes = {site.kind: hadamard_size(site.size, limit) for site in spec.sites if site.kind in kinds}
+    sizes: dict[str, int] = {}
+    for layers in spec.kinds_of_layers:
+        for site in layers.sites:
+            if site.kind in kinds:
+                # one that divides all sites of its kind: dense layers and shared experts are wider than experts
+                sizes[site.kind] = min(sizes.get(site.kind, limit), hadamard_size(site.size, limit))
     return {kind: size for kind, size in sizes.items() if size > 1}

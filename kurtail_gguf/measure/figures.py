@@ -108,7 +108,7 @@ def measure_figures(
             for layer in range(spec.layers):
 
                 def weights_of(layer: int = layer) -> dict[str, float]:
-                    folded = folded_layer(checkpoint.layer(layer, device, check=True), spec, transforms.layer(layer, r1, device))
+                    folded = folded_layer(checkpoint.layer(layer, device, check=True), spec.at(layer), transforms.layer(layer, r1, device))
                     return _weight_errors(spec, layer, folded, layer_path(quantized, layer), block_format)
 
                 weights |= _kept(directory / f"weights-{layer:05d}.json", weights_of)
@@ -135,7 +135,7 @@ def _weight_errors(
 ) -> dict[str, float]:
     """Relative errors of one layer's linears in the file ``path``; they are taken out of ``folded``."""
     stored, errors = load_file(path), {}
-    for name in spec.linears:
+    for name in spec.at(layer).linears:
         full = f"{spec.layer_prefix(layer)}{name}.weight"
         weight = folded.pop(f"{name}.weight").cpu()
         difference = torch.from_numpy(block_format.dequantize(*block_format.unpack(stored.pop(full)))).sub_(weight)
@@ -185,7 +185,7 @@ class _Meter:
 
     def open(self, layer: int) -> None:
         """The layer that comes now."""
-        self._above = self._spec.layer_prefix(layer)
+        self._above, self._own = self._spec.layer_prefix(layer), self._spec.at(layer)
         self._read: dict[int, float] = {}
         self._owed: tuple[str, ...] = ()
         self._clear()
@@ -200,12 +200,12 @@ class _Meter:
     def stop(self, names: tuple[str, ...], hessian: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
         """All that these linears read has been seen."""
         self.close()
-        if self._spec.experts and names[0] in self._spec.ffn_writers:
+        if self._own.experts and names[0] in self._own.ffn_writers:
             # of an expert's down it is seen behind its stop, when the tokens go on
             self._owed = names
         else:
             # experts read the same rows, which are rounded once
-            self._read = self._taken() or (self._read if self._spec.experts else {})
+            self._read = self._taken() or (self._read if self._own.experts else {})
             self._note(names, self._read)
         return {}
 

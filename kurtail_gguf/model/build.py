@@ -29,6 +29,8 @@ def build_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
     for key, fields in (family.variants or {}).items():
         if config.get(key):
             family = replace(family, **fields)
+    if family.experts is not None and family.experts.shared_width is not None and not family.experts.shared_width(config):
+        family = replace(family, experts=replace(family.experts, shared=(), shared_width=None, shared_gate=""))
 
     def refuse(key: str, value: object, limit: str) -> UnsupportedArchitecture:
         return UnsupportedArchitecture(f"{name}: {key} {value} is not supported: {limit}")
@@ -50,11 +52,16 @@ def build_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
     if activation not in ACTIVATIONS[family.activation]:
         raise refuse(family.activation_key, activation, f"the runtime computes {ACTIVATIONS[family.activation][0]}")
     width = "intermediate_size" if family.experts is None else family.experts.width
+    dense = frozenset(layer for layer in range(layers) if family.experts and family.experts.dense and family.experts.dense(config, layer))
+    experts = _experts(family, config, refuse)
     rows = {
         "hidden_size": hidden,
         width: config[width],
         "num_attention_heads x head_dim": heads * head_dim,
+        "width of shared experts": experts.get("shared_width", 0),
     }
+    if dense:
+        rows["intermediate_size"] = config["intermediate_size"]
     for key, value in rows.items():
         if value % _BLOCK:
             raise refuse(key, value, f"it must be a multiple of {_BLOCK}")
@@ -62,7 +69,7 @@ def build_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         raise refuse("head_dim", head_dim, f"upstream's graph has hidden_size / num_attention_heads, {hidden / heads:g}, for {name}")
     window = _window(family, config)
     turned = family.turned or (lambda _config, _layer: True)
-    return ModelSpec(
+    spec = ModelSpec(
         family=family,
         layers=layers,
         hidden_size=hidden,
@@ -83,8 +90,15 @@ def build_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         logit_divisor=_number(config, family.logit_divisor) / _number(config, family.logit_factor),
         attention_cap=float(config.get(family.attention_cap) or 0),
         logit_cap=float(config.get(family.logit_cap) or 0),
-        **_experts(family, config, refuse),
+        **experts,
     )
+    if not dense:
+        return spec
+    without = replace(
+        spec, family=replace(family, experts=None), intermediate_size=config["intermediate_size"], experts=0, experts_used=0,
+        shared_width=0, beside_experts=True,
+    )  # fmt: skip
+    return replace(spec, dense=without, dense_layers=dense)
 
 
 def _experts(family: Family, config: Mapping[str, Any], refuse: _Refuse) -> dict[str, Any]:
@@ -97,7 +111,14 @@ def _experts(family: Family, config: Mapping[str, Any], refuse: _Refuse) -> dict
     count, used = config[names.count], config[names.used]
     if not 0 < used <= count:
         raise refuse(names.used, used, f"it must be from 1 to {names.count} {count}")
-    return {"experts": count, "experts_used": used}
+    normalized = bool(config.get(names.normalized)) if isinstance(names.normalized, str) else names.normalized
+    return {
+        "experts": count,
+        "experts_used": used,
+        "shared_width": names.shared_width(config) if names.shared_width else 0,
+        "normalized": normalized,
+        "share_factor": _number(config, names.share_factor),
+    }
 
 
 def _rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:

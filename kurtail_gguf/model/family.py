@@ -27,9 +27,23 @@ class ExpertNames:
     Args:
         block: the module of router and experts in transformers, ``mlp`` in every family so far.
         router: weight (without a bias) ``[experts, hidden]`` that reads the residual stream; it is not quantized.
+        module_router: its name in transformers' module.
         gate, up, down: an expert's linears, with ``{}`` for its number.
         count, used: config keys of how many experts there are, and how many a token goes through.
         width: config key of an expert's inner width.
+        scores: what the router's outputs go through, over all experts: "softmax" or "sigmoid".
+        choice_bias: a tensor ``[experts]`` that is added to scores where experts are chosen, and to no share; empty for none.
+        choice_bias_row: whether it is ``[1, experts]``.
+        module_choice_bias: its name in transformers' module, where that is another.
+        normalized: whether shares of the chosen add up to 1; a config key where that says so.
+        share_factor: config key of what shares are multiplied by behind that; empty for none.
+        shared: an expert's three linears, gate, up and down, that all tokens go through; empty for none.
+        shared_width: its inner width by config, 0 for no such expert.
+        module_shared: the two linears that transformers' module has for it, gate above up and down; empty where the names are these.
+        fused: what the checkpoint keeps in one tensor, by its name there; see kurtail_gguf/model/loading/fused.py.
+        shared_gate: a linear ``[1, hidden]`` without a bias, through whose sigmoid its output is multiplied; it is not quantized.
+        dense: says of a config and a layer's number whether that has a FFN without experts, of ``intermediate_size``; None for
+            no such layer.
         required: config key -> values that it must have, and why.
     """
 
@@ -40,8 +54,21 @@ class ExpertNames:
     count: str
     used: str
     width: str
+    scores: str = "softmax"
+    choice_bias: str = ""
+    choice_bias_row: bool = False
+    module_choice_bias: str = ""
+    normalized: bool | str = True
+    share_factor: str = ""
+    shared: tuple[str, ...] = ()
+    shared_width: Callable[[Mapping[str, Any]], int] | None = None
+    module_shared: tuple[str, ...] = ()
+    fused: Mapping[str, tuple[str, ...]] | None = None
+    shared_gate: str = ""
+    dense: Callable[[Mapping[str, Any], int], bool] | None = None
     required: Mapping[str, tuple[tuple[object, ...], str]] | None = None
     block: str = "mlp"
+    module_router: str = "mlp.gate"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ def file_tensor(spec: ModelSpec, layer: int, linear: str) -> tuple[str, int | No
     Returns:
         Name in the file (``blk.0.attn_q.weight``), and the expert's number where all experts of a layer are one tensor.
     """
-    part, expert = _part(spec, linear)
+    part, expert = _part(spec.at(layer), linear)
     return f"blk.{layer}.{part}.weight", expert
 
 
@@ -56,7 +56,7 @@ def online_tensors(spec: ModelSpec, online: Mapping[str, int]) -> dict[str, int]
     """
     return {
         file_tensor(spec, layer, linear)[0]: online[site.kind]
-        for layer in range(spec.layers) for site in spec.sites if site.kind in online for linear in site.readers
+        for layer in range(spec.layers) for site in spec.at(layer).sites if site.kind in online for linear in site.readers
     }  # fmt: skip
 
 
@@ -75,6 +75,10 @@ def _part(spec: ModelSpec, linear: str) -> tuple[str, int | None]:
         return ("ffn_up" if linear == family.up else "ffn_gate"), None
     if linear == names.router:
         return "ffn_gate_inp", None
+    if linear == names.shared_gate:
+        return "ffn_gate_inp_shexp", None
+    if linear in names.shared:
+        return ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")[names.shared.index(linear)], None
     for part, pattern in (("gate", names.gate), ("up", names.up), ("down", names.down)):
         before, after = pattern.split("{}")
         number = linear.removeprefix(before).removesuffix(after)

@@ -45,9 +45,10 @@ def multiply_in(layers: Iterable[nn.Module], spec: ModelSpec, dtype: torch.dtype
     def widen(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output.float()
 
-    for layer in layers:
-        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        if spec.family.experts is not None:
+    for number, layer in enumerate(layers):
+        kept = spec.at(number).unquantized_readers
+        linears = [module for name, module in layer.named_modules() if isinstance(module, nn.Linear) and name not in kept]
+        if spec.at(number).experts:
             linears.append(layer.get_submodule(f"{spec.family.experts.block}.experts"))
         for linear in linears:
             linear.register_forward_pre_hook(narrow)

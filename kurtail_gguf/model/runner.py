@@ -73,7 +73,7 @@ class LayerRunner:
         self._device = device
         self._layers = model.model.layers.eval()
         self._multiplied_in = multiplied_in
-        self._linears = frozenset(checkpoint.spec.linears)
+        self._linears = frozenset(name for kind in checkpoint.spec.kinds_of_layers for name in kind.linears)
         multiply_in(self._layers, checkpoint.spec, multiplied_in)
         # older versions of transformers call it past_key_values; newer ones warn of that name at every call
         self._cache = "cache" if "cache" in signature(self._layers[0].forward).parameters else "past_key_values"
@@ -128,7 +128,7 @@ class LayerRunner:
         """
         output = functional_call(
             self._layers[layer],
-            module_weights(self._checkpoint.spec, weights),
+            module_weights(self._checkpoint.spec.at(layer), weights),
             (hidden,),
             positions.arguments(layer) | ({} if cache is None else {self._cache: cache}),
         )

@@ -21,7 +21,10 @@ class ModelSpec:
     for none; ``tied`` says that the head is the embedding; RoPE turns the first ``rotary_dim`` values of a head, except in the
     layers ``unturned``; ``eps`` is the norms'. With experts
     ``intermediate_size`` is an expert's inner width, ``experts`` how many a layer has and ``experts_used`` how many of
-    them a token goes through; both are 0 without. Caps are 0 where there is none.
+    them a token goes through; both are 0 without. ``shared_width`` is the inner width of the expert that all tokens go through,
+    0 for none. Shares of a token's experts add up to 1 if they are ``normalized``, and are multiplied by ``share_factor``.
+    ``dense`` is what the layers ``dense_layers`` are, which have no experts; ``beside_experts`` is set in that.
+    Caps are 0 where there is none.
     """
 
     family: Family
@@ -41,6 +44,12 @@ class ModelSpec:
     unturned: frozenset[int] = frozenset()
     experts: int = 0
     experts_used: int = 0
+    shared_width: int = 0
+    normalized: bool = True
+    share_factor: float = 1.0
+    dense: ModelSpec | None = None
+    dense_layers: frozenset[int] = frozenset()
+    beside_experts: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
@@ -50,6 +59,16 @@ class ModelSpec:
     @property
     def value_group(self) -> int:
         return self.heads // self.kv_heads
+
+    def at(self, layer: int) -> ModelSpec:
+        """What a layer is made of: this, or :attr:`dense`."""
+        return self.dense if self.dense is not None and layer in self.dense_layers else self
+
+    @property
+    def kinds_of_layers(self) -> tuple[ModelSpec, ...]:
+        """One for each kind of layers that there is."""
+        with_experts = len(self.dense_layers) < self.layers
+        return (*((self,) if with_experts else ()), *((self.dense,) if self.dense is not None else ()))
 
     def layer_prefix(self, layer: int) -> str:
         """``model.layers.N.``"""
@@ -83,15 +102,15 @@ class ModelSpec:
         names = self.family.experts
         if names is None:
             return self.family.ffn_readers
-        return tuple(name.format(expert) for expert in range(self.experts) for name in (names.gate, names.up))
+        return (*names.shared[:2], *(name.format(expert) for expert in range(self.experts) for name in (names.gate, names.up)))
 
     @property
     def ffn_writers(self) -> tuple[str, ...]:
-        """Block linears that write the FFN's output; one but for experts."""
+        """Block linears that write the FFN's output; one but for experts, of which the one that all tokens go through is first."""
         names = self.family.experts
         if names is None:
             return (self.family.ffn_writer,)
-        return tuple(names.down.format(expert) for expert in range(self.experts))
+        return (*names.shared[2:], *(names.down.format(expert) for expert in range(self.experts)))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -105,9 +124,10 @@ class ModelSpec:
             repeats=self.value_group,
         )  # fmt: skip
         squared = not family.gated and family.activation == "relu2"
-        source = self.up_rows if names is None and (family.gated or squared) else None
+        # a diagonal is of all layers, or of none
+        source = self.up_rows if names is None and not self.beside_experts and (family.gated or squared) else None
         outputs = (
-            Site(FFN_OUTPUT, (name,), self.intermediate_size, source=source, power=2 if squared else 1) for name in self.ffn_writers
+            Site(FFN_OUTPUT, (name,), self._inner_width(name), source=source, power=2 if squared else 1) for name in self.ffn_writers
         )
         if family.parallel:
             return (first, second, *outputs)
@@ -116,6 +136,11 @@ class ModelSpec:
             **self._behind(family.ffn_norm),
         )  # fmt: skip
         return (first, second, third, *outputs)
+
+    def _inner_width(self, linear: str) -> int:
+        """Of the FFN, or the expert, that a linear is part of."""
+        names = self.family.experts
+        return self.shared_width if names is not None and linear in names.shared else self.intermediate_size
 
     def _behind(self, norm: str) -> dict[str, Any]:
         """Of a site that is read from the residual stream, through a norm where there is one."""
@@ -162,8 +187,9 @@ class ModelSpec:
 
     @property
     def unquantized_readers(self) -> tuple[str, ...]:
-        """What reads the FFN norm's output beside the block linears: the router of a mixture of experts."""
-        return () if self.family.experts is None else (self.family.experts.router,)
+        """What reads the FFN norm's output beside the block linears: the router of a mixture of experts, a gate of all its tokens."""
+        names = self.family.experts
+        return () if names is None else tuple(name for name in (names.router, names.shared_gate) if name)
 
     @property
     def query_rows(self) -> tuple[str, slice]:
@@ -197,9 +223,9 @@ class ModelSpec:
             rows = {family.query: q, family.key: kv, family.value: kv}
         shapes = {name: (rows[name], self.hidden_size) for name in family.attention_readers}
         shapes[family.attention_writer] = (self.hidden_size, q)
-        width = (2 if family.fused_ffn else 1) * self.intermediate_size
-        shapes |= dict.fromkeys(self.ffn_readers, (width, self.hidden_size))
-        return shapes | dict.fromkeys(self.ffn_writers, (self.hidden_size, self.intermediate_size))
+        fused = 2 if family.fused_ffn else 1
+        shapes |= {name: (fused * self._inner_width(name), self.hidden_size) for name in self.ffn_readers}
+        return shapes | {name: (self.hidden_size, self._inner_width(name)) for name in self.ffn_writers}
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """One of :meth:`linear_shapes`; who wants many asks there, since each answer is made anew."""
@@ -211,7 +237,11 @@ class ModelSpec:
         kinds = ("weight", "bias") if family.norm.biased else ("weight",)
         shapes: dict[str, tuple[int, ...]] = {f"{name}.{kind}": (self.hidden_size,) for name in self.norms for kind in kinds}
         shapes |= {f"{name}.weight": (self.head_norm_size(name),) for name in (family.query_norm, family.key_norm) if name}
-        shapes |= {f"{name}.weight": (self.experts, self.hidden_size) for name in self.unquantized_readers}
+        names = family.experts
+        rows = () if names is None else (self.experts, 1)
+        shapes |= {f"{name}.weight": (n, self.hidden_size) for name, n in zip(self.unquantized_readers, rows, strict=False)}
+        if names is not None and names.choice_bias:
+            shapes[names.choice_bias] = (1, self.experts) if names.choice_bias_row else (self.experts,)
         for name, shape in self.linear_shapes().items():
             shapes[f"{name}.weight"] = shape
             if name in self.biased:

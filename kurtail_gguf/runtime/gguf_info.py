@@ -82,7 +82,7 @@ TENSOR_EXTRA_NAME = "general.tensor_extra.name"
 TENSOR_EXTRA_PREC_A4 = "general.tensor_extra.prec_a4"
 
 #: The linears of a block, kt4, or q4_0 with ``--target stock``.
-_BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps)?)\.weight")
+_BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_(exps|shexp))?)\.weight")
 
 
 class GgufError(KurtailError):

@@ -28,6 +28,7 @@ KINDS = (
     "llama2", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite",
     "phi3", "gemma2", "gemma3", "olmo2", "olmo3", "seed-oss", "exaone4", "exaone4-windows", "glm4", "stablelm",
     "stablelm-parallel", "starcoder2", "phi", "cohere2", "ernie4_5", "hunyuan", "nemotron", "ministral3",
+    "qwen2-moe", "olmoe", "glm4-moe", "glm4-moe-norms", "ernie4_5-moe", "dots1", "granite-moe", "granite-moe-shared",
 )  # fmt: skip
 WITH_GELU = frozenset({"gemma2", "gemma3", "starcoder2", "phi"})
 #: Those whose residual stream R1 does not commute with.
@@ -42,7 +43,7 @@ WITHOUT_R1 = frozenset(
 WITHOUT_SENTENCEPIECE = frozenset(
     {
         *("qwen3-moe", "olmo2", "olmo3", "seed-oss", "exaone4", "exaone4-windows", "glm4", "stablelm", "stablelm-parallel"),
-        *("starcoder2", "phi", "cohere2", "hunyuan"),
+        *("starcoder2", "phi", "cohere2", "hunyuan", "qwen2-moe", "olmoe", "glm4-moe", "glm4-moe-norms", "dots1"),
     }
 )
 
@@ -76,10 +77,13 @@ def family(tiny_spm, tiny_bpe, with_tokenizer):
     @functools.cache
     def make(kind: str) -> Path:
         made = with_tokenizer(kind, *((tiny_bpe, 49152) if kind in WITHOUT_SENTENCEPIECE else (tiny_spm, 400)))
-        if kind == "glm4":
-            # upstream's converter ends turns by this token
+        if kind.startswith("glm4"):
+            # upstream's converter looks for these tokens
             for path in made.glob("tokenizer*.json"):
-                path.write_text(path.read_text(encoding="utf-8").replace("<repo_name>", "<|user|>"), encoding="utf-8")
+                text = path.read_text(encoding="utf-8")
+                for ours, theirs in (("<repo_name>", "<|user|>"), ("<file_sep>", "[gMASK]"), ("<filename>", "<|observation|>")):
+                    text = text.replace(ours, theirs)
+                path.write_text(text, encoding="utf-8")
         return made
 
     return make

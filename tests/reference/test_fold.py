@@ -22,9 +22,10 @@ KINDS = [
     "llama", "llama2", "llama-tied", "llama-biases", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3",
     "granite", "phi3", "gemma2", "gemma3", "olmo2", "olmo3", "seed-oss", "exaone4", "exaone4-windows", "glm4", "stablelm",
     "stablelm-parallel", "starcoder2", "phi", "cohere2", "ernie4_5", "hunyuan", "nemotron", "ministral3",
+    "qwen2-moe", "olmoe", "glm4-moe", "glm4-moe-norms", "ernie4_5-moe", "dots1", "granite-moe", "granite-moe-shared",
 ]  # fmt: skip
 #: Those whose RoPE goes through single precision in transformers.
-SINGLE_ROPE = frozenset({"cohere2", "ernie4_5"})
+SINGLE_ROPE = frozenset({"cohere2", "ernie4_5", "ernie4_5-moe"})
 IDS = torch.tensor([[1, 5, 17, 300, 42, 42, 7, 99, 250, 3]])
 
 
@@ -42,14 +43,14 @@ def _folded_model(kind, tiny_model, spec, transforms_of):
     folded.lm_head.weight = torch.nn.Parameter(folded.lm_head.weight.detach().clone())
     out = {name: tensor.clone() for name, tensor in state.items()}
     for layer in range(spec.layers):
-        prefix = spec.layer_prefix(layer)
-        weights = _stored(state, spec, prefix)
-        assert weights.keys() == spec.layer_shapes().keys()
-        layer_folded = fold_layer(weights, spec, transforms_of(layer))
+        prefix, own = spec.layer_prefix(layer), spec.at(layer)
+        weights = _stored(state, own, prefix)
+        assert weights.keys() == own.layer_shapes().keys()
+        layer_folded = fold_layer(weights, own, transforms_of(layer))
         for name, tensor in layer_folded.items():
             assert tensor.dtype == torch.float64
-            assert tensor.shape == weights[name].shape == spec.layer_shapes()[name]
-        out |= {prefix + name: tensor for name, tensor in module_weights(spec, layer_folded).items()}
+            assert tensor.shape == weights[name].shape == own.layer_shapes()[name]
+        out |= {prefix + name: tensor for name, tensor in module_weights(own, layer_folded).items()}
     r1, online = transforms_of(0).r1, transforms_of(0).online
     head = state["model.embed_tokens.weight" if spec.tied else "lm_head.weight"]
     out["lm_head.weight"] = head
@@ -59,17 +60,26 @@ def _folded_model(kind, tiny_model, spec, transforms_of):
         out["model.norm.weight"] = torch.ones_like(gain)
         out["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] @ r1
     folded.load_state_dict(out)
-    for layer in folded.model.layers:
-        if spec.experts:
-            layer.mlp.experts = _TransformedExperts(layer.mlp.experts, online.get(FFN, 1), online.get(FFN_OUTPUT, 1))
-        for site in spec.sites:
-            if spec.experts and site.kind in (FFN, FFN_OUTPUT):
-                continue
-            for name in site.readers:
+    for number, layer in enumerate(folded.model.layers):
+        own = spec.at(number)
+        if own.experts:
+            block = layer.get_submodule(own.family.experts.block)
+            block.experts = _TransformedExperts(block.experts, online.get(FFN, 1), online.get(FFN_OUTPUT, 1))
+        for site in own.sites:
+            routed = own.experts and site.kind in (FFN, FFN_OUTPUT)
+            for name in _shared_readers(own, site) if routed else site.readers:
                 layer.get_submodule(name).register_forward_pre_hook(
                     lambda _module, inputs, n=online.get(site.kind, 1): (_hadamard(inputs[0], n),)
                 )
     return folded
+
+
+def _shared_readers(spec, site):
+    """Modules of the expert that all tokens go through that read a site of the FFN."""
+    names = spec.family.experts
+    if not names.module_shared:
+        return set(site.readers).intersection(names.shared)
+    return names.module_shared[:1] if site.kind == FFN else names.module_shared[1:]
 
 
 def _hadamard(x, n):
@@ -83,8 +93,14 @@ def _stored(state, spec, prefix):
     if names is None:
         return own
     width = spec.intermediate_size
-    gate_up, down = own.pop("mlp.experts.gate_up_proj"), own.pop("mlp.experts.down_proj")
-    own[f"{names.router}.weight"] = own.pop("mlp.gate.weight")
+    gate_up, down = own.pop(f"{names.block}.experts.gate_up_proj"), own.pop(f"{names.block}.experts.down_proj")
+    own[f"{names.router}.weight"] = own.pop(f"{names.module_router}.weight")
+    if names.module_shared:
+        shared = own.pop(f"{names.module_shared[0]}.weight").chunk(2)
+        for name, tensor in zip(names.shared, (*shared, own.pop(f"{names.module_shared[1]}.weight")), strict=True):
+            own[f"{name}.weight"] = tensor
+    if names.module_choice_bias:
+        own[names.choice_bias] = own.pop(names.module_choice_bias)
     for expert in range(spec.experts):
         own[f"{names.gate.format(expert)}.weight"] = gate_up[expert, :width]
         own[f"{names.up.format(expert)}.weight"] = gate_up[expert, width:]

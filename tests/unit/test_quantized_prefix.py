@@ -24,6 +24,7 @@ KINDS = [
     *("llama", "llama-biases", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "smollm3", "granite", "phi3", "gemma2"),
     *("gemma3", "olmo2", "olmo3", "seed-oss", "exaone4", "glm4", "stablelm", "stablelm-parallel"),
     *("starcoder2", "phi", "cohere2", "ernie4_5", "hunyuan", "nemotron", "ministral3"),
+    *("qwen2-moe", "olmoe", "glm4-moe", "ernie4_5-moe", "dots1", "granite-moe", "granite-moe-shared"),
 ]
 
 
@@ -45,7 +46,7 @@ def _layers(checkpoint, online, scaled=True):
     for layer in range(spec.layers):
         r2 = torch.from_numpy(np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.kv_heads)]))
         scales = {site.kind: torch.from_numpy(np.exp(0.3 * rng.standard_normal(site.scale_size))) for site in diagonals}
-        yield layer, fold_layer(checkpoint.layer(layer), spec, LayerTransforms(None, r2, online, scales))
+        yield layer, fold_layer(checkpoint.layer(layer), spec.at(layer), LayerTransforms(None, r2, online, scales))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,12 +148,28 @@ def test_an_expert_is_quantized_on_the_tokens_that_transformers_routes_to_it(tin
         assert stops[(names.down.format(expert),)].shape == (64, 64)
 
 
-def test_an_expert_of_few_tokens_is_quantized_on_all(tiny_checkpoint, tmp_path):
+def test_hessians_of_few_tokens_are_filled_up_with_the_mean_of_all(tiny_checkpoint, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(tiny_checkpoint("mixtral"))
     names = checkpoint.spec.family.experts
-    stops, starved = _expert_stops(checkpoint, tmp_path)
-    assert IDS.size < expert_tokens.FEWEST_TOKENS and starved == 4
-    first = stops[names.gate.format(0), names.up.format(0)]
-    assert all(torch.equal(stops[names.gate.format(i), names.up.format(i)], first) for i in range(4))
-    # every token has root mean square 1
-    assert float(first.trace()) == pytest.approx(IDS.size * 128, rel=1e-2)
+
+    def hessians(fewest):
+        monkeypatch.setattr(expert_tokens, "FEWEST_TOKENS", fewest)
+        stops, starved = _expert_stops(checkpoint, tmp_path)
+        gates, downs = ([stops[key] for key in stops if key[0] in wanted] for wanted in (
+            {names.gate.format(i) for i in range(4)}, {names.down.format(i) for i in range(4)},
+        ))  # fmt: skip
+        return gates, downs, starved
+
+    gates, downs, starved = hessians(1)
+    # every token has root mean square 1, and goes through two experts
+    tokens = [float(own.trace()) / 128 for own in gates]
+    assert starved == 0 and sum(tokens) == pytest.approx(2 * IDS.size, rel=1e-2)
+    filled, filled_downs, starved = hessians(256)
+    assert starved == 4
+    everything = sum(gates) / 2
+    for own, found, count in zip(gates, filled, tokens, strict=True):
+        expected = own + (256 - count) / IDS.size * everything
+        assert (found - expected).abs().max() < 2e-2 * expected.abs().max()
+        assert float(found.trace()) / 128 == pytest.approx(256, rel=1e-2)
+    # of an expert's own tokens there is as much as before
+    assert all(torch.linalg.eigvalsh(found - own)[0] > -1e-3 * found.abs().max() for own, found in zip(downs, filled_downs, strict=True))

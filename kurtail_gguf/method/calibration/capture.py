@@ -154,12 +154,12 @@ def capture(
             embedded = runner.embed(torch.from_numpy(ids[start : start + BATCH].astype(np.int64)))
             hidden[start : start + BATCH] = embedded.cpu().numpy()
         for layer in range(spec.layers):
-            weights = next(layers)
+            weights, own = next(layers), spec.at(layer)
             samples = [
                 _Sample(choose_tokens(sequences, length, max_sample, (seed, layer, site)), length)
                 for site in range(len(spec.residual_sites) + 1)
             ]
-            with _Hooks(runner.module(layer), spec, weights) as hooks:
+            with _Hooks(runner.module(layer), own, weights) as hooks:
                 for start in range(0, sequences, BATCH):
                     batch = torch.from_numpy(hidden[start : start + BATCH]).to(device)
                     output = runner.run(layer, weights, batch, positions)
@@ -169,21 +169,21 @@ def capture(
             for kind, squares in hooks.squares.items():
                 np.save(directory / _name(layer, kind, _CHANNELS), (squares / ids.size).sqrt().cpu().numpy())
             kurtosis = []
-            for number, (sample, site) in enumerate(zip(samples, spec.residual_sites, strict=False)):
+            for number, (sample, site) in enumerate(zip(samples, own.residual_sites, strict=False)):
                 kind, rows = site.kind, sample.rows()
                 kurtosis.append(_kurtosis(rows))
                 np.save(directory / _name(layer, kind), rows.astype(np.float16))
                 # torch takes 64 bits, and a seed has up to 63 itself
                 generator = torch.Generator().manual_seed((seed * 2 * spec.layers + 2 * layer + number) % 2**63)
                 # as many rows of all experts' linears together as of a single FFN's
-                share = max(1, SKETCH_ROWS * 2 // len(site.readers)) if kind == FFN and spec.experts else SKETCH_ROWS
-                gain = spec.gain(site, weights)
+                share = max(1, SKETCH_ROWS * 2 // len(site.readers)) if kind == FFN and own.experts else SKETCH_ROWS
+                gain = own.gain(site, weights)
                 folded = [weights[f"{name}.weight"] * (1 if gain is None else gain.float()) for name in site.readers]
                 sketch, columns = sketch_readers(folded, torch.from_numpy(rows).to(device), generator, share)
                 np.save(directory / _name(layer, kind, _READERS), sketch.cpu().numpy())
                 np.save(directory / _name(layer, kind, _COLUMNS), columns.cpu().numpy())
                 del folded
-            for site in spec.sites:
+            for site in own.sites:
                 if site.source is not None:
                     (name,) = site.readers
                     columns = torch.linalg.vector_norm(weights[f"{name}.weight"].float(), dim=0)

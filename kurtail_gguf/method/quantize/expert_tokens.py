@@ -1,12 +1,13 @@
 """Takes the calibration tokens through a mixture of experts, each expert on the tokens that are routed to it.
 
-An expert's linears are quantized like any other, but few tokens reach one: where there are fewer than
-:data:`FEWEST_TOKENS` its Hessians are taken over all tokens instead, as if they had been routed to it.
+An expert's linears are quantized like any other, but few tokens reach some: where there are fewer than
+:data:`FEWEST_TOKENS` its Hessians are filled up to so many with the mean over all tokens, as if they had been routed to it. So
+what its own tokens say counts as far as there are any, and a Hessian of none is that of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,28 +31,46 @@ class Routes:
 
     Args:
         experts: int64 ``[tokens, used]``.
-        shares: what each expert's output is multiplied by, float32 ``[tokens, used]``; a token's add up to 1.
+        shares: what each expert's output is multiplied by, float32 ``[tokens, used]``.
+        shared: what the output of the expert that all tokens go through is multiplied by, float32 ``[tokens]``.
     """
 
     experts: Tensor
     shares: Tensor
+    shared: Tensor
 
-    def to(self, expert: int) -> tuple[Tensor, Tensor]:
-        """The tokens of one expert, int64 ``[n]`` in order, and its shares, float32 ``[n]``."""
+    @classmethod
+    def joined(cls, parts: Sequence[Routes]) -> Routes:
+        """Those of all tokens, in the CPU's memory."""
+        return cls(*(torch.cat([getattr(one, name) for one in parts]).cpu() for name in ("experts", "shares", "shared")))
+
+    def to(self, expert: int | None) -> tuple[Tensor, Tensor]:
+        """The tokens of one expert, int64 ``[n]`` in order, and its shares, float32 ``[n]``; None is the one of all tokens."""
+        if expert is None:
+            return torch.arange(len(self.shared)), self.shared
         tokens, places = torch.where(self.experts == expert)
         return tokens, self.shares[tokens, places]
 
 
-def route(x: Tensor, router: Tensor, used: int) -> Routes:
-    """Softmax over all experts, the best ``used`` of them made to add up to 1.
+def route(x: Tensor, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Routes:
+    """Where the runtime sends tokens.
 
     Args:
         x: what the router reads, float32 ``[tokens, hidden]``; the runtime does not round it.
-        router: float32 ``[experts, hidden]``.
-        used: experts a token goes through.
+        spec: how scores become shares.
+        weights: the layer's, float32.
     """
-    best = torch.softmax(x @ router.T, -1).topk(used, -1)
-    return Routes(best.indices, best.values / best.values.sum(-1, keepdim=True))
+    names = spec.family.experts
+    assert names is not None
+    scores = x @ weights[f"{names.router}.weight"].T
+    scores = torch.sigmoid(scores) if names.scores == "sigmoid" else torch.softmax(scores, -1)
+    chosen = scores + weights[names.choice_bias].flatten() if names.choice_bias else scores
+    experts = chosen.topk(spec.experts_used, -1).indices
+    shares = scores.gather(-1, experts)
+    if spec.normalized:
+        shares = shares / shares.sum(-1, keepdim=True)
+    gate = torch.sigmoid(x @ weights[f"{names.shared_gate}.weight"][0]) if names.shared_gate else torch.ones_like(x[:, 0])
+    return Routes(experts, shares * spec.share_factor, gate)
 
 
 class ExpertTokens:
@@ -85,26 +104,46 @@ class ExpertTokens:
         self._device, self._multiplied_in = device, multiplied_in
         self._everything: Tensor | None = None
 
-    def quantize(self, expert: int, quantize: Callable[..., dict[str, Tensor]]) -> bool:
-        """Quantize an expert's linears; whether it saw too few tokens for a Hessian of its own."""
-        gate, up, down = (name.format(expert) for name in (self._names.gate, self._names.up, self._names.down))
-        tokens, shares = self._routes.to(expert)
-        few = len(tokens) < FEWEST_TOKENS
-        self._take(quantize((gate, up), self._all_inputs if few else lambda: self._inputs(tokens)))
-        if few:
-            tokens = torch.arange(len(self._importance))
-            importance = self._importance
-        else:
-            importance = self._importance[tokens] * shares.square()
-        self._take(quantize((down,), lambda: self._inner_hessian(expert, tokens, importance)))
-        return few
+    @property
+    def experts(self) -> tuple[int | None, ...]:
+        """Their numbers, None for the one that all tokens go through."""
+        return (*((None,) if self._names.shared else ()), *range(self._spec.experts))
 
-    def outputs(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def quantize(self, expert: int | None, quantize: Callable[..., dict[str, Tensor]]) -> bool:
+        """Quantize an expert's linears; whether it saw too few tokens for a Hessian of its own."""
+        gate, up, down = self._linears(expert)
+        tokens, shares = self._routes.to(expert)
+        everything = torch.arange(len(self._importance))
+        # how many of the mean token are lacking, as a share of all tokens
+        lack = 0.0 if expert is None else max(0, FEWEST_TOKENS - len(tokens)) / len(everything)
+
+        def inputs() -> Tensor:
+            own = self._inputs(tokens)
+            return own + lack * self._all_inputs() if lack else own
+
+        def inner() -> Tensor:
+            own = self._inner_hessian(expert, tokens, self._importance[tokens] * shares.square())
+            if not lack:
+                return own
+            usual = self._routes.shares.square().mean()
+            return own + lack * self._inner_hessian(expert, everything, self._importance * usual)
+
+        self._take(quantize((gate, up), inputs))
+        self._take(quantize((down,), inner))
+        return lack > 0
+
+    def outputs(self, expert: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """What an expert adds to the residual stream: tokens int64 ``[n]`` and rows float32 ``[n, hidden]``."""
         tokens, shares = self._routes.to(expert)
-        down = self._weights[f"{self._names.down.format(expert)}.weight"]
+        down = self._weights[f"{self._linears(expert)[2]}.weight"]
         for part, share in zip(tokens.split(_CHUNK), shares.split(_CHUNK), strict=True):
             yield part, self._linear(self._inner(expert, part), down) * share.to(self._device)[:, None]
+
+    def _linears(self, expert: int | None) -> tuple[str, ...]:
+        """Gate, up and down."""
+        if expert is None:
+            return self._names.shared
+        return tuple(name.format(expert) for name in (self._names.gate, self._names.up, self._names.down))
 
     def _take(self, quantized: dict[str, Tensor]) -> None:
         for name, weight in quantized.items():
@@ -116,10 +155,10 @@ class ExpertTokens:
     def _rows(self, tokens: Tensor) -> Tensor:
         return torch.from_numpy(self._seen[tokens.numpy()]).to(self._device)
 
-    def _inner(self, expert: int, tokens: Tensor) -> Tensor:
+    def _inner(self, expert: int | None, tokens: Tensor) -> Tensor:
         """What down reads, transformed and rounded, float32 ``[n, width]``."""
         x = self._rows(tokens)
-        gate, up = (self._weights[f"{name.format(expert)}.weight"] for name in (self._names.gate, self._names.up))
+        gate, up = (self._weights[f"{name}.weight"] for name in self._linears(expert)[:2])
         inner = nn.functional.silu(self._linear(x, gate)) * self._linear(x, up)
         return self._rounding.activations(inner, FFN_OUTPUT)
 
@@ -137,8 +176,8 @@ class ExpertTokens:
             total += x.T @ x
         return total
 
-    def _inner_hessian(self, expert: int, tokens: Tensor, importance: Tensor) -> Tensor:
-        width = self._spec.intermediate_size
+    def _inner_hessian(self, expert: int | None, tokens: Tensor, importance: Tensor) -> Tensor:
+        width = self._spec.intermediate_size if expert is not None else self._spec.shared_width
         total = torch.zeros(width, width, device=self._device)
         for part, weight in zip(tokens.split(_CHUNK), importance.split(_CHUNK), strict=True):
             x = self._inner(expert, part)

@@ -84,14 +84,15 @@ def fold_and_quantize(
             """Make the layer's file, or take the tokens through the one that is there; a few words on it."""
             path, note = layer_path(target, layer), ""
             if layer in missing:
-                folded = folded_layer(next(layers), spec, transforms.layer(layer, r1, device))
+                own = spec.at(layer)
+                folded = folded_layer(next(layers), own, transforms.layer(layer, r1, device))
                 above = spec.layer_prefix(layer)
-                zero.extend(f"{above}{name}" for name in spec.linears if not folded[f"{name}.weight"].any())
-                one = _Layer(spec, layer, folded, block_format, stage)
+                zero.extend(f"{above}{name}" for name in own.linears if not folded[f"{name}.weight"].any())
+                one = _Layer(own, layer, folded, block_format, stage)
                 del folded
                 starved = one.quantize(prefix)
                 _save(one.results(), path)
-                note = f", {starved} of {spec.experts} experts use all tokens: too few of their own" if starved else ""
+                note = f", {starved} of {spec.experts} experts use all tokens too: too few of their own" if starved else ""
             elif prefix is not None:
                 replay(prefix, checkpoint, layer, path, block_format)
             seen = "" if prefix is None else f", kurtosis {' '.join(f'{value:.1f}' for value in prefix.kurtosis)}"

@@ -125,7 +125,8 @@ class QuantizedPrefix:
         self.kurtosis = []
         module = self._runner.module(layer)
         read, normed = None, None
-        for branch in self._spec.branches:
+        spec = self._spec.at(layer)
+        for branch in spec.branches:
             entry = branch.entry
             if entry != read:
                 normed = self._normed(entry, folded)
@@ -214,21 +215,19 @@ class QuantizedPrefix:
     def _run_experts(self, normed: RowFile, weights: dict[str, Tensor], ffn: Site, quantize: Quantize) -> int:
         """Quantize every expert and add what it writes; the number of experts that saw too few tokens."""
         spec, width = self._spec, self._spec.hidden_size
-        (router,) = (weights[f"{name}.weight"] for name in ffn.unrounded)
         routes, importance = [], []
         for batch in self._batches:
             read = self._read(self._load(self._hidden, batch), ffn, weights)
-            routes.append(route(read.flatten(0, 1), router, spec.experts_used))
+            routes.append(route(read.flatten(0, 1), spec, weights))
             importance.append(self._token_weights(batch).flatten())
-        experts, shares = (torch.cat([getattr(one, name) for one in routes]).cpu() for name in ("experts", "shares"))
         tokens = ExpertTokens(
-            spec, self._rounding, weights, normed[:].reshape(-1, width), Routes(experts, shares),
+            spec, self._rounding, weights, normed[:].reshape(-1, width), Routes.joined(routes),
             torch.cat(importance).cpu(), self._device, self._multiplied_in,
         )  # fmt: skip
         # routes and importance are those of the residual stream before any expert has written to it
         hidden = self._hidden[:].reshape(-1, width)
         starved = 0
-        for expert in range(spec.experts):
+        for expert in tokens.experts:
             starved += tokens.quantize(expert, quantize)
             for places, rows in tokens.outputs(expert):
                 hidden[places.numpy()] += (rows * spec.residual_scale).cpu().numpy()

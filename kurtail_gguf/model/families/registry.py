@@ -5,12 +5,17 @@ from __future__ import annotations
 from kurtail_gguf.messages.errors import UnsupportedArchitecture
 from kurtail_gguf.model.families import (
     cohere2,
+    dots1,
     ernie4_5,
+    ernie4_5_moe,
     exaone4,
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     granite,
+    granite_moe,
+    granite_moe_shared,
     hunyuan_dense,
     llama,
     ministral3,
@@ -19,9 +24,11 @@ from kurtail_gguf.model.families import (
     nemotron,
     olmo2,
     olmo3,
+    olmoe,
     phi,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     seed_oss,
@@ -36,6 +43,8 @@ FAMILIES: dict[str, Family] = {
     for module in (
         llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3, granite, phi3, gemma2, gemma3, olmo2, olmo3, seed_oss,
         exaone4, glm4, stablelm, starcoder2, phi, cohere2, ernie4_5, hunyuan_dense, nemotron, ministral3,
+        qwen2_moe, olmoe, glm4_moe, ernie4_5_moe, dots1,
+        granite_moe, granite_moe_shared,
     )
 }  # fmt: skip
 

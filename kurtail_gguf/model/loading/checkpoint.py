@@ -124,7 +124,7 @@ class Checkpoint:
     def _layer_files(self, index: int) -> dict[Path, list[str]]:
         """Full names of a layer's tensors by the file that holds them."""
         found: dict[Path, list[str]] = {}
-        for name in self.spec.layer_shapes():
+        for name in self.spec.at(index).layer_shapes():
             full = self.spec.layer_prefix(index) + name
             found.setdefault(self.files.by_tensor[full], []).append(full)
         return found
@@ -153,14 +153,15 @@ class Checkpoint:
         for name in spec.top_shapes():
             if not name.endswith(".bias") and not self._filled(name):
                 raise SourceError(f"{by_tensor[name]}: tensor {name} contains only zeros: download the file again")
-        prefixes, names = [spec.layer_prefix(layer) for layer in range(spec.layers)], tuple(spec.layer_shapes())
-        for prefix in prefixes:
+        for layer in range(spec.layers):
+            prefix, names = spec.layer_prefix(layer), tuple(spec.at(layer).layer_shapes())
             if not any(self._filled(prefix + name) for name in names):
                 raise SourceError(
                     f"{by_tensor[prefix + names[0]]}: all of {prefix.removesuffix('.')} is zeros: download the file again, "
                     "or remove the layer from the model if it is meant to do nothing"
                 )
-        if not any(self._filled(f"{prefix}{name}.weight") for prefix in prefixes for name in spec.linears):
+        linears = (spec.layer_prefix(layer) + name for layer in range(spec.layers) for name in spec.at(layer).linears)
+        if not any(self._filled(f"{name}.weight") for name in linears):
             raise SourceError(
                 f"{self.directory}: the linears of all {spec.layers} layers contain only zeros: download the model again"
             )
@@ -216,6 +217,8 @@ def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
     generation = directory / "generation_config.json"
     check_token_ids(_generation_config(generation), spec.vocab_size, generation)
     files = WeightFiles(directory, allow_pickle, () if raw["architectures"][0] == family.architecture else TEXT_PREFIXES)
+    if family.experts is not None and family.experts.fused:
+        files.split(family.experts.fused)
     saved = spec.tied and f"{family.head}.weight" in files.by_tensor
     _check_tensors(replace(spec, tied=False) if saved else spec, files, directory)
     checkpoint = Checkpoint(directory, config, spec, files)
@@ -316,8 +319,8 @@ def _check_tensors(spec: ModelSpec, files: WeightFiles, directory: Path) -> None
 def _expected(spec: ModelSpec, files: dict[str, Path], directory: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors by name. It ends at the first that is missing: a config may name any number of layers."""
     expected: dict[str, tuple[int, ...]] = {}
-    shapes = spec.layer_shapes()
-    layers = ((spec.layer_prefix(layer), shapes) for layer in range(spec.layers))
+    usual, dense = spec.layer_shapes(), spec.dense.layer_shapes() if spec.dense else {}
+    layers = ((spec.layer_prefix(layer), dense if layer in spec.dense_layers else usual) for layer in range(spec.layers))
     for prefix, part in chain([("", spec.top_shapes())], layers):
         for name, shape in part.items():
             if prefix + name not in files:

@@ -25,10 +25,15 @@ def module_weights(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> dict[st
     def stacked(name: str) -> torch.Tensor:
         return torch.stack([weights[f"{name.format(expert)}.weight"] for expert in range(spec.experts)])
 
-    own = {f"{name}.weight" for name in (*spec.ffn_readers, *spec.ffn_writers, names.router)}
-    rest = {name: tensor for name, tensor in weights.items() if name not in own}
+    linears = {*spec.ffn_readers, *spec.ffn_writers, names.router}.difference(() if names.module_shared else names.shared)
+    own = {f"{name}.weight" for name in linears}
+    renamed = {names.choice_bias: names.module_choice_bias} if names.module_choice_bias else {}
+    rest = {renamed.get(name, name): tensor for name, tensor in weights.items() if name not in own}
+    if names.module_shared:
+        gate, up, down = (weights[f"{name}.weight"] for name in names.shared)
+        rest |= {f"{name}.weight": tensor for name, tensor in zip(names.module_shared, (torch.cat([gate, up]), down), strict=True)}
     return rest | {
-        f"{names.block}.gate.weight": weights[f"{names.router}.weight"],
+        f"{names.module_router}.weight": weights[f"{names.router}.weight"],
         f"{names.block}.experts.gate_up_proj": torch.cat([stacked(names.gate), stacked(names.up)], dim=1),
         f"{names.block}.experts.down_proj": stacked(names.down),
     }

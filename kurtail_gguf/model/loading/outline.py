@@ -111,7 +111,7 @@ def _write(config: Mapping[str, Any], directory: Path) -> int:
     dtype = _stored_as(config)
     shards = {"top": dict(spec.top_shapes())}
     for layer in range(spec.layers):
-        shards[str(layer)] = {spec.layer_prefix(layer) + name: shape for name, shape in spec.layer_shapes().items()}
+        shards[str(layer)] = {spec.layer_prefix(layer) + name: shape for name, shape in spec.at(layer).layer_shapes().items()}
     weight_map = {}
     for name, shapes in shards.items():
         _write_hollow(directory / f"model-{name}.safetensors", shapes, *dtype)

@@ -78,7 +78,7 @@ class _Slice:
     def get_dtype(self) -> str:
         return _DTYPES.get(self._tensor.dtype, str(self._tensor.dtype))
 
-    def __getitem__(self, rows: slice) -> torch.Tensor:
+    def __getitem__(self, rows: slice | tuple[slice, ...]) -> torch.Tensor:
         return self._tensor[rows]
 
 

@@ -24,6 +24,10 @@ SIZES = {
     "num_local_experts": 4096,
     "num_experts": 4096,
     "num_experts_per_tok": 4096,
+    "n_routed_experts": 4096,
+    "moe_num_experts": 4096,
+    "moe_k": 4096,
+    "shared_expert_intermediate_size": 1 << 20,
 }
 #: Numbers that must be finite and above zero, and what they are at most.
 REALS = {
@@ -32,7 +36,7 @@ REALS = {
     "attn_logit_softcapping": 1e6, "final_logit_softcapping": 1e6, "layer_norm_eps": 1.0, "norm_eps": 1.0, "norm_epsilon": 1.0,
 }  # fmt: skip
 #: Keys that may be null, which means the architecture's default.
-_MAY_BE_NULL = frozenset({"num_key_value_heads", "head_dim", "sliding_window"})
+_MAY_BE_NULL = frozenset({"num_key_value_heads", "head_dim", "sliding_window", "n_routed_experts", "num_experts_per_tok"})
 #: Keys of the tokens that begin and end a text: an id, a list of them, or null for none.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id")
 #: Bytes of a JSON file, at most: an index of 100,000 tensors has 10 MB.
@@ -74,6 +78,8 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
         value = config.get(key, 1)
         if value is None and key in _MAY_BE_NULL:
             continue
+        if value == 0 and key == "sliding_window" and config.get("use_sliding_window") is False:
+            continue  # what transformers writes for none
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
             raise SourceError(f"{path}: {key} is {_shown(value)}, expected an integer from 1 to {limit}")
     for key, largest in REALS.items():

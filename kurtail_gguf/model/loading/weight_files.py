@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from kurtail_gguf.files.kinds import BOM, begins_with, refuse_pointer
 from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.model.loading.fused import Fused, Part, SplitReader, parts_of
 from kurtail_gguf.model.loading.pickled import PickledFile
 from kurtail_gguf.model.loading.untrusted import check_inside, read_json
 from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS
@@ -74,6 +75,7 @@ class WeightFiles:
         self._prefixes = prefixes
         self._pickles: dict[Path, PickledFile] = {}
         self._base = ""
+        self._parts: dict[str, Part] = {}
         found = _locate(directory, allow_pickle)
         if found.name.endswith(_INDEX):
             self.by_tensor = {self._renamed(name): path for name, path in _read_index(found).items()}
@@ -105,6 +107,17 @@ class WeightFiles:
                         "model, or save it again (save_pretrained)"
                     )
 
+    def split(self, fused: Fused) -> None:
+        """Give linears that files keep in one tensor one by one from now on, in their place."""
+        found = {}
+        for path in self._stamps:
+            with self.open(path) as file:
+                found |= {name: (part, path) for key in file.keys() for name, part in parts_of(key, file, fused)}
+        self._parts = {name: part for name, (part, _) in found.items()}
+        whole = {part.stored for part in self._parts.values()}
+        self.by_tensor = {name: path for name, path in self.by_tensor.items() if name not in whole}
+        self.by_tensor |= {name: path for name, (_, path) in found.items()}
+
     @property
     def stamps(self) -> Mapping[Path, tuple[int, int]]:
         """Size in bytes and time of change in ns of every file when it was first seen, in the order of their names."""
@@ -122,7 +135,8 @@ class WeightFiles:
             raise SourceError(
                 f"{path} was changed while it was being read: rerun the command when the checkpoint no longer changes"
             )
-        return _Renamed(file, self._renamed) if self._prefixes or self._base else file
+        file = _Renamed(file, self._renamed) if self._prefixes or self._base else file
+        return SplitReader(file, self._parts) if self._parts else file
 
     def _renamed(self, name: str) -> str:
         for stored, ours in self._prefixes:

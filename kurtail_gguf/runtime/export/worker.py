@@ -40,6 +40,8 @@ from kurtail_gguf.runtime.gguf_info import (
 #: Tables by the names of their files: what upstream's converter calls them.
 _TABLES = {"embed_tokens.npy": "model.embed_tokens.weight", "lm_head.npy": "lm_head.weight"}
 
+#: End of the name of what is added to scores where experts are chosen, and what upstream makes of that.
+_CHOICE_BIAS = ("e_score_correction_bias", "e_score_correction.bias")
 #: An expert's linear: what is before, the expert's number, what is after.
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 
@@ -138,7 +140,8 @@ def quantized_model_class(
         model_arch = base.model_arch
 
         def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Callable[[], torch.Tensor]]:
-            return {name: self._plain(name) for name in files.plain}
+            # a bias that is no linear's: upstream gives it another name where it reads a checkpoint
+            return {name.replace(*_CHOICE_BIAS): self._plain(name) for name in files.plain}
 
         def _plain(self, name: str) -> Callable[[], torch.Tensor]:
             def load() -> torch.Tensor:
@@ -305,9 +308,22 @@ def _model_class(source: Path) -> type:
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     base = conversion.get_model_class(architecture)
     # Mistral 3's is a shell around one of two others; that around Mistral 4's is for no model that is converted here
-    base = getattr(base, "Ministral3Model", base)
+    base = _without_prediction(getattr(base, "Ministral3Model", base))
     keys = source / UNPACKED_KEYS
     return _with_vocabulary(base, keys) if keys.is_file() else base
+
+
+def _without_prediction(base: type) -> type:
+    """A subclass of upstream's model class that leaves out what predicts further tokens, layers behind the model's own, where
+    upstream's writes it: it is not quantized, and the runtime's answers are the same without."""
+    if not getattr(base, "supports_mtp_export", False):
+        return base
+
+    class Without(base):  # type: ignore[misc, valid-type]
+        model_arch = base.model_arch
+        no_mtp = True
+
+    return Without
 
 
 def _with_vocabulary(base: type, keys: Path) -> type:

@@ -1,0 +1,30 @@
+"""GLM-4.5 and 4.6: Llama's layers, biases of q, k and v, RoPE on half of a head; the first layers with a FFN, the others with
+experts that a sigmoid scores, chosen by those scores and a bias, and one that all tokens go through."""
+
+from __future__ import annotations
+
+from kurtail_gguf.model.family import ExpertNames, Family
+
+FAMILY = Family(
+    architecture="Glm4MoeForCausalLM",
+    biased_by={"attention_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
+    variants={"use_qk_norm": {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}},
+    file_norms={"post_attention_layernorm": "post_attention_norm"},
+    experts=ExpertNames(
+        router="mlp.gate",
+        gate="mlp.experts.{}.gate_proj",
+        up="mlp.experts.{}.up_proj",
+        down="mlp.experts.{}.down_proj",
+        count="n_routed_experts",
+        used="num_experts_per_tok",
+        width="moe_intermediate_size",
+        scores="sigmoid",
+        choice_bias="mlp.gate.e_score_correction_bias",
+        normalized="norm_topk_prob",
+        share_factor="routed_scaling_factor",
+        shared=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj"),
+        shared_width=lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
+        dense=lambda config, layer: layer < config["first_k_dense_replace"],
+        required={"n_group": ((1,), "experts must be of one group")},
+    ),
+)

@@ -1,0 +1,32 @@
+"""OLMoE: Llama's layers with norms of all heads of q and k together, each layer a mixture of experts; shares are those of a softmax
+over all experts, as they come."""
+
+from __future__ import annotations
+
+from kurtail_gguf.model.family import ExpertNames, Family
+
+FAMILY = Family(
+    architecture="OlmoeForCausalLM",
+    whole_heads=True,
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+    wide_norms=True,
+    refused={
+        "attention_bias": "upstream's graph has no biases for OLMoE",
+        "clip_qkv": "upstream's graph does not clip queries, keys and values",
+        "tie_word_embeddings": "upstream's graph wants a head of its own for OLMoE",
+    },
+    experts=ExpertNames(
+        router="mlp.gate",
+        gate="mlp.experts.{}.gate_proj",
+        up="mlp.experts.{}.up_proj",
+        down="mlp.experts.{}.down_proj",
+        count="num_experts",
+        used="num_experts_per_tok",
+        width="intermediate_size",
+        normalized=False,
+        required={
+            "norm_topk_prob": ((False,), "the runtime's chosen experts have the shares that the softmax over all gives them"),
+        },
+    ),
+)
