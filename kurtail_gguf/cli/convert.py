@@ -201,7 +201,8 @@ def _cost(result: ConvertResult, peak_bytes: int) -> Iterator[str]:
     spent = format_seconds(sum(result.seconds.values()))
     yield f"took {spent} ({stages or 'no stage half a second'}); peak memory {_peak(result, peak_bytes)}"
     if not result.resumed:
-        seconds = result.seconds["rotations"] + result.seconds["quantize"]
+        # a conversion by itself has no rotations, and without weights to quantize not that either
+        seconds = sum(result.seconds.get(stage, 0.0) for stage in ("rotations", "quantize"))
         yield (
             f"rotations and {result.provenance.weights} together: {seconds / result.layers:.2f} s per layer, "
             f"{seconds / result.weights * 1e6:.2f} s per million weights"

@@ -41,7 +41,7 @@ def _cache(cache: CacheSize) -> str:
 
 
 def _lines(plan: Plan) -> Iterator[str]:
-    yield f"{plan.model}: {plan.architecture}, {plan.layers} layers, {plan.parameters / 1e9:.2f} billion weights; can be folded"
+    yield f"{plan.model}: {plan.architecture}, {plan.layers} layers, {plan.parameters / 1e9:.2f} billion weights; {plan.way}"
     for name, text in plan.rotations.items():
         yield f"  {name}: {text}"
     yield (

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from kurtail_gguf.convert.by_itself.conversion import convert_by_itself
+from kurtail_gguf.convert.by_itself.loading import by_itself
 from kurtail_gguf.convert.header import check_header
 from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.settings import ConvertConfig, ConvertResult
@@ -36,7 +38,7 @@ from kurtail_gguf.measure.outliers import check_matplotlib
 from kurtail_gguf.messages.errors import CalibrationError, KurtailError, QuantizeError, SourceError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.texts import check_texts, texts_sha256
-from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.model.loading.source import resolve_source
 from kurtail_gguf.runtime.export import start_converter
 from kurtail_gguf.runtime.provenance import TOOL
@@ -128,9 +130,12 @@ def _convert(
 ) -> ConvertResult:
     with clock.measure("source"):
         source = resolve_source(config.model, work_dir, progress, config.allow_pickle)
-        checkpoint = open_checkpoint(source, config.allow_pickle)
-        checkpoint.check_filled()
-        check_header(checkpoint, progress, converter)  # what the file cannot say is told now, not after an hour
+        checkpoint = None if by_itself(source) else _checked(source, config, converter, progress)
+    if checkpoint is None:
+        provenance, layers, weights, resumed = convert_by_itself(config, texts, source, work_dir, device, clock.measure, converter, progress)
+        return ConvertResult(
+            config.out, provenance, clock.seconds, layers, weights, resumed, clock.peak_bytes, None, str(device), clock.card_peak
+        )
     job = Job(config, checkpoint, device, work_dir, texts, converter)
     for stage in STAGES:
         if stage.wanted(job) and (reason := next(stage.refuse(job), None)):
@@ -149,6 +154,13 @@ def _convert(
         config.out, made.provenance, clock.seconds, job.spec.layers, weights, resumed, clock.peak_bytes, made.figures,
         str(device), clock.card_peak, made.cache.warning,
     )  # fmt: skip
+
+
+def _checked(source: Path, config: ConvertConfig, converter: Worker, progress: Progress) -> Checkpoint:
+    checkpoint = open_checkpoint(source, config.allow_pickle)
+    checkpoint.check_filled()
+    check_header(checkpoint, progress, converter)  # what the file cannot say is told now, not after an hour
+    return checkpoint
 
 
 def settings(job: Job) -> dict[str, object]:

@@ -16,6 +16,13 @@ from typing import Any
 
 import torch
 
+from kurtail_gguf.convert.by_itself.architectures import BY_ITSELF, OWN
+from kurtail_gguf.convert.by_itself.loading import by_itself
+from kurtail_gguf.convert.by_itself.plan import cache_values, outline_by_itself
+from kurtail_gguf.convert.by_itself.plan import disk as disk_by_itself
+from kurtail_gguf.convert.by_itself.plan import memory as memory_by_itself
+from kurtail_gguf.convert.by_itself.plan import room as room_by_itself
+from kurtail_gguf.convert.by_itself.plan import seconds as seconds_by_itself
 from kurtail_gguf.convert.cost import Cost, Estimate, Speed
 from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.settings import ConvertConfig
@@ -26,6 +33,7 @@ from kurtail_gguf.machine.memory import card_module, is_card, memory_available
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.model.loading.outline import Outline, outline
+from kurtail_gguf.numerics.formats.kt4 import BLOCK
 
 #: Tokens that the KV cache's size is told for.
 _CONTEXT = 8192
@@ -67,6 +75,7 @@ class Plan:
 
     ``memory`` is the host's; ``card`` is what lies on ``device``, nothing where that is the CPU. ``room`` is what each disk
     must have and has free, by "beside OUT" and, where those are others, "in the work directory" and the place of a cache.
+    ``way`` is how the architecture is converted: by an own entry, or by itself.
     """
 
     model: str
@@ -85,6 +94,7 @@ class Plan:
     device: str = "cpu"
     card: dict[str, int] = field(default_factory=dict)
     card_available: int = 0
+    way: str = OWN
 
     @property
     def peak_bytes(self) -> int:
@@ -111,6 +121,8 @@ def plan(config: ConvertConfig) -> Plan:
     with tempfile.TemporaryDirectory(prefix="kurtail-plan-") as scratch:
         source = outline(config.model, Path(scratch))
         try:
+            if by_itself(source.directory):
+                return _plan_by_itself(config, source)
             return _plan(config, source, open_checkpoint(source.directory, config.allow_pickle))
         except SourceError as error:
             # the directory stands for the model, and is gone when the message is read
@@ -149,6 +161,32 @@ def _plan(config: ConvertConfig, source: Outline, checkpoint: Checkpoint) -> Pla
         cost.disk, room, cost.seconds, _rotations(job), tuple(notes), tuple(refused), CacheSize.of(job.checkpoint, config),
         str(device), cost.card, on_card,
     )  # fmt: skip
+
+
+def _plan_by_itself(config: ConvertConfig, source: Outline) -> Plan:
+    device = pick_device(config.device)
+    model, found, notes, refused = outline_by_itself(config, source.directory)
+    memory, disk = memory_by_itself(config, found), disk_by_itself(config, found)
+    seconds = seconds_by_itself(config, found, Speed(_speed(torch.float32, device), _speed(torch.float64, device)))
+    needed, free = room_by_itself(config, sum(disk.values()))
+    available = memory_available(torch.device("cpu"))
+    if needed > free:
+        refused = (*refused, f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free beside OUT")
+    if (most := max(memory.values())) > available:
+        refused = (*refused, f"{most / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
+    rotations = {"Hadamard of inputs": f"{BLOCK}, online at {len(found.linears)} linears that read {len(found.sites)} inputs"}
+    return Plan(
+        config.model, model.architectures[0], found.count, found.parameters, memory, available, disk, {"beside OUT": (needed, free)},
+        seconds, rotations, notes, refused, _cache_by_itself(config, model), str(device), way=BY_ITSELF,
+    )  # fmt: skip
+
+
+def _cache_by_itself(config: ConvertConfig, model: Any) -> CacheSize:
+    values, kv = cache_values(model), config.cache_bits
+    bits = 16.0 if kv in ("auto", 16) else float(kv) + 0.5
+    context = min(_CONTEXT, getattr(model.get_text_config(), "max_position_embeddings", _CONTEXT) or _CONTEXT)
+    token = values * bits / 8
+    return CacheSize(str(kv), bits, token, context, context * token, 2 * context * values)
 
 
 def _fetching(source: Outline, estimate: Estimate) -> Cost:

@@ -54,6 +54,7 @@ class BindingsModel:
         vocabulary_only: load no weights; only tokenization works then.
         activations: one of :data:`kurtail_gguf.runtime.activation_bits.ACTIVATION_CHOICES`; None leaves it to the
             runtime's default, or to the environment.
+        watch: llama.h's ``cb_eval``, called for the tensors of the graph as they are computed.
 
     Raises:
         KurtailError: the runtime refuses the file; with what it logged.
@@ -67,7 +68,9 @@ class BindingsModel:
         cache: str = FILE,
         vocabulary_only: bool = False,
         activations: str | None = FILE_BITS,
+        watch: Callable[[int, bool, int], bool] | None = None,
     ) -> None:
+        self._watch = watch and llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(watch)
         self._exact_cache = exact_cache
         self._cache = cache
         self._errors: list[str] = []
@@ -151,6 +154,8 @@ class BindingsModel:
         params.n_ctx = tokens
         params.n_batch = min(tokens, _BATCH)
         params.n_threads = params.n_threads_batch = available_cpus()
+        if self._watch is not None:
+            params.cb_eval = self._watch
         if self._cache != FILE:
             params.type_k = params.type_v = getattr(llama_cpp, f"GGML_TYPE_{self._cache.upper()}")
         if self._exact_cache:

@@ -16,6 +16,7 @@ from kurtail_gguf.runtime.bindings import require_bindings
 from kurtail_gguf.runtime.cache_types import FILE
 
 _WORKER = "kurtail_gguf.runtime.logits_worker"
+_LAYERS_WORKER = "kurtail_gguf.runtime.layers_worker"
 
 
 def runtime_log_probabilities(
@@ -51,6 +52,28 @@ def runtime_log_probabilities(
         return np.load(out)
 
 
+def runtime_layers(path: Path, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], dict[int, npt.NDArray[np.float32]]]:
+    """What each layer leaves on the residual stream, and log-probabilities, keys and values cached in single precision.
+
+    Args:
+        path: GGUF file.
+        tokens: token ids, at most 512.
+
+    Returns:
+        Log-probabilities float32 ``[tokens, vocabulary]``, and outputs float32 ``[tokens, hidden]`` by the layers' numbers, as
+        far as the architecture's graph names them.
+
+    Raises:
+        KurtailError: no bindings, a file that the runtime refuses, logits that are not finite.
+    """
+    require_bindings()
+    with tempfile.TemporaryDirectory(prefix="kurtail-layers-") as directory:
+        out = Path(directory) / "layers.npz"
+        _run(path, {"tokens": list(map(int, tokens)), "out": str(out)}, _LAYERS_WORKER)
+        with np.load(out) as found:
+            return found["said"], {int(name): found[name] for name in found.files if name != "said"}
+
+
 def mean_divergence(right: npt.NDArray[np.floating], found: npt.NDArray[np.floating]) -> float:
     """Mean over positions of the Kullback-Leibler divergence of ``found`` from ``right``, in nats.
 
@@ -73,8 +96,8 @@ def runtime_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
     return _run(path, request)
 
 
-def _run(path: Path, request: dict) -> list[list[int]]:
+def _run(path: Path, request: dict, worker: str = _WORKER) -> list[list[int]]:
     try:
-        return vendored.run(_WORKER, {**request, "path": str(path.resolve())})
+        return vendored.run(worker, {**request, "path": str(path.resolve())})
     except vendored.WorkerError as error:
         raise KurtailError(f"{path}: {error}") from None

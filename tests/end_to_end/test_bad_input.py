@@ -166,7 +166,7 @@ def test_code_beside_a_tokenizer_is_not_run(refused, damaged, tmp_path):
 
 def test_an_architecture_that_is_not_supported(refused, damaged):
     config = json.loads((damaged / "config.json").read_text(encoding="utf-8"))
-    config |= {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    config |= {"architectures": ["MambaForCausalLM"]}
     (damaged / "config.json").write_text(json.dumps(config), encoding="utf-8")
     line = refused(damaged)
     assert "MambaForCausalLM" in line and "LlamaForCausalLM" in line

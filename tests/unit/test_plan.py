@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from click.testing import CliRunner
-from transformers import LlamaConfig
+from transformers import ArceeConfig, LlamaConfig
 
 from kurtail_gguf.cli.main import commands
 from kurtail_gguf.convert import cost
@@ -274,8 +274,20 @@ def test_what_cannot_be_planned_is_one_line(tiny_checkpoint, tmp_path):
     model = tiny_checkpoint("mistral")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
-    with pytest.raises(UnsupportedArchitecture, match="supported: "):
+    with pytest.raises(UnsupportedArchitecture, match="MambaForCausalLM: transformers has MistralForCausalLM for model_type mistral"):
         plan(ConvertConfig(str(model), tmp_path / "o.gguf"))
+
+
+def test_a_model_without_an_entry_is_planned_by_itself(tmp_path, room):
+    room(16 * GIB, 16 * GIB)
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    config = ArceeConfig(**sizes, architectures=["ArceeForCausalLM"])
+    config.save_pretrained(tmp_path)
+    found = plan(ConvertConfig(str(tmp_path), tmp_path / "o.gguf"))
+    assert (found.way, found.layers, found.refused) == ("by itself", 2, ())
+    assert found.rotations == {"Hadamard of inputs": "64, online at 12 linears that read 8 inputs"}
+    refused = plan(ConvertConfig(str(tmp_path), tmp_path / "o.gguf", rotation="hadamard", tune=4)).refused
+    assert [line.split(" is not")[0] for line in refused] == ["--rotation hadamard", "--tune 4"]
 
 
 def test_a_window_below_the_calibrations_length(tiny_checkpoint, tmp_path, room):

@@ -57,6 +57,11 @@ WRAPPERS: dict[tuple[str, str], Family] = {
 TEXT_PREFIXES = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.lm_head.", "lm_head."))
 
 
+def has_entry(architecture: str, text_type: str = "") -> bool:
+    """Whether a family describes a config's ``architectures`` entry, or its text, of ``model_type`` ``text_type``."""
+    return (architecture, text_type) in WRAPPERS or architecture in FAMILIES
+
+
 def find_family(architecture: str, text_type: str = "") -> Family:
     """The family of a config's ``architectures`` entry; that of its text, of ``model_type`` ``text_type``, where it is more.
 

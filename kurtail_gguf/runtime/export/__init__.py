@@ -14,6 +14,7 @@ from kurtail_gguf.runtime.export.writer import (
     read_header,
     start_converter,
     write_adapter,
+    write_by_itself,
     write_gguf,
 )  # fmt: skip
 from kurtail_gguf.runtime.gguf_info import GgufError, GgufInfo, TensorInfo, read_gguf
@@ -30,5 +31,6 @@ __all__ = [
     "read_header",
     "start_converter",
     "write_adapter",
+    "write_by_itself",
     "write_gguf",
 ]

@@ -25,17 +25,12 @@ from kurtail_gguf.files.row_file import RowFile
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.numerics.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.runtime import ggml, vendored
+from kurtail_gguf.runtime.export.by_itself_model import by_itself_class
 from kurtail_gguf.runtime.export.card import usable_card
 from kurtail_gguf.runtime.export.header_worker import copy_key
-from kurtail_gguf.runtime.gguf_info import (
-    HADAMARD,
-    K_OFFSET,
-    ONLINE_KIND,
-    ONLINE_NAME,
-    ONLINE_SIZE,
-    PROVENANCE_KEYS,
-    UNPACKED_KEYS,
-)  # fmt: skip
+from kurtail_gguf.runtime.export.keys import add_key, add_online, add_provenance
+from kurtail_gguf.runtime.export.rows import RowsToWrite
+from kurtail_gguf.runtime.gguf_info import K_OFFSET, UNPACKED_KEYS
 
 #: Tables by the names of their files: what upstream's converter calls them.
 _TABLES = {"embed_tokens.npy": "model.embed_tokens.weight", "lm_head.npy": "lm_head.weight"}
@@ -49,31 +44,6 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
 _CHUNK_BYTES = 64 << 20
 
 Send = Callable[[dict[str, Any]], None]
-
-
-class RowsToWrite:
-    """Packed rows that the writer asks for when their turn comes; what it expects of an ndarray.
-
-    Args:
-        shape: of the bytes, ``[rows, row_bytes]``, or with experts in front.
-        chunks: yields consecutive uint8 row chunks.
-        done: called once everything is written.
-    """
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, shape: tuple[int, ...], chunks: Callable[[], Iterator[np.ndarray]], done: Callable[[], None]):
-        self.shape = shape
-        self.nbytes = math.prod(shape)
-        self._chunks = chunks
-        self._done = done
-
-    def tofile(self, file: Any) -> None:
-        """Write all rows to a binary file. The writer checks the count afterwards."""
-        for chunk in self._chunks():
-            # file.write and not ndarray.tofile: only the former's OSError says why it failed
-            file.write(memoryview(np.ascontiguousarray(chunk)).cast("B"))
-        self._done()
 
 
 class QuantizedFiles:
@@ -201,29 +171,16 @@ def quantized_model_class(
 
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
-            for field, key, kind in PROVENANCE_KEYS:
-                self._add_key(key, provenance[field], kind)
+            add_provenance(self.gguf_writer, provenance)
             if k_offset is not None:
-                self._add_key(K_OFFSET, k_offset, "float32[]")
-            if request["online"] and provenance["target"] == "kurtail":
-                self._add_key(ONLINE_NAME, list(request["online"]), "string[]")
-                self._add_key(ONLINE_KIND, [HADAMARD] * len(request["online"]), "string[]")
-                self._add_key(ONLINE_SIZE, list(request["online"].values()), "uint32[]")
+                add_key(self.gguf_writer, K_OFFSET, k_offset, "float32[]")
+            if provenance["target"] == "kurtail":
+                add_online(self.gguf_writer, request["online"])
             listed = files.expert_groups() if provenance["activation_bits"] == 8 else eight_bit
             if provenance["target"] == "kurtail" and listed:
                 # upstream's own keys for what a backend may not round to 4 bits
                 names = sorted(self.map_tensor_name(name) for name in listed)
                 self.gguf_writer.add_tensor_extra_prec_a4(names, [False] * len(names))
-
-        def _add_key(self, key: str, value: Any, kind: str) -> None:
-            element = gguf.GGUFValueType[kind.removesuffix("[]").upper()]
-            if value is None:
-                return  # not known
-            if kind.endswith("[]"):
-                self.gguf_writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, element)
-            else:
-                # not add_string and so on: those leave out empty strings
-                self.gguf_writer.add_key_value(key, value, element)
 
     return Quantized
 
@@ -240,6 +197,23 @@ def write_quantized(request: dict[str, Any], send: Send) -> None:
     # upstream numbers a file's type as its tensors' for both of ours, and for float32
     file_type = 0 if provenance["weights"] == "f32" else BLOCK_FORMATS[provenance["target"]].type_id
     _write(model_class(source, gguf.LlamaFileType(file_type), out), source, out)
+
+
+def write_by_itself(request: dict[str, Any], send: Send) -> dict[str, str]:
+    """Write ``out`` from ``source`` by upstream's converter, but for the linears that the request names.
+
+    Returns:
+        The linears, by their names below the layers' list, of the file's tensors that were listed.
+    """
+    source, out = Path(request["source"]), Path(request["out"])
+    base, rounded = _model_class(source), request["packed"] is not None
+    made: dict[str, str] = {}
+    model_class = by_itself_class(base, request, ggml.GgmlBase(), made, send)
+    model = model_class(source, gguf.LlamaFileType.ALL_F32, out)
+    if rounded and (widest := _widest_matrix_type(model)) is not gguf.LlamaFileType.ALL_F32:
+        model = model_class(source, widest, out)
+    _write(model, source, out)
+    return made
 
 
 def write_reference(request: dict[str, Any], send: Send) -> None:
@@ -367,6 +341,7 @@ def _write(model: Any, source: Path, out: Path) -> None:
 
 _TASKS = {
     "quantized": write_quantized,
+    "by itself": write_by_itself,
     "reference": write_reference,
     "metadata": write_metadata,
 }

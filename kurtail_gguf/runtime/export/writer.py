@@ -115,6 +115,53 @@ def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
         _run(request, f"cannot write {out}")
 
 
+def write_by_itself(
+    source: Path,
+    linears: Mapping[str, bool],
+    packed: Path | None,
+    out: Path,
+    provenance: Provenance,
+    progress: Progress,
+    check: Callable[[Path], None] = lambda path: None,
+    converter: vendored.Worker | None = None,
+) -> dict[str, str]:
+    """Write a model that no family describes as a GGUF file, the inputs of its linears transformed at run time.
+
+    Args:
+        source: the HF directory.
+        linears: by the names of their weights from the list of layers on, whether these are ``[in, out]``.
+        packed: directory of their rows, a safetensors file ``NAME.safetensors`` with uint8 ``rows`` each, of the transformed
+            weight in the order of the checkpoint's rows; None for a file of float32.
+        out: the file to write; an existing one is replaced.
+        provenance: the ``kurtail.*`` keys.
+        progress: one stage, a unit a linear.
+        check: called with the finished file before it becomes ``out``; what it raises leaves no file behind.
+        converter: one that runs already; None starts one.
+
+    Returns:
+        The linears by the file's tensors. Those that are not among them stay as upstream's converter writes them: it made
+        something of their values that is not known.
+
+    Raises:
+        ExportError: a full disk, no permission, a model or tokenizer that upstream's converter does not know.
+    """
+    request = {
+        "task": "by itself",
+        "source": str(source.resolve()),
+        "linears": dict(linears),
+        "packed": None if packed is None else str(packed.resolve()),
+        "provenance": asdict(provenance),
+    }
+    with progress.stage("export", len(linears)) as stage, _whole_or_not_at_all(out) as beside:
+
+        def on_message(message: dict[str, Any]) -> None:
+            stage.advance(1, message["tensor"])
+
+        made = _run({**request, "out": str(beside)}, f"cannot write {out}", on_message, converter)
+        check(beside)
+    return made
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What upstream's converter writes for an HF directory, without the model's tensors.

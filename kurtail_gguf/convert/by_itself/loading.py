@@ -1,0 +1,91 @@
+"""transformers' model of a directory, whole and in single precision."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kurtail_gguf.messages.errors import SourceError
+from kurtail_gguf.model.families.registry import has_entry
+from kurtail_gguf.model.loading.untrusted import check_sizes, read_json
+from kurtail_gguf.runtime import native
+
+#: The name in upstream's converter of its table of architectures that write text.
+_TABLE = "TEXT_MODEL_MAP"
+
+
+def by_itself(directory: Path) -> bool:
+    """Whether an HF directory's architecture is one that no family describes."""
+    raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
+    architectures, text = raw.get("architectures"), raw.get("text_config")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        return False
+    return not has_entry(str(architectures[0]), str(text.get("model_type")) if isinstance(text, dict) else "")
+
+
+def load_config(directory: Path) -> Any:
+    """transformers' configuration of an HF directory.
+
+    Raises:
+        SourceError: transformers refuses it, or it quantizes already.
+    """
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    raw = read_json(path, remedy="MODEL must be a directory that holds config.json")
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, dict):
+            check_sizes(part, path)  # transformers makes lists as long as the layers are many
+    if raw.get("quantization_config"):
+        raise SourceError(f"{path}: quantization_config cannot be converted: start from the unquantized checkpoint")
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers makes of a bad config, it is the config's fault
+        raise SourceError(f"{path}: transformers refuses it: {error}") from error
+
+
+def load_model(directory: Path, allow_pickle: bool, device: torch.device) -> nn.Module:
+    """The model with its weights in float32.
+
+    Raises:
+        SourceError: a tensor is missing, or holds NaN or infinite weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+            use_safetensors=None if allow_pickle else True,
+        )  # fmt: skip
+    except Exception as error:  # whatever transformers makes of a damaged checkpoint
+        raise SourceError(f"{directory}: transformers cannot load it: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if found := sorted(map(str, told.get(kind, ()))):
+            raise SourceError(f"{directory}: tensor {found[0]} is missing or has another shape ({len(found)} in all)")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise SourceError(f"{directory}: tensor {name} holds NaN or infinite weights: the checkpoint is damaged")
+    return model.requires_grad_(False).eval().to(device)
+
+
+def fingerprint(directory: Path) -> str:
+    """Hex digest of config.json and of every weight file's name, size and time of change."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted((*directory.glob("*.safetensors"), *directory.glob("*.bin"))):
+        found = path.stat()
+        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def upstreams_architectures() -> tuple[str, ...]:
+    """The architectures that the pinned upstream's converter has for text."""
+    tree = ast.parse((native.python_dir() / "conversion" / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == _TABLE:
+            return tuple(ast.literal_eval(node.value))
+    raise RuntimeError(f"upstream's converter has no {_TABLE}")
