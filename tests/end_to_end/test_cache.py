@@ -20,8 +20,8 @@ from kurtail_gguf.runtime.gguf_info import K_OFFSET, read_gguf
 from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 #: Families whose keys can have them, by what makes them.
-BIASED = ("llama-biases", "qwen2", "seed-oss", "glm4", "stablelm", "starcoder2", "phi")
-GAINED = ("qwen3", "qwen3-moe", "gemma3", "olmo2", "olmo3", "exaone4", "hunyuan")
+BIASED = ("llama-biases", "qwen2", "seed-oss", "glm4", "stablelm", "starcoder2", "phi", "qwen2-moe", "glm4-moe")
+GAINED = ("qwen3", "qwen3-moe", "gemma3", "olmo2", "olmo3", "exaone4", "hunyuan", "olmoe", "glm4-moe-norms", "dots1")
 #: Upstream's converter knows the SentencePiece vocabulary of these only.
 WITH_SENTENCEPIECE = ("llama-biases", "qwen2", "qwen3", "gemma3")
 TOKENS = [[1, *np.random.default_rng(5).integers(3, 320, 100).tolist()]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from collections import defaultdict
 
 import pytest
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -25,9 +26,17 @@ ALWAYS = {
 }  # fmt: skip
 #: What a family's own check compares with the runtime's constants, or upstream's converter writes for it by itself.
 OWN = {
-    "Qwen3MoeForCausalLM": {"num_experts"},  # num_local_experts by its released name
+    # the number of experts by other names
+    "Qwen3MoeForCausalLM": {"num_experts"},
+    "OlmoeForCausalLM": {"num_local_experts"},
+    "Ernie4_5_MoeForCausalLM": {"num_experts", "num_experts_per_tok"},
+    # all groups are chosen where there is one
+    "Glm4MoeForCausalLM": {"num_local_experts", "topk_group"},
+    "Dots1ForCausalLM": {"num_local_experts", "topk_group"},
     "SmolLM3ForCausalLM": {"layer_types", "no_rope_layers", "sliding_window"},
     "GraniteForCausalLM": {"attention_multiplier"},
+    "GraniteMoeForCausalLM": {"attention_multiplier"},
+    "GraniteMoeSharedForCausalLM": {"attention_multiplier"},
     "Gemma2ForCausalLM": {"query_pre_attn_scalar"},
     "Gemma3ForCausalLM": {
         "query_pre_attn_scalar",
@@ -38,6 +47,13 @@ OWN = {
 }
 
 
+class _Read(defaultdict[str, int]):
+    """A config that keeps what it was asked for, and answers 1."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: 1)
+
+
 def understood(family: Family) -> set[str]:
     """Fields that a family's description names."""
     keys = {
@@ -45,8 +61,14 @@ def understood(family: Family) -> set[str]:
         family.logit_factor, family.attention_cap, family.logit_cap,
     }  # fmt: skip
     keys |= {*(family.biased_by or ()), *(family.refused or ()), *(family.variants or ())}
-    if family.experts is not None:
-        keys |= {family.experts.count, family.experts.used, family.experts.width, *(family.experts.required or ())}
+    if (experts := family.experts) is not None:
+        keys |= {experts.count, experts.used, experts.width, experts.normalized, experts.share_factor, *(experts.required or ())}
+        config = _Read()
+        if experts.shared_width:
+            experts.shared_width(config)
+        if experts.dense:
+            experts.dense(config, 1)
+        keys |= config.keys()
     if family.windows or family.window_of:
         keys.add("sliding_window")
     if family.windows or family.window_of == "layers":

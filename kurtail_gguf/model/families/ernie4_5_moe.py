@@ -29,5 +29,6 @@ FAMILY = replace(
             not config["moe_layer_start_index"] <= layer <= config["moe_layer_end_index"]
             or (layer + 1) % config["moe_layer_interval"] != 0
         ),
+        required={"moe_norm_min": ((1e-12, None), "shares of the chosen experts are divided by their sum, however small")},
     ),
 )

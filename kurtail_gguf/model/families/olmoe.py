@@ -13,6 +13,7 @@ FAMILY = Family(
     wide_norms=True,
     refused={
         "attention_bias": "upstream's graph has no biases for OLMoE",
+        "sliding_window": "upstream's graph attends to everything for OLMoE",
         "clip_qkv": "upstream's graph does not clip queries, keys and values",
         "tie_word_embeddings": "upstream's graph wants a head of its own for OLMoE",
     },
