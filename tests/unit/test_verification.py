@@ -56,7 +56,7 @@ def test_a_bad_cache_differs_with_the_remedy(checks, floor):
     found, _ = checks(FOUR, {"file": floor + 0.9 * CACHE_COST, "f16": floor})
     found.cache()
     found, _ = checks(FOUR, {"file": floor + 1.1 * CACHE_COST, "f16": floor})
-    with pytest.raises(Differs, match=r"own cache \(KV4\+8\) harms .*convert the model again, or run the file with -ctk q8_0"):
+    with pytest.raises(Differs, match=r"own cache \(KV4\+8\) changes its predictions: .*convert the model again, or run the file with -ctk q8_0"):
         found.cache()
 
 
