@@ -36,10 +36,6 @@ def outliers(tiny_spm, tiny_bpe, with_tokenizer, tmp_path):
     def make(kind: str) -> Path:
         made = with_tokenizer(kind, *((tiny_spm, 400) if kind in WITH_SENTENCEPIECE else (tiny_bpe, 49152)))
         model = shutil.copytree(made, tmp_path / "model")
-        if kind == "glm4":
-            # upstream's converter ends turns by this token
-            for path in model.glob("tokenizer*.json"):
-                path.write_text(path.read_text(encoding="utf-8").replace("<repo_name>", "<|user|>"), encoding="utf-8")
         path = model / "model.safetensors"
         tensors = load_file(path)
         config = AutoConfig.from_pretrained(model)
