@@ -24,6 +24,7 @@ from kurtail_gguf.method.calibration.prose import prose_tokens
 from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, load_tokenizer
 from kurtail_gguf.model.by_itself import FoundLayers, FoundLinear, find_layers
 from kurtail_gguf.runtime.export import write_by_itself
+from kurtail_gguf.runtime.gguf_info import read_gguf
 from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 from kurtail_gguf.runtime.programs import check_loads
 from kurtail_gguf.runtime.provenance import TOOL, UNROUNDED_BITS, UNROUNDED_KV_BITS, Provenance
@@ -79,7 +80,7 @@ def convert_by_itself(
             raise UnsupportedArchitecture(
                 f"{source}: upstream's converter makes something else of every linear that was found: none can be quantized"
             )
-        tokens = _text(tokenizer, model)
+        tokens = _text(tokenizer, model, unrounded)
         proof = prove(unrounded, model, tokens)
         progress.tell(f"proven: unquantized, the runtime differs by up to {proof.difference:.1e} from transformers")
         for note in (*filter(None, [proof.note]), *notes(found, linears), *beyond(model.config.get_text_config())):
@@ -177,8 +178,11 @@ def _settings(config: ConvertConfig, texts: dict[str, str], source: Path, device
     }  # fmt: skip
 
 
-def _text(tokenizer: Any, model: nn.Module) -> npt.NDArray[np.int32]:
+def _text(tokenizer: Any, model: nn.Module, file: Path) -> npt.NDArray[np.int32]:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
+    # what the file says, and the runtime goes by, may be less: BLOOM's configuration has no context
+    info = read_gguf(file)
+    context = min(context, info.metadata.get(f"{info.architecture}.context_length", TOKENS))
     tokens = prose_tokens(tokenizer, min(TOKENS, context))[0]
     return tokens[tokens < model.get_input_embeddings().weight.shape[0]]
 
