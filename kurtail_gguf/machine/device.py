@@ -32,16 +32,3 @@ def pick_device(device: str) -> torch.device:
     if (chosen.index or 0) >= cards:
         raise KurtailError(f"--device {device}: torch sees {cards} CUDA device{'s' if cards > 1 else ''}, counted from cuda:0")
     return chosen
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it several times as fast as single precision, else that.
-
-    On CPUs those with AVX512-BF16 or AMX (Zen 4: 470 and 105 GFLOP/s a core); without them torch imitates it, slowly.
-    """
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that is supported
-        fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.bfloat16 if fast else torch.float32

@@ -20,7 +20,9 @@ from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.method.calibration.capture import capture
 from kurtail_gguf.method.rotation import choice as rotation_choice
+from kurtail_gguf.method.tuning import layer_files
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.precision import forward_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +38,8 @@ def on(monkeypatch, exported, plain_embedding, text):
     for learn in ("learn_r1", "learn_r1_by_output_error", "learn_r2", "learn_spinquant"):
         original = getattr(rotation_choice, learn)
         monkeypatch.setattr(rotation_choice, learn, lambda *a, original=original: original(*a, steps=3))
+    # single precision on both devices, whether or not this machine's CPU tunes in bfloat16
+    monkeypatch.setattr(layer_files, "tuning_dtype", forward_dtype)
 
     def convert(device: torch.device, model: Path, directory: Path, **changes):
         gc.collect()

@@ -14,7 +14,6 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from kurtail_gguf.files.atomic import filling, publish
-from kurtail_gguf.machine.device import product_dtype
 from kurtail_gguf.machine.memory import memory_available
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.fold.tables import EmbeddingRows, read_ending, read_head
@@ -23,6 +22,7 @@ from kurtail_gguf.method.tuning.student import QuantizedLayer, Rounded, Student
 from kurtail_gguf.method.tuning.teacher import Teacher, run_teacher
 from kurtail_gguf.model.ending import Ending
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
+from kurtail_gguf.model.precision import tuning_dtype
 from kurtail_gguf.model.spec import ModelSpec
 from kurtail_gguf.numerics.formats.targets import BlockFormat
 from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
@@ -110,7 +110,7 @@ def tune(
     scratch.mkdir(exist_ok=True)
     teacher = open_teacher(checkpoint, ids, scratch / "teacher.npy", device, progress)
     student, outside = open_student(
-        checkpoint, quantized, block_format, rounding, device, ids.shape[1], products=product_dtype(device)
+        checkpoint, quantized, block_format, rounding, device, ids.shape[1], products=tuning_dtype(device)
     )
     scales = tune_scales(student, teacher, outside, ids, steps, scratch / "state.safetensors", device, progress)
     with filling(target) as directory:

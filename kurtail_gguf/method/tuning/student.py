@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
+from kurtail_gguf.model.precision import narrow_inside
 from kurtail_gguf.model.runner import LayerRunner
-from kurtail_gguf.numerics.simulation.hooks import multiply_in, round_input
+from kurtail_gguf.numerics.simulation.hooks import round_input
 from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 from kurtail_gguf.numerics.simulation.straight_through import round_through
 
@@ -83,7 +84,7 @@ class Student:
                 weight = f"{checkpoint.spec.layer_prefix(layer)}{name}.weight"
                 round_input(module.get_submodule(name), self._rounds(weight), rounding.online_of(kind))
                 if self._products[name] != torch.float32:
-                    multiply_in(module.get_submodule(name), self._products[name])
+                    narrow_inside(module.get_submodule(name), self._products[name])
 
     @property
     def scales(self) -> list[dict[str, Tensor]]:

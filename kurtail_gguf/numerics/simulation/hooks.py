@@ -32,15 +32,6 @@ def round_input(linear: nn.Module, rounded: Callable[[Tensor], Tensor], online: 
     return linear.register_forward_pre_hook(hook)
 
 
-def multiply_in(linear: nn.Module, dtype: torch.dtype) -> None:
-    """Let a linear without a bias, whose weight is given as ``dtype``, take single precision and give it back.
-
-    Called after :func:`round_input`, whose result is what is narrowed.
-    """
-    linear.register_forward_pre_hook(lambda _module, inputs: (inputs[0].to(dtype),))
-    linear.register_forward_hook(lambda _module, _inputs, output: output.float())
-
-
 def empty_model(config: Any, cache: CacheSettings | None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """transformers' model of a config without any storage, on the meta device.
 
