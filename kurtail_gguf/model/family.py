@@ -47,13 +47,13 @@ class ExpertNames:
         required: config key -> values that it must have, and why.
     """
 
-    router: str
-    gate: str
-    up: str
-    down: str
     count: str
-    used: str
     width: str
+    used: str = "num_experts_per_tok"
+    router: str = "mlp.gate"
+    gate: str = "mlp.experts.{}.gate_proj"
+    up: str = "mlp.experts.{}.up_proj"
+    down: str = "mlp.experts.{}.down_proj"
     scores: str = "softmax"
     choice_bias: str = ""
     choice_bias_row: bool = False

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kurtail_gguf.model.families.ernie4_5 import FAMILY as ERNIE4_5
+from kurtail_gguf.model.families.glm4_moe import FAMILY as GLM4_MOE
 from kurtail_gguf.model.family import ExpertNames
 
 FAMILY = replace(
@@ -13,17 +14,13 @@ FAMILY = replace(
     architecture="Ernie4_5_MoeForCausalLM",
     refused={"use_bias": "upstream's graph has no biases in the FFN for ERNIE 4.5"},
     experts=ExpertNames(
-        router="mlp.gate",
-        gate="mlp.experts.{}.gate_proj",
-        up="mlp.experts.{}.up_proj",
-        down="mlp.experts.{}.down_proj",
         count="moe_num_experts",
         used="moe_k",
         width="moe_intermediate_size",
         choice_bias="mlp.moe_statics.e_score_correction_bias",
         choice_bias_row=True,
         module_choice_bias="mlp.gate.moe_statics.e_score_correction_bias",
-        shared=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj"),
+        shared=GLM4_MOE.experts.shared,
         shared_width=lambda config: config["moe_intermediate_size"] * config["moe_num_shared_experts"],
         dense=lambda config, layer: (
             not config["moe_layer_start_index"] <= layer <= config["moe_layer_end_index"]

@@ -27,7 +27,6 @@ FAMILY = replace(
             "block_sparse_moe.output_linear.weight": ("block_sparse_moe.experts.{}.w2.weight",),
         },
         count="num_local_experts",
-        used="num_experts_per_tok",
         width="intermediate_size",
     ),
 )  # fmt: skip

@@ -17,7 +17,6 @@ FAMILY = replace(
         up="block_sparse_moe.experts.{}.w3",
         down="block_sparse_moe.experts.{}.w2",
         count="num_local_experts",
-        used="num_experts_per_tok",
         width="intermediate_size",
     ),
 )

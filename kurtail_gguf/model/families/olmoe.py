@@ -3,6 +3,7 @@ over all experts, as they come."""
 
 from __future__ import annotations
 
+from kurtail_gguf.model.families.qwen2_moe import SHARES_AS_THEY_COME
 from kurtail_gguf.model.family import ExpertNames, Family
 
 FAMILY = Family(
@@ -18,16 +19,9 @@ FAMILY = Family(
         "tie_word_embeddings": "upstream's graph wants a head of its own for OLMoE",
     },
     experts=ExpertNames(
-        router="mlp.gate",
-        gate="mlp.experts.{}.gate_proj",
-        up="mlp.experts.{}.up_proj",
-        down="mlp.experts.{}.down_proj",
         count="num_experts",
-        used="num_experts_per_tok",
         width="intermediate_size",
         normalized=False,
-        required={
-            "norm_topk_prob": ((False,), "the runtime's chosen experts have the shares that the softmax over all gives them"),
-        },
+        required=SHARES_AS_THEY_COME,
     ),
 )

@@ -6,7 +6,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kurtail_gguf.model.families.qwen2 import FAMILY as QWEN2
+from kurtail_gguf.model.families.qwen3_moe import FAMILY as QWEN3_MOE
 from kurtail_gguf.model.family import ExpertNames
+
+#: What ``normalized=False`` needs where config.json can say otherwise.
+SHARES_AS_THEY_COME = {
+    "norm_topk_prob": ((False,), "the runtime's chosen experts have the shares that the softmax over all gives them"),
+}
 
 FAMILY = replace(
     QWEN2,
@@ -15,21 +21,12 @@ FAMILY = replace(
     biased_by={"qkv_bias": QWEN2.always_biased},
     refused={"tie_word_embeddings": "upstream's graph wants a head of its own for Qwen2-MoE"},
     experts=ExpertNames(
-        router="mlp.gate",
-        gate="mlp.experts.{}.gate_proj",
-        up="mlp.experts.{}.up_proj",
-        down="mlp.experts.{}.down_proj",
         count="num_experts",
-        used="num_experts_per_tok",
         width="moe_intermediate_size",
         normalized=False,
         shared=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"),
         shared_width=lambda config: config["shared_expert_intermediate_size"],
         shared_gate="mlp.shared_expert_gate",
-        required={
-            "norm_topk_prob": ((False,), "the runtime's chosen experts have the shares that the softmax over all gives them"),
-            "decoder_sparse_step": ((1,), "every layer must be a mixture of experts"),
-            "mlp_only_layers": (([], None), "every layer must be a mixture of experts"),
-        },
+        required=dict(QWEN3_MOE.experts.required) | SHARES_AS_THEY_COME,
     ),
 )

@@ -12,12 +12,7 @@ FAMILY = replace(
     architecture="Qwen3MoeForCausalLM",
     window_of="all",
     experts=ExpertNames(
-        router="mlp.gate",
-        gate="mlp.experts.{}.gate_proj",
-        up="mlp.experts.{}.up_proj",
-        down="mlp.experts.{}.down_proj",
         count="num_local_experts",  # transformers reads the released num_experts as this
-        used="num_experts_per_tok",
         width="moe_intermediate_size",
         required={
             "norm_topk_prob": ((True,), "in the runtime the weights of the chosen experts always add up to 1"),
