@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from kurtail_gguf.convert.by_itself.loading import by_itself
 from kurtail_gguf.convert.by_itself.plan import cache_values, outline_by_itself
 from kurtail_gguf.convert.by_itself.plan import disk as disk_by_itself
 from kurtail_gguf.convert.by_itself.plan import memory as memory_by_itself
-from kurtail_gguf.convert.by_itself.plan import room as room_by_itself
 from kurtail_gguf.convert.by_itself.plan import seconds as seconds_by_itself
 from kurtail_gguf.convert.cost import Cost, Estimate, Speed
 from kurtail_gguf.convert.job import Job, Made
@@ -142,13 +142,8 @@ def _plan(config: ConvertConfig, source: Outline, checkpoint: Checkpoint) -> Pla
             refused += reasons
             cost |= Cost() if reasons else stage.cost(estimate)
     room = _room(config, cost.disk, fetched, source.cache)
-    refused += [
-        f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free {where}"
-        for where, (needed, free) in room.items() if needed > free
-    ]  # fmt: skip
     available = memory_available(torch.device("cpu"))
-    if (most := max(cost.memory.values())) > available:
-        refused.append(f"{most / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
+    refused += _lacking(room, cost.memory, available)
     on_card = memory_available(device) if cost.card else 0
     if cost.card and (most := max(cost.card.values())) > on_card:
         refused.append(f"{most / 1e9:.1f} GB of {device}'s memory are needed, {on_card / 1e9:.1f} GB are free there")
@@ -168,15 +163,11 @@ def _plan_by_itself(config: ConvertConfig, source: Outline) -> Plan:
     model, found, notes, refused = outline_by_itself(config, source.directory)
     memory, disk = memory_by_itself(config, found), disk_by_itself(config, found)
     seconds = seconds_by_itself(config, found, Speed(_speed(torch.float32, device), _speed(torch.float64, device)))
-    needed, free = room_by_itself(config, sum(disk.values()))
-    available = memory_available(torch.device("cpu"))
-    if needed > free:
-        refused = (*refused, f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free beside OUT")
-    if (most := max(memory.values())) > available:
-        refused = (*refused, f"{most / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free")
+    room, available = _room(config, disk, 0, None), memory_available(torch.device("cpu"))
+    refused = (*refused, *_lacking(room, memory, available))
     rotations = {"Hadamard of inputs": f"{BLOCK}, online at {len(found.linears)} linears that read {len(found.sites)} inputs"}
     return Plan(
-        config.model, model.architectures[0], found.count, found.parameters, memory, available, disk, {"beside OUT": (needed, free)},
+        config.model, model.architectures[0], found.count, found.parameters, memory, available, disk, room,
         seconds, rotations, notes, refused, _cache_by_itself(config, model), str(device), way=BY_ITSELF,
     )  # fmt: skip
 
@@ -187,6 +178,15 @@ def _cache_by_itself(config: ConvertConfig, model: Any) -> CacheSize:
     context = min(_CONTEXT, getattr(model.get_text_config(), "max_position_embeddings", _CONTEXT) or _CONTEXT)
     token = values * bits / 8
     return CacheSize(str(kv), bits, token, context, context * token, 2 * context * values)
+
+
+def _lacking(room: dict[str, tuple[int, int]], memory: dict[str, int], available: int) -> Iterator[str]:
+    """Disks, and the memory, that have not what is needed, each a line."""
+    for where, (needed, free) in room.items():
+        if needed > free:
+            yield f"{needed / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free {where}"
+    if (most := max(memory.values())) > available:
+        yield f"{most / 1e9:.1f} GB of memory are needed, {available / 1e9:.1f} GB are free"
 
 
 def _fetching(source: Outline, estimate: Estimate) -> Cost:

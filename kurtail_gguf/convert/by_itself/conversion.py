@@ -21,7 +21,7 @@ from kurtail_gguf.convert.workdir import open_work_dir
 from kurtail_gguf.messages.errors import KurtailError, UnsupportedArchitecture
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.prose import prose_tokens
-from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, load_tokenizer
+from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, kept_ids, load_tokenizer
 from kurtail_gguf.model.by_itself import FoundLayers, FoundLinear, find_layers
 from kurtail_gguf.runtime.export import write_by_itself
 from kurtail_gguf.runtime.gguf_info import read_gguf
@@ -95,7 +95,8 @@ def convert_by_itself(
     text = None
     with measure("calibration"):
         if config.weights == "gptq":
-            text = CalibrationTokens(_ids(config, model, tokenizer, device, work_dir, progress), calibration_name(config.calibration))
+            ids = kept_ids(work_dir / "tokens.npy", lambda: calibration_ids(config, source, model, tokenizer, device, progress))
+            text = CalibrationTokens(ids, calibration_name(config.calibration))
     with measure("quantize"):
         ids = None if text is None else text.ids
         quantize(model, linears, names, ids, config.activation_bits, quantized, progress)
@@ -185,17 +186,6 @@ def _text(tokenizer: Any, model: nn.Module, file: Path) -> npt.NDArray[np.int32]
     context = min(context, info.metadata.get(f"{info.architecture}.context_length", TOKENS))
     tokens = prose_tokens(tokenizer, min(TOKENS, context))[0]
     return tokens[tokens < model.get_input_embeddings().weight.shape[0]]
-
-
-def _ids(
-    config: ConvertConfig, model: nn.Module, tokenizer: Any, device: torch.device, work_dir: Path, progress: Progress
-) -> npt.NDArray[np.int32]:
-    path = work_dir / "tokens.npy"
-    if path.exists():
-        return np.load(path)
-    ids = calibration_ids(config, model, tokenizer, device, progress)
-    np.save(path, ids)
-    return ids
 
 
 def _cache_bits(config: ConvertConfig, file: Path, tokens: npt.NDArray[np.int32]) -> int:

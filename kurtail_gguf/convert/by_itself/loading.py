@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch import nn
 
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.families.registry import has_entry
-from kurtail_gguf.model.loading.untrusted import check_sizes, read_json
+from kurtail_gguf.model.loading import checkpoint
+from kurtail_gguf.model.loading.untrusted import read_json
+from kurtail_gguf.model.loading.weight_files import stamp
 from kurtail_gguf.runtime import native
 
 #: The name in upstream's converter of its table of architectures that write text.
@@ -21,7 +22,7 @@ _TABLE = "TEXT_MODEL_MAP"
 
 def by_itself(directory: Path) -> bool:
     """Whether an HF directory's architecture is one that no family describes."""
-    raw = read_json(directory / "config.json", remedy="MODEL must be a directory that holds config.json")
+    raw = read_json(directory / "config.json", remedy="MODEL must be a directory that contains config.json")
     architectures, text = raw.get("architectures"), raw.get("text_config")
     if not isinstance(architectures, list) or len(architectures) != 1:
         return False
@@ -34,19 +35,11 @@ def load_config(directory: Path) -> Any:
     Raises:
         SourceError: transformers refuses it, or it quantizes already.
     """
-    from transformers import AutoConfig
-
     path = directory / "config.json"
-    raw = read_json(path, remedy="MODEL must be a directory that holds config.json")
-    for part in (raw, raw.get("text_config")):
-        if isinstance(part, dict):
-            check_sizes(part, path)  # transformers makes lists as long as the layers are many
+    raw = read_json(path, remedy="MODEL must be a directory that contains config.json")
     if raw.get("quantization_config"):
         raise SourceError(f"{path}: quantization_config cannot be converted: start from the unquantized checkpoint")
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers makes of a bad config, it is the config's fault
-        raise SourceError(f"{path}: transformers refuses it: {error}") from error
+    return checkpoint.load_config(directory, raw)
 
 
 def load_model(directory: Path, allow_pickle: bool, device: torch.device) -> nn.Module:
@@ -69,17 +62,14 @@ def load_model(directory: Path, allow_pickle: bool, device: torch.device) -> nn.
             raise SourceError(f"{directory}: tensor {found[0]} is missing or has another shape ({len(found)} in all)")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise SourceError(f"{directory}: tensor {name} holds NaN or infinite weights: the checkpoint is damaged")
+            raise SourceError(f"{directory}: tensor {name} contains NaN or infinite weights: the checkpoint is damaged")
     return model.requires_grad_(False).eval().to(device)
 
 
 def fingerprint(directory: Path) -> str:
-    """Hex digest of config.json and of every weight file's name, size and time of change."""
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted((*directory.glob("*.safetensors"), *directory.glob("*.bin"))):
-        found = path.stat()
-        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    """As a checkpoint's, of all weight files that are there."""
+    files = sorted((*directory.glob("*.safetensors"), *directory.glob("*.bin")))
+    return checkpoint.fingerprint(directory, {path: stamp(path) for path in files})
 
 
 def upstreams_architectures() -> tuple[str, ...]:

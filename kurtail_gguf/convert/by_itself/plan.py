@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,6 @@ def outline_by_itself(config: ConvertConfig, directory: Path) -> tuple[Any, Foun
         *beyond(model.get_text_config()),
     )  # fmt: skip
     return model, found, told, tuple(refused_options(config))
-
-
-def room(config: ConvertConfig, needed: int) -> tuple[int, int]:
-    """What the disk beside OUT must have, and has free."""
-    beside = config.out.absolute().parent
-    there = next(parent for parent in (beside, *beside.parents) if parent.exists())
-    return needed, shutil.disk_usage(there).free
 
 
 def cache_values(config: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,13 @@ import torch
 from torch import nn
 
 from kurtail_gguf.convert.settings import ConvertConfig
-from kurtail_gguf.messages.errors import CalibrationError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.generate import BATCH, GENERATED_LENGTH, GREEDY_TOKENS
-from kurtail_gguf.method.calibration.texts import chat_template, read_texts
-from kurtail_gguf.method.calibration.tokens import tokenize
+from kurtail_gguf.method.calibration.tokens import read_ids
 
 
 def calibration_ids(
-    config: ConvertConfig, model: nn.Module, tokenizer: Any, device: torch.device, progress: Progress
+    config: ConvertConfig, source: Path, model: nn.Module, tokenizer: Any, device: torch.device, progress: Progress
 ) -> npt.NDArray[np.int32]:
     """Token ids int32 ``[sequences, length]``, as ``--calibration`` asks for.
 
@@ -27,11 +26,8 @@ def calibration_ids(
     """
     if config.calibration == ("self",):
         return _written(model, tokenizer, config.calibration_tokens, config.seed, device, progress)
-    ids = tokenize(read_texts(config.calibration, chat_template(tokenizer)), tokenizer, config.calibration_tokens)
     rows = model.get_input_embeddings().weight.shape[0]
-    if ids.max() >= rows:
-        raise CalibrationError(f"the tokenizer's id {ids.max()} is outside the model's vocabulary of {rows}")
-    return ids
+    return read_ids(config.calibration, tokenizer, rows, source, config.calibration_tokens)
 
 
 def _written(

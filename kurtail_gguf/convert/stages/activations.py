@@ -55,9 +55,8 @@ class Activations(Stage):
 
 def multiply_accumulates(spec: ModelSpec) -> dict[str, int]:
     """Of every block linear for a token, by its weight's full name."""
-    shapes = {id(kind): kind.linear_shapes() for kind in (spec, spec.dense) if kind is not None}
     return {
         f"{spec.layer_prefix(layer)}{name}.weight": math.prod(shape)
         for layer in range(spec.layers)
-        for name, shape in shapes[id(spec.at(layer))].items()
+        for name, shape in spec.at(layer).linear_shapes().items()
     }

@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from kurtail_gguf.convert.cost import CONVERTED, Cost, Estimate
 from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.stages.stage import Stage
-from kurtail_gguf.files.atomic import remove, replacing, write_atomically
-from kurtail_gguf.messages.errors import CalibrationError
+from kurtail_gguf.files.atomic import remove, write_atomically
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.generate import BATCH, GENERATED_LENGTH, generate
-from kurtail_gguf.method.calibration.texts import chat_template, read_texts
-from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, load_tokenizer, tokenize
+from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, kept_ids, load_tokenizer, read_ids
 from kurtail_gguf.method.tuning.scales import STEP_TOKENS
 
 _TOKENS, _STEPS = "tokens.npy", "tuning-steps.json"
@@ -77,23 +76,16 @@ def read(job: Job, tokens: int, tuning_tokens: int, progress: Progress) -> Calib
     """
     config, checkpoint = job.config, job.checkpoint
     name, path = calibration_name(config.calibration), job.kept(_TOKENS)
-    if path.exists():
-        return CalibrationTokens(np.load(path), name)
-    tokenizer = load_tokenizer(checkpoint.directory)
-    if config.calibration == ("self",):
+
+    def ids() -> npt.NDArray[np.int32]:
+        tokenizer = load_tokenizer(checkpoint.directory)
+        if config.calibration != ("self",):
+            return read_ids(config.calibration, tokenizer, job.spec.vocab_size, checkpoint.directory, tokens, tuning_tokens)
         special = frozenset(tokenizer.all_special_ids)
         wanted = max(tokens, tuning_tokens)
-        ids = generate(checkpoint, wanted, tokenizer.bos_token_id, special, config.seed, job.device, progress)
-    else:
-        ids = tokenize(read_texts(config.calibration, chat_template(tokenizer)), tokenizer, tokens, tuning_tokens)
-        if ids.max() >= job.spec.vocab_size:
-            raise CalibrationError(
-                f"{checkpoint.directory}: the tokenizer's id {ids.max()} is outside the model's vocabulary of "
-                f"{job.spec.vocab_size}: download the tokenizer's files again"
-            )
-    with replacing(path) as scratch, scratch.open("wb") as file:
-        np.save(file, ids)
-    return CalibrationTokens(ids, name)
+        return generate(checkpoint, wanted, tokenizer.bos_token_id, special, config.seed, job.device, progress)
+
+    return CalibrationTokens(kept_ids(path, ids), name)
 
 
 def generation(estimate: Estimate, tokens: int) -> Cost:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from kurtail_gguf.files.atomic import replacing
 from kurtail_gguf.messages.errors import CalibrationError, SourceError
+from kurtail_gguf.method.calibration.texts import chat_template, read_texts
 from kurtail_gguf.runtime.export import no_tokenizer
 
 #: Tokens in a sequence cut from texts.
@@ -123,3 +125,30 @@ def as_contexts(ids: npt.NDArray[np.int32], tokenizer: object) -> npt.NDArray[np
     """
     bos = tokenizer.bos_token_id
     return ids if bos is None or tokenizer("a")["input_ids"][:1] == [bos] else ids[:, 1:]
+
+
+def read_ids(
+    sources: Sequence[str], tokenizer: object, vocabulary: int, directory: Path, n_tokens: int, at_most: int = 0
+) -> npt.NDArray[np.int32]:
+    """Sequences from files of text, for a model of ``vocabulary`` tokens; see :func:`cut_sequences`.
+
+    Raises:
+        CalibrationError: text that cannot be read or is too short, or a token that the model of ``directory`` does not have.
+    """
+    ids = tokenize(read_texts(sources, chat_template(tokenizer)), tokenizer, n_tokens, at_most)
+    if ids.max() >= vocabulary:
+        raise CalibrationError(
+            f"{directory}: the tokenizer's id {ids.max()} is outside the model's vocabulary of {vocabulary}: download the "
+            "tokenizer's files again"
+        )
+    return ids
+
+
+def kept_ids(path: Path, make: Callable[[], npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    """What an earlier run left at ``path`` (.npy), or what is made and left there now, whole or not at all."""
+    if path.exists():
+        return np.load(path)
+    ids = make()
+    with replacing(path) as scratch, scratch.open("wb") as file:
+        np.save(file, ids)
+    return ids

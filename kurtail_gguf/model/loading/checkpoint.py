@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -188,10 +188,15 @@ class Checkpoint:
 
         Cheap, and enough to notice that a checkpoint changed between two runs in one work directory.
         """
-        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for path, (size, changed) in self.files.stamps.items():
-            digest.update(f"{path.name} {size} {changed}\n".encode())
-        return digest.hexdigest()
+        return fingerprint(self.directory, self.files.stamps)
+
+
+def fingerprint(directory: Path, stamps: Mapping[Path, tuple[int, int]]) -> str:
+    """:meth:`Checkpoint.fingerprint` of weight files with these stamps, as :func:`weight_files.stamp` gives them."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path, (size, changed) in stamps.items():
+        digest.update(f"{path.name} {size} {changed}\n".encode())
+    return digest.hexdigest()
 
 
 def open_checkpoint(directory: Path, allow_pickle: bool = False) -> Checkpoint:
@@ -247,10 +252,7 @@ def read_spec(directory: Path) -> tuple[dict[str, Any], Any, ModelSpec]:
     text = raw.get("text_config")
     text_type = text.get("model_type") if isinstance(text, dict) else None
     family = find_family(str(architectures[0]), str(text_type))
-    for part in (raw, text):
-        if isinstance(part, dict):
-            check_sizes(part, directory / "config.json")  # transformers makes lists as long as the layers are many
-    config = _load_config(directory).get_text_config()
+    config = load_config(directory, raw).get_text_config()
     check_sizes(config.to_dict(), directory / "config.json")
     try:
         spec = build_spec(family, config.to_dict())
@@ -267,7 +269,15 @@ def _generation_config(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _load_config(directory: Path) -> Any:
+def load_config(directory: Path, raw: Mapping[str, Any]) -> Any:
+    """transformers' configuration of an HF directory; ``raw`` is its config.json.
+
+    Raises:
+        SourceError: sizes that are none, or transformers rejects it.
+    """
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, dict):
+            check_sizes(part, directory / "config.json")  # transformers makes lists as long as the layers are many
     from transformers import AutoConfig  # takes seconds to import: only once a checkpoint looks sane
 
     try:

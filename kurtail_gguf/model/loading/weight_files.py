@@ -79,10 +79,10 @@ class WeightFiles:
         found = _locate(directory, allow_pickle)
         if found.name.endswith(_INDEX):
             self.by_tensor = {self._renamed(name): path for name, path in _read_index(found).items()}
-            self._stamps = {path: _stamp(path) for path in sorted(set(self.by_tensor.values()))}
+            self._stamps = {path: stamp(path) for path in sorted(set(self.by_tensor.values()))}
             self._check_index(found)
         else:
-            self._stamps = {found: _stamp(found)}
+            self._stamps = {found: stamp(found)}
             with self.open(found) as file:
                 self.by_tensor = dict.fromkeys(file.keys(), found)
         if not any(name.startswith(_BASE) for name in self.by_tensor):
@@ -131,7 +131,7 @@ class WeightFiles:
         """
         file = self._pickled(path) if path.suffix == ".bin" else _safetensors(path)
         # looked at when it is open: whatever was put in its place before that is seen
-        if _stamp(path) != self._stamps[path]:
+        if stamp(path) != self._stamps[path]:
             raise SourceError(
                 f"{path} was changed while it was being read: rerun the command when the checkpoint no longer changes"
             )
@@ -241,7 +241,8 @@ def _safetensors(path: Path) -> Any:
         raise SourceError(f"{path} cannot be mapped ({error}): split it into shards of a few GB") from error
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change, by which a file is known again."""
     try:
         stat = path.stat()
     except OSError as error:

@@ -22,7 +22,7 @@ from kurtail_gguf.numerics.formats.kt4 import BLOCK, TYPE_ID
 from kurtail_gguf.numerics.hadamard import walsh_hadamard_
 from kurtail_gguf.runtime import ggml
 from kurtail_gguf.runtime.export.keys import add_online, add_provenance
-from kurtail_gguf.runtime.export.rows import CHUNK_BYTES, RowsToWrite, name_below, rows_of
+from kurtail_gguf.runtime.export.rows import RowsToWrite, chunks_of, name_below, rows_of
 
 #: What upstream computes in single precision, or looks rows up in.
 _KEPT = (".ffn_gate_inp.", ".ffn_gate_inp_shexp.")
@@ -103,10 +103,7 @@ def _array(tensor: torch.Tensor) -> Floats:
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[Floats]:
-    rows = _array(tensor)
-    step = max(1, CHUNK_BYTES // (4 * rows.shape[1]))
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
+    return chunks_of(_array(tensor))
 
 
 def _transformed(rows: Floats) -> Floats:

@@ -15,6 +15,14 @@ CHUNK_BYTES = 64 << 20
 Floats = npt.NDArray[np.float32]
 
 
+def chunks_of(rows: Any) -> Iterator[Floats]:
+    """Float32 ``[n, k]``, an array or what is sliced like one, :data:`CHUNK_BYTES` at a time."""
+    count, width = rows.shape
+    step = max(1, CHUNK_BYTES // (4 * width))
+    for start in range(0, count, step):
+        yield rows[start : min(start + step, count)]
+
+
 class RowsToWrite:
     """Packed rows that the writer asks for when their turn comes; what it expects of an ndarray.
 

@@ -29,7 +29,7 @@ from kurtail_gguf.runtime.export.by_itself_model import by_itself_class
 from kurtail_gguf.runtime.export.card import usable_card
 from kurtail_gguf.runtime.export.header_worker import copy_key
 from kurtail_gguf.runtime.export.keys import add_key, add_online, add_provenance
-from kurtail_gguf.runtime.export.rows import RowsToWrite
+from kurtail_gguf.runtime.export.rows import RowsToWrite, chunks_of
 from kurtail_gguf.runtime.gguf_info import K_OFFSET, UNPACKED_KEYS
 
 #: Tables by the names of their files: what upstream's converter calls them.
@@ -39,9 +39,6 @@ _TABLES = {"embed_tokens.npy": "model.embed_tokens.weight", "lm_head.npy": "lm_h
 _CHOICE_BIAS = ("e_score_correction_bias", "e_score_correction.bias")
 #: An expert's linear: what is before, the expert's number, what is after.
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
-
-#: Bytes of float32 rows that are quantized at a time: bounds memory for vocabularies of any size.
-_CHUNK_BYTES = 64 << 20
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -133,11 +130,9 @@ def quantized_model_class(
 
         def _add_rows(self, name: str, rows: RowFile, ggml_type: int) -> None:
             count, width = rows.shape
-            step = max(1, _CHUNK_BYTES // (4 * width))
 
             def chunks() -> Iterator[np.ndarray]:
-                for start in range(0, count, step):
-                    some = rows[start : min(start + step, count)]
+                for some in chunks_of(rows):
                     yield some if ggml_type == ggml.F32 else library.quantize(some, ggml_type)
 
             row_bytes = 4 * width if ggml_type == ggml.F32 else library.row_bytes(ggml_type, width)

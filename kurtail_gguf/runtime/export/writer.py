@@ -91,13 +91,7 @@ def write_gguf(
         "k_offset": None if k_offset is None else list(k_offset),
         "context": context,
     }
-    with progress.stage("export", _count_tensors(quantized)) as stage, _whole_or_not_at_all(out) as beside:
-
-        def on_message(message: dict[str, Any]) -> None:
-            stage.advance(1, message["tensor"])
-
-        _run({**request, "out": str(beside)}, f"cannot write {out}", on_message, converter)
-        check(beside)
+    _export(request, out, _count_tensors(quantized), progress, check, converter)
 
 
 def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
@@ -152,14 +146,7 @@ def write_by_itself(
         "packed": None if packed is None else str(packed.resolve()),
         "provenance": asdict(provenance),
     }
-    with progress.stage("export", len(linears)) as stage, _whole_or_not_at_all(out) as beside:
-
-        def on_message(message: dict[str, Any]) -> None:
-            stage.advance(1, message["tensor"])
-
-        made = _run({**request, "out": str(beside)}, f"cannot write {out}", on_message, converter)
-        check(beside)
-    return made
+    return _export(request, out, len(linears), progress, check, converter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +202,25 @@ def write_adapter(tensors: Path, architecture: str, rotations: str, out: Path) -
     with _whole_or_not_at_all(out) as beside:
         with vendored.Worker(_ADAPTER_WORKER) as worker:
             _run({**request, "out": str(beside)}, f"cannot write {out}", converter=worker)
+
+
+def _export(
+    request: dict[str, Any],
+    out: Path,
+    units: int,
+    progress: Progress,
+    check: Callable[[Path], None],
+    converter: vendored.Worker | None,
+) -> Any:
+    """Have a file written: a stage of so many units, one for each tensor that the worker tells of. The worker's answer."""
+    with progress.stage("export", units) as stage, _whole_or_not_at_all(out) as beside:
+
+        def on_message(message: dict[str, Any]) -> None:
+            stage.advance(1, message["tensor"])
+
+        answer = _run({**request, "out": str(beside)}, f"cannot write {out}", on_message, converter)
+        check(beside)
+    return answer
 
 
 def _run(
