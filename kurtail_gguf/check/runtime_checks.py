@@ -122,7 +122,7 @@ def _said(
     spec, device = checkpoint.spec, torch.device("cpu")
     r1 = None if transforms is None else transforms[0].r1  # all layers'
     runner = LayerRunner(checkpoint, device, len(ids))
-    positions = runner.positions(0, len(ids))
+    positions = runner.positions(len(ids))
     ending = Ending.of(checkpoint, device)
     with torch.inference_mode():
         hidden = runner.embed(torch.tensor(ids))[None]

@@ -12,8 +12,7 @@ import torch
 from kurtail_gguf.convert.rounding import runtime_rounding
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.method.cache.plan import CachePlan
-from kurtail_gguf.method.calibration.generate import GENERATED_LENGTH
-from kurtail_gguf.method.calibration.tokens import SEQ_LEN, CalibrationTokens
+from kurtail_gguf.method.calibration.tokens import SELF_LENGTH, SEQ_LEN, CalibrationTokens
 from kurtail_gguf.method.fold.transforms import Transforms
 from kurtail_gguf.method.tuning.layer_files import Kept, memory_needed
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
@@ -65,7 +64,7 @@ class Job:
     @property
     def sequence(self) -> int:
         """Tokens in a sequence of calibration."""
-        return GENERATED_LENGTH if self.config.calibration == ("self",) else SEQ_LEN
+        return SELF_LENGTH if self.config.calibration == ("self",) else SEQ_LEN
 
     @property
     def tuning_bytes(self) -> int:

@@ -23,6 +23,7 @@ from kurtail_gguf.convert.by_itself.plan import cache_values, outline_by_itself
 from kurtail_gguf.convert.by_itself.plan import disk as disk_by_itself
 from kurtail_gguf.convert.by_itself.plan import memory as memory_by_itself
 from kurtail_gguf.convert.by_itself.plan import seconds as seconds_by_itself
+from kurtail_gguf.convert.own_text import cost_of_own_text
 from kurtail_gguf.convert.cost import Cost, Estimate, Speed
 from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.settings import ConvertConfig
@@ -161,8 +162,10 @@ def _plan(config: ConvertConfig, source: Outline, checkpoint: Checkpoint) -> Pla
 def _plan_by_itself(config: ConvertConfig, source: Outline) -> Plan:
     device = pick_device(config.device)
     model, found, notes, refused = outline_by_itself(config, source.directory)
-    memory, disk = memory_by_itself(config, found), disk_by_itself(config, found)
-    seconds = seconds_by_itself(config, found, Speed(_speed(torch.float32, device), _speed(torch.float64, device)))
+    speed = Speed(_speed(torch.float32, device), _speed(torch.float64, device))
+    written = _own_text_by_itself(config, model, found.parameters, speed)
+    memory, disk = memory_by_itself(config, found) | written.memory, disk_by_itself(config, found) | written.disk
+    seconds = seconds_by_itself(config, found, speed) | written.seconds
     room, available = _room(config, disk, 0, None), memory_available(torch.device("cpu"))
     refused = (*refused, *_lacking(room, memory, available))
     rotations = {"Hadamard of inputs": f"{BLOCK}, online at {len(found.linears)} linears that read {len(found.sites)} inputs"}
@@ -170,6 +173,13 @@ def _plan_by_itself(config: ConvertConfig, source: Outline) -> Plan:
         config.model, model.architectures[0], found.count, found.parameters, memory, available, disk, room,
         seconds, rotations, notes, refused, _cache_by_itself(config, model), str(device), way=BY_ITSELF,
     )  # fmt: skip
+
+
+def _own_text_by_itself(config: ConvertConfig, model: Any, parameters: int, speed: Speed) -> Cost:
+    if config.weights != "gptq" or config.calibration != ("self",):
+        return Cost()
+    vocabulary = model.get_text_config().vocab_size
+    return cost_of_own_text(parameters, vocabulary, cache_values(model), config.calibration_tokens, speed.single)
 
 
 def _cache_by_itself(config: ConvertConfig, model: Any) -> CacheSize:

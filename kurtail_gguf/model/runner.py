@@ -75,8 +75,6 @@ class LayerRunner:
         self._multiplied_in = multiplied_in
         self._linears = frozenset(name for kind in checkpoint.spec.kinds_of_layers for name in kind.linears)
         multiply_in(self._layers, checkpoint.spec, multiplied_in)
-        # older versions of transformers call it past_key_values; newer ones warn of that name at every call
-        self._cache = "cache" if "cache" in signature(self._layers[0].forward).parameters else "past_key_values"
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
         kinds = getattr(model.config, "layer_types", None) or []
@@ -92,16 +90,16 @@ class LayerRunner:
         """The layer's module, to hang hooks on (weights on the meta device)."""
         return self._layers[layer]
 
-    def positions(self, start: int, length: int) -> Positions:
-        """What attention has to know of positions start…start+length, of which those before ``start`` are in a cache."""
-        numbers = torch.arange(start, start + length, device=self._device)[None]
+    def positions(self, length: int) -> Positions:
+        """What attention has to know of the first positions."""
+        numbers = torch.arange(length, device=self._device)[None]
         empty = torch.empty(0, device=self._device)
         if self._kinds:
             each = {kind: self._rotary(empty, numbers, kind) for kind in set(self._kinds)}
             turned = [each[kind] for kind in self._kinds]
         else:
             turned = [self._rotary(empty, numbers)] * len(self._windows)
-        masks = {window: _mask(start, length, window, self._device) for window in set(self._windows)}
+        masks = {window: _mask(length, window, self._device) for window in set(self._windows)}
         return Positions(turned, [masks[window] for window in self._windows], numbers)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -115,7 +113,6 @@ class LayerRunner:
         weights: dict[str, torch.Tensor],
         hidden: torch.Tensor,
         positions: Positions,
-        cache: Any = None,
     ) -> torch.Tensor:
         """The layer's output, float32 ``[batch, length, hidden]``, for an input of the same shape.
 
@@ -124,21 +121,20 @@ class LayerRunner:
             weights: as :meth:`Checkpoint.layer` gives them with :meth:`dtype_of`.
             hidden: residual stream before the layer.
             positions: as :meth:`positions` gives them for ``hidden``.
-            cache: an object with transformers' ``update``, or None.
         """
         output = functional_call(
             self._layers[layer],
             module_weights(self._checkpoint.spec.at(layer), weights),
             (hidden,),
-            positions.arguments(layer) | ({} if cache is None else {self._cache: cache}),
+            positions.arguments(layer),
         )
         return output[0] if isinstance(output, tuple) else output
 
 
-def _mask(start: int, length: int, window: int, device: torch.device) -> torch.Tensor | None:
-    """Which of the tokens before it and itself each token attends to, bool ``[1, 1, length, start + length]``; None for all."""
-    if not window or start + length <= window:
+def _mask(length: int, window: int, device: torch.device) -> torch.Tensor | None:
+    """Which of the tokens before it and itself each token attends to, bool ``[1, 1, length, length]``; None for all."""
+    if not window or length <= window:
         return None
-    own = torch.arange(start, start + length, device=device)[:, None]
-    others = torch.arange(start + length, device=device)
-    return ((others <= own) & (others > own - window))[None, None]
+    numbers = torch.arange(length, device=device)
+    own = numbers[:, None]
+    return ((numbers <= own) & (numbers > own - window))[None, None]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -214,6 +215,45 @@ class BindingsModel:
                 return
             yield self._piece(token)
             tokens.append(token)
+
+    @contextmanager
+    def together(self, sequences: int, length: int) -> Iterator[Callable[[npt.NDArray[np.int32], int], npt.NDArray[np.float32]]]:
+        """A context of its own for sequences that are continued all at once.
+
+        Args:
+            sequences: how many.
+            length: tokens of each.
+
+        Yields:
+            ``step(tokens, position)``: logits float32 ``[sequences, vocabulary]`` after the sequences' tokens ``[sequences]`` at a
+            position, valid until the next step.
+        """
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = sequences * length, sequences
+        params.n_batch = params.n_ubatch = max(sequences, 32)
+        params.n_threads = params.n_threads_batch = available_cpus()
+        context = llama_cpp.llama_init_from_model(self._model, params)
+        if not context:
+            raise KurtailError(f"cannot create a context of {params.n_ctx} tokens for {self._path}: {self._told()}")
+        batch = llama_cpp.llama_batch_init(sequences, 0, 1)
+        batch.n_tokens = sequences
+
+        def step(tokens: npt.NDArray[np.int32], position: int) -> npt.NDArray[np.float32]:
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.logits[i] = int(token), position, True
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, i
+            if status := llama_cpp.llama_decode(context, batch):
+                raise KurtailError(f"the runtime stopped with status {status} on {self._path}: {self._told()}")
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(sequences, self._n_vocabulary))
+            if not np.isfinite(logits).all():
+                raise KurtailError(f"the runtime computed NaN or infinite logits for {self._path}: the file is damaged")
+            return logits
+
+        try:
+            yield step
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(context)
 
     def _log_probabilities(self, tokens: Sequence[int], first: int) -> Iterator[npt.NDArray[np.float64]]:
         """Log-probabilities ``[vocabulary]`` of what follows each of ``tokens[first:]``.

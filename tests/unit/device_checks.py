@@ -71,7 +71,7 @@ def test_mixing_devices_is_an_error():
         ("llama-tied", {}),
         ("qwen2", {"activations": "auto"}),
         ("mixtral", {"tune": 0}),
-        ("qwen3", {"calibration": ("self",)}),
+        ("qwen3", {}),
         ("mistral", {"rotation": "spinquant"}),
         ("granite", {"rotation": "kurtail", "weights": "rtn"}),
         ("phi3", {"rotation": "hadamard", "target": "stock"}),
@@ -123,14 +123,13 @@ def test_bfloat16_on_a_card_is_that_of_the_cpu(tiny_checkpoint, tmp_path, record
 
 #: What of a plan falls into which stage that is measured.
 _PLANNED = {
-    "calibration": ("generate text",),
     "rotations": ("capture activations", "learn R1", "learn R1 and R2"),
     "quantize": ("embedding and head", "fold a layer", "quantize by GPTQ"),
     "tune": ("tune scales",),
 }
 
 
-@pytest.mark.parametrize(("kind", "changes", "bf16"), [("llama", {"calibration": ("self",)}, False), ("mixtral", {"tune": 0}, True)])
+@pytest.mark.parametrize(("kind", "changes", "bf16"), [("llama", {}, False), ("mixtral", {"tune": 0}, True)])
 def test_a_plan_bounds_what_lies_on_the_card(kind, changes, bf16, save_tiny, tiny_checkpoint, tmp_path, on, monkeypatch):
     monkeypatch.setattr(MODULE, "bf16", bf16)
     model = tmp_path / "wider"

@@ -13,7 +13,6 @@ from tokenizers.processors import TemplateProcessing
 from kurtail_gguf.messages.errors import CalibrationError, SourceError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.method.calibration.capture import capture, choose_tokens
-from kurtail_gguf.method.calibration.generate import _LayerCache, generate
 from kurtail_gguf.method.calibration.prose import PROSE, TOKENS, prose_contexts
 from kurtail_gguf.method.calibration.texts import read_texts
 from kurtail_gguf.method.calibration.tokens import (
@@ -166,60 +165,6 @@ def test_hash_is_of_little_endian_int32():
     assert CalibrationTokens(ids, "x").sha256 == hashlib.sha256(data).hexdigest()
 
 
-def _generate(directory, seed=0, n=48, **options):
-    checkpoint = open_checkpoint(directory)
-    return generate(checkpoint, n, 1, frozenset({0, 1, 2}), seed, CPU, NullProgress(), length=16, **options)
-
-
-@pytest.mark.parametrize("kind", ["llama-tied", "mistral", "qwen2"])
-def test_generated_text_is_seeded_and_shaped(tiny_checkpoint, kind):
-    directory = tiny_checkpoint(kind)
-    ids = _generate(directory)
-    assert ids.shape == (3, 16)
-    assert ids.dtype == np.int32
-    assert (ids[:, 0] == 1).all()
-    assert not np.isin(ids[:, 1], [0, 1, 2]).any()
-    assert np.array_equal(ids, _generate(directory))
-    assert not np.array_equal(ids, _generate(directory, seed=1))
-
-
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "mistral", "qwen2", "gemma2", "gemma3", "cohere2", "phi", "hunyuan"])
-def test_greedy_tokens_are_what_the_model_says(tiny_checkpoint, tiny_model, kind):
-    # Positions 2–4 are greedy: the whole model, run by transformers, must choose the same.
-    ids = torch.from_numpy(_generate(tiny_checkpoint(kind)).astype(np.int64))
-    model = tiny_model(kind, dtype=torch.float32)
-    with torch.no_grad():
-        chosen = model(ids).logits.argmax(-1)
-    assert torch.equal(chosen[:, 1:4], ids[:, 2:5])
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "cohere2", "ministral3"])
-def test_a_token_at_a_time_is_the_whole_text(tiny_checkpoint, kind):
-    """Windows that end within the text, with a cache and without; caps, and queries that grow with the position."""
-    checkpoint = open_checkpoint(tiny_checkpoint(kind))
-    spec, length = checkpoint.spec, 40
-    runner = LayerRunner(checkpoint, CPU, length)
-    start = runner.embed(torch.from_numpy(np.random.default_rng(1).integers(3, 250, (2, length)).astype(np.int64)))
-    for layer in (0, spec.layers - 1):
-        weights, cache = checkpoint.layer(layer), _LayerCache(2, spec.kv_heads, length, spec.head_dim, CPU)
-        whole = runner.run(layer, weights, start, runner.positions(0, length))
-        single = [
-            runner.run(layer, weights, start[:, at : at + 1], runner.positions(at, 1), cache) for at in range(length)
-        ]
-        assert (torch.cat(single, 1) - whole).abs().max() < 1e-5 * whole.abs().max()
-
-
-def test_sampled_tokens_follow_the_models_distribution(tiny_checkpoint, tiny_model):
-    ids = torch.from_numpy(_generate(tiny_checkpoint(), n=16 * 64).astype(np.int64))
-    model = tiny_model("llama-tied", dtype=torch.float32)
-    with torch.no_grad():
-        probabilities = model(ids).logits[:, 4:-1].double().log_softmax(-1)
-    taken = probabilities.gather(-1, ids[:, 5:, None])[..., 0]
-    entropy = -(probabilities.exp() * probabilities).sum(-1)
-    # The mean surprise of samples is the entropy; 64 · 11 samples leave a few per cent of noise.
-    assert abs(float(-taken.mean() / entropy.mean()) - 1) < 0.1
-
-
 @pytest.fixture
 def ids():
     return np.random.default_rng(0).integers(3, 250, (6, 24)).astype(np.int32)
@@ -349,7 +294,7 @@ def test_runners_of_one_checkpoint_keep_their_own_attention(tiny_checkpoint):
     weights = checkpoint.layer(0, CPU)
     hidden = torch.randn(1, 24, 128, generator=torch.Generator().manual_seed(0))
     rounding = LayerRunner(checkpoint, CPU, 24, CacheSettings(bits=4, rotation=0, rotate_v=False, paired=False))
-    positions = rounding.positions(0, 24)
+    positions = rounding.positions(24)
     rounded = rounding.run(0, weights, hidden, positions)
     exact = LayerRunner(checkpoint, CPU, 24).run(0, weights, hidden, positions)
     assert torch.equal(rounding.run(0, weights, hidden, positions), rounded)

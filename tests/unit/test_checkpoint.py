@@ -310,7 +310,7 @@ def _transformers_logits(directory) -> torch.Tensor:
 def _logits(checkpoint) -> torch.Tensor:
     """What we read from a checkpoint, as logits."""
     runner, ids = LayerRunner(checkpoint, torch.device("cpu"), 32), torch.arange(3, 20)
-    ending, positions = Ending.of(checkpoint, torch.device("cpu")), runner.positions(0, len(ids))
+    ending, positions = Ending.of(checkpoint, torch.device("cpu")), runner.positions(len(ids))
     with torch.no_grad():
         hidden = runner.embed(ids)[None]
         for layer in range(checkpoint.spec.layers):

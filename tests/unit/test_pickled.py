@@ -97,7 +97,7 @@ def test_the_conversion_is_the_safetensors_twins(tiny_checkpoint, pickled, expor
     assert exported[0].files == exported[1].files
 
 
-def test_a_conversion_runs_each_pickle_once(pickled, exported, plain_embedding, monkeypatch, tmp_path):
+def test_a_conversion_runs_each_pickle_once(pickled, exported, plain_embedding, monkeypatch, text, tmp_path):
     directory, read, load = pickled("llama", 2), [], torch.load
 
     def counted(path, *arguments, **options):
@@ -105,9 +105,8 @@ def test_a_conversion_runs_each_pickle_once(pickled, exported, plain_embedding, 
         return load(path, *arguments, **options)
 
     monkeypatch.setattr(torch, "load", counted)
-    # every layer is asked for 255 times to generate the text, and a few times more afterwards
     config = ConvertConfig(
-        str(directory), tmp_path / "o.gguf", rotation="kurtail", weights="rtn", calibration=("self",), calibration_tokens=1024,
+        str(directory), tmp_path / "o.gguf", rotation="kurtail", weights="rtn", calibration=(str(text),), calibration_tokens=1024,
         allow_pickle=True,
     )  # fmt: skip
     convert(config, NullProgress())

@@ -208,16 +208,16 @@ def test_without_learning_no_text_is_read(tiny_checkpoint, tmp_path, exported, r
     assert (provenance.objective, provenance.calibration_name, provenance.calibration_tokens) == ("none", "", 0)
 
 
-def test_same_seed_same_bytes(tiny_checkpoint, tmp_path, exported, few_steps):
+def test_same_seed_same_bytes(tiny_checkpoint, tmp_path, exported, text, few_steps):
     model = tiny_checkpoint()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pipeline.convert(_config(model, tmp_path / f"{name}.gguf", seed=seed), NullProgress())
+        pipeline.convert(_config(model, tmp_path / f"{name}.gguf", seed=seed, calibration=(str(text),)), NullProgress())
     assert exported[0] == exported[1]
     assert exported[0].files != exported[2].files
 
 
-def test_a_rerun_skips_what_is_finished_and_gives_the_same(tiny_checkpoint, tmp_path, exported, few_steps, recorder):
-    config = _config(tiny_checkpoint(), tmp_path / "o.gguf", work_dir=tmp_path / "w")
+def test_a_rerun_skips_what_is_finished_and_gives_the_same(tiny_checkpoint, tmp_path, exported, text, few_steps, recorder):
+    config = _config(tiny_checkpoint(), tmp_path / "o.gguf", work_dir=tmp_path / "w", calibration=(str(text),))
     assert not pipeline.convert(config, NullProgress()).resumed
     (tmp_path / "w" / "quantized" / "layer-00001.safetensors").unlink()  # as if interrupted there
     assert pipeline.convert(config, recorder).resumed
@@ -270,6 +270,7 @@ def test_bad_input_leaves_nothing_behind(tiny_checkpoint, tmp_path, exported, te
     assert "truncated" in _refused(_config(model, out), SourceError)
     # NaN in the last tensor: noticed only after work has begun
     path.write_bytes(data)
+    text.write_text("long enough " * 200)
     from safetensors.torch import load_file as load_torch
     from safetensors.torch import save_file
 
@@ -277,7 +278,7 @@ def test_bad_input_leaves_nothing_behind(tiny_checkpoint, tmp_path, exported, te
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, path)
     for rotation in ("none", "kurtail"):
-        message = _refused(_config(model, out, rotation=rotation), SourceError)
+        message = _refused(_config(model, out, rotation=rotation, calibration=(str(text),)), SourceError)
         assert "model.layers.1.mlp.up_proj.weight" in message
     assert sorted(tmp_path.iterdir()) == before
     assert not exported

@@ -58,7 +58,7 @@ def test_without_rounding_it_is_the_model(kind, tiny_checkpoint, tmp_path):
     hidden = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
     for layer, folded in _layers(checkpoint, ONLINE):
         prefix.run_layer(layer, folded, lambda names, hessian: {})
-        hidden = runner.run(layer, checkpoint.layer(layer), hidden, runner.positions(0, IDS.shape[1]))
+        hidden = runner.run(layer, checkpoint.layer(layer), hidden, runner.positions(IDS.shape[1]))
         found = np.load(tmp_path / "prefix-hidden.npy")
         assert np.abs(found - hidden.detach().numpy()).max() < 2e-3 * float(hidden.abs().max())
     prefix.close()
@@ -99,7 +99,7 @@ def test_hessians_are_of_the_inputs_that_the_quantized_linears_see(tiny_checkpoi
     weights = {name: value.float() for name, value in folded.items()}
     weights |= {f"{name}.weight": value for name, value in halved.items()}
     start = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
-    output = runner.run(layer, weights, start, runner.positions(0, IDS.shape[1]))
+    output = runner.run(layer, weights, start, runner.positions(IDS.shape[1]))
     assert np.allclose(np.load(tmp_path / "prefix-hidden.npy"), output.numpy(), atol=1e-4)
     units = [x / x.square().mean(-1, keepdim=True).sqrt() for x in (start, residual[0])]
     assert prefix.kurtosis == pytest.approx([float((x**4).mean()) for x in units], rel=1e-2)
@@ -135,7 +135,7 @@ def test_an_expert_is_quantized_on_the_tokens_that_transformers_routes_to_it(tin
     block = runner.module(0).mlp
     block.experts.register_forward_pre_hook(lambda _module, inputs: seen.update(x=inputs[0], chosen=inputs[1]))
     start = runner.embed(torch.from_numpy(IDS.astype(np.int64)))
-    runner.run(0, checkpoint.layer(0), start, runner.positions(0, IDS.shape[1]))
+    runner.run(0, checkpoint.layer(0), start, runner.positions(IDS.shape[1]))
     # the folded experts read what the norm gives before its gain
     x = seen["x"] / checkpoint.layer(0)["post_attention_layernorm.weight"]
 

@@ -15,13 +15,14 @@ from torch import nn
 from kurtail_gguf.convert.by_itself.loading import fingerprint, load_config, load_model, upstreams_architectures
 from kurtail_gguf.convert.by_itself.proof import TOKENS, prove
 from kurtail_gguf.convert.by_itself.quantize import quantize
-from kurtail_gguf.convert.by_itself.text import calibration_ids
+from kurtail_gguf.convert.own_text import SCRATCH, no_own_text, write_own_text
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.convert.workdir import open_work_dir
+from kurtail_gguf.files.atomic import remove
 from kurtail_gguf.messages.errors import KurtailError, UnsupportedArchitecture
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.prose import prose_tokens
-from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, kept_ids, load_tokenizer
+from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, kept_ids, load_tokenizer, read_ids
 from kurtail_gguf.model.by_itself import FoundLayers, FoundLinear, find_layers
 from kurtail_gguf.runtime.export import write_by_itself
 from kurtail_gguf.runtime.gguf_info import read_gguf
@@ -95,7 +96,16 @@ def convert_by_itself(
     text = None
     with measure("calibration"):
         if config.weights == "gptq":
-            ids = kept_ids(work_dir / "tokens.npy", lambda: calibration_ids(config, source, model, tokenizer, device, progress))
+            rows = model.get_input_embeddings().weight.shape[0]
+
+            def make() -> npt.NDArray[np.int32]:
+                if config.calibration != ("self",):
+                    return read_ids(config.calibration, tokenizer, rows, source, config.calibration_tokens)
+                scratch = work_dir / SCRATCH
+                return write_own_text(source, tokenizer, rows, config.calibration_tokens, config.seed, scratch, converter, progress)
+
+            ids = kept_ids(work_dir / "tokens.npy", make)
+            remove(work_dir / SCRATCH)
             text = CalibrationTokens(ids, calibration_name(config.calibration))
     with measure("quantize"):
         ids = None if text is None else text.ids
@@ -169,6 +179,8 @@ def refused_options(config: ConvertConfig) -> Iterator[str]:
     for option, wrong in asked.items():
         if wrong:
             yield f"{option} is not offered for a model that is converted by itself (docs/families.md): leave it out"
+    if config.weights == "gptq" and config.calibration == ("self",):
+        yield from no_own_text()
 
 
 def _settings(config: ConvertConfig, texts: dict[str, str], source: Path, device: torch.device) -> dict[str, Any]:

@@ -8,13 +8,20 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from kurtail_gguf.convert.cost import CONVERTED, Cost, Estimate
+from kurtail_gguf.convert.cost import Cost, Estimate
 from kurtail_gguf.convert.job import Job, Made
+from kurtail_gguf.convert.own_text import SCRATCH, cost_of_own_text, no_own_text, write_own_text
 from kurtail_gguf.convert.stages.stage import Stage
 from kurtail_gguf.files.atomic import remove, write_atomically
+from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import Progress
-from kurtail_gguf.method.calibration.generate import BATCH, GENERATED_LENGTH, generate
-from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, kept_ids, load_tokenizer, read_ids
+from kurtail_gguf.method.calibration.tokens import (
+    CalibrationTokens,
+    calibration_name,
+    kept_ids,
+    load_tokenizer,
+    read_ids,
+)
 from kurtail_gguf.method.tuning.scales import STEP_TOKENS
 
 _TOKENS, _STEPS = "tokens.npy", "tuning-steps.json"
@@ -24,7 +31,7 @@ class Calibration(Stage):
     """What is learned from: ``--calibration-tokens``, and more of the same for tuning, as far as there is more."""
 
     name = "calibration"
-    leaves = (_TOKENS, _STEPS)
+    leaves = (_TOKENS, _STEPS, SCRATCH)
 
     def wanted(self, job: Job) -> bool:
         return job.config.needs_calibration
@@ -44,10 +51,12 @@ class Calibration(Stage):
         whole = config.learns_by_layer or config.weights == "gptq" or job.tuning_steps > 0 or config.activations == "auto"
         if window and window < job.sequence and (generated or whole):
             yield f"sliding_window {window} is below the calibration length {job.sequence}"
+        if generated:
+            yield from no_own_text()
 
     def cost(self, estimate: Estimate) -> Cost:
         job = estimate.job
-        return generation(estimate, max(job.config.calibration_tokens, job.tuning_steps * STEP_TOKENS))
+        return writing(estimate, max(job.config.calibration_tokens, job.tuning_steps * STEP_TOKENS))
 
     def run(self, job: Job, made: Made, progress: Progress) -> None:
         self._begin(job)
@@ -81,30 +90,26 @@ def read(job: Job, tokens: int, tuning_tokens: int, progress: Progress) -> Calib
         tokenizer = load_tokenizer(checkpoint.directory)
         if config.calibration != ("self",):
             return read_ids(config.calibration, tokenizer, job.spec.vocab_size, checkpoint.directory, tokens, tuning_tokens)
-        special = frozenset(tokenizer.all_special_ids)
-        wanted = max(tokens, tuning_tokens)
-        return generate(checkpoint, wanted, tokenizer.bos_token_id, special, config.seed, job.device, progress)
+        wanted, rows = max(tokens, tuning_tokens), job.spec.vocab_size
+        try:
+            return write_own_text(
+                checkpoint.directory, tokenizer, rows, wanted, config.seed, job.kept(SCRATCH), job.converter, progress
+            )
+        except KurtailError:
+            # of a damaged model the runtime says no more than that its answers are no numbers
+            for layer in range(job.spec.layers):
+                checkpoint.layer(layer, check=True)
+            raise
 
-    return CalibrationTokens(kept_ids(path, ids), name)
+    found = CalibrationTokens(kept_ids(path, ids), name)
+    remove(job.kept(SCRATCH))
+    return found
 
 
-def generation(estimate: Estimate, tokens: int) -> Cost:
+def writing(estimate: Estimate, tokens: int) -> Cost:
     """What the model's own text of so many tokens costs; nothing where text is read."""
-    job, spec, sizes = estimate.job, estimate.spec, estimate.sizes
-    if job.config.calibration != ("self",):
+    spec = estimate.spec
+    if estimate.job.config.calibration != ("self",):
         return Cost()
-    batch = min(BATCH, -(-tokens // GENERATED_LENGTH))
-    cache = 8 * spec.layers * batch * GENERATED_LENGTH * spec.kv_heads * spec.head_dim
-    # keys and values repeated for each query head, and once more where attention scales them
-    repeated = 16 * batch * GENERATED_LENGTH * spec.heads * spec.head_dim
-    passes = -(-tokens // (BATCH * GENERATED_LENGTH)) * GENERATED_LENGTH
-    memory = estimate.moment(
-        "generate text",
-        cpu=4 * sizes.table + estimate.loading + cache,
-        # torch converts what it copies from the CPU before it goes
-        host=8 * sizes.table + estimate.ahead + 3 * 8 * BATCH * spec.vocab_size,
-        card=4 * sizes.table + estimate.loaded + cache + repeated + 8 * batch * spec.vocab_size,
-    )
-    # a layer's weights are converted anew at every token
-    seconds = passes * spec.layers * sizes.layer * 6 / CONVERTED + 2 * tokens * sizes.parameters / estimate.speed.single
-    return memory | Cost(seconds={"generate text": seconds})
+    cache = 2 * spec.layers * spec.kv_heads * spec.head_dim
+    return cost_of_own_text(estimate.sizes.parameters, spec.vocab_size, cache, tokens, estimate.speed.single)

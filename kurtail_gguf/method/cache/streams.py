@@ -76,8 +76,8 @@ class Streams:
         self._plain = LayerRunner(checkpoint, device, length)
         self._rounded = LayerRunner(checkpoint, device, length, cache)
         self._cache = cache
-        self._positions = self._plain.positions(0, length)
-        self._turned = self._plain.positions(0, POSITIONS).turned
+        self._positions = self._plain.positions(length)
+        self._turned = self._plain.positions(POSITIONS).turned
         self._ending = Ending.of(checkpoint, device)
 
     def forward(

@@ -144,7 +144,7 @@ def capture(
     )
     path = directory / "hidden.npy"
     hidden = RowFile(path, (sequences, length, spec.hidden_size))
-    positions = runner.positions(0, length)
+    positions = runner.positions(length)
     with (
         progress.stage("capture activations", spec.layers) as stage,
         torch.inference_mode(),

@@ -15,8 +15,8 @@ from kurtail_gguf.messages.errors import CalibrationError, SourceError
 from kurtail_gguf.method.calibration.texts import chat_template, read_texts
 from kurtail_gguf.runtime.export import no_tokenizer
 
-#: Tokens in a sequence cut from texts.
-SEQ_LEN = 512
+#: Tokens in a sequence cut from texts, and in one that the model writes itself.
+SEQ_LEN, SELF_LENGTH = 512, 256
 
 
 @dataclass(frozen=True, eq=False)

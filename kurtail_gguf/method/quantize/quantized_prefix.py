@@ -70,7 +70,7 @@ class QuantizedPrefix:
         self._shape = sequences, length = ids.shape
         self._multiplied_in = forward_dtype(device) if multiplied_in is None else multiplied_in
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache, self._multiplied_in)
-        self._positions = self._runner.positions(0, length)
+        self._positions = self._runner.positions(length)
         #: Of what attention and FFN of the last layer read, mean over the tokens: 3 for normal values.
         self.kurtosis: list[float] = []
         self._batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]

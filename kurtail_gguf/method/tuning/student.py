@@ -72,7 +72,7 @@ class Student:
         self.layers = layers
         self._rounding, self._rounded = rounding, rounded
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
-        self._positions = self._runner.positions(0, length)
+        self._positions = self._runner.positions(length)
         rest = layers[0].rest if layers else {}
         self._products = {
             name: torch.float32 if f"{name}.bias" in rest else products for site in checkpoint.spec.sites for name in site.readers

@@ -51,7 +51,7 @@ def run_teacher(
     spec = checkpoint.spec
     sequences, length = ids.shape
     runner = LayerRunner(checkpoint, device, length)
-    positions = runner.positions(0, length)
+    positions = runner.positions(length)
     hidden = RowFile(path, (sequences, length, spec.hidden_size))
     batches = [slice(start, start + BATCH) for start in range(0, sequences, BATCH)]
     with (

@@ -212,8 +212,11 @@ def write_by_itself(request: dict[str, Any], send: Send) -> dict[str, str]:
 
 
 def write_reference(request: dict[str, Any], send: Send) -> None:
-    """Write ``out`` from ``source`` by upstream's converter as it is, in the checkpoint's precision."""
+    """Write ``out`` from ``source`` by upstream's converter as it is, in the checkpoint's precision or in 8 bits."""
     source, out = Path(request["source"]), Path(request["out"])
+    if request["type"] == "q8_0":
+        _write(_model_class(source)(source, gguf.LlamaFileType.MOSTLY_Q8_0, out), source, out)
+        return
     model = _model_class(source)(source, gguf.LlamaFileType.ALL_F32, out)
     widest = _widest_matrix_type(model)
     if widest is not gguf.LlamaFileType.ALL_F32:

@@ -25,8 +25,8 @@ _VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken", UNPACKED_KEYS,
 )  # fmt: skip
 
-#: Only float types of the checkpoint are offered for a reference.
-REFERENCE_TYPES = ("auto",)
+#: Types of a file that is not ours: the checkpoint's floating-point type, or 8 bits.
+REFERENCE_TYPES = ("auto", "q8_0")
 
 
 class ExportError(KurtailError):
@@ -94,19 +94,20 @@ def write_gguf(
     _export(request, out, _count_tensors(quantized), progress, check, converter)
 
 
-def export_reference(source: Path, out: Path, outtype: str = "auto") -> None:
-    """Write an unquantized GGUF file by upstream's converter as it is.
+def export_reference(source: Path, out: Path, outtype: str = "auto", converter: vendored.Worker | None = None) -> None:
+    """Write a GGUF file by upstream's converter as it is.
 
     Args:
         source: HF directory.
         out: the file to write.
-        outtype: ``auto``: bf16 or f16 where every matrix of the checkpoint is, else f32.
+        outtype: ``auto``: bf16 or f16 where every matrix of the checkpoint is, else f32; ``q8_0``: upstream's 8 bits.
+        converter: one that runs already; None starts one.
     """
     if outtype not in REFERENCE_TYPES:
         raise ExportError(f"a reference of type {outtype!r} is not supported: choose {', '.join(REFERENCE_TYPES)}")
     with _whole_or_not_at_all(out) as beside:
-        request = {"task": "reference", "source": str(source.resolve()), "out": str(beside)}
-        _run(request, f"cannot write {out}")
+        request = {"task": "reference", "source": str(source.resolve()), "out": str(beside), "type": outtype}
+        _run(request, f"cannot write {out}", converter=converter)
 
 
 def write_by_itself(
