@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from kurtail_gguf.numerics.formats import kt4
+from kurtail_gguf.numerics.simulation.rounding import round_to
 from kurtail_gguf.runtime import ggml
+from kurtail_gguf.runtime.quick_rounding import QuickRounding
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,19 @@ def test_special_blocks(native: ggml.GgmlBase) -> None:
     x[4] = -x[3]
     x[5, :2] = [np.float32(1e-45), -np.float32(1e-45)]
     assert_same(native, x)
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 5, 64), (2, 700, 576)])
+def test_quick_rounding_is_that_of_the_simulation(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x.reshape(-1, 64)[0] = torch.arange(64) / 2 - 8
+    if x.numel() > 640:
+        x.reshape(-1, 64)[1], x.reshape(-1, 64)[2] = 0.0, 1e-44
+    quick = QuickRounding()
+    for bits in (4, 8):
+        assert torch.equal(quick(x, bits, 64), round_to(x, bits, 64))
+    strided = x.repeat_interleave(2, -1)[..., ::2]
+    assert torch.equal(quick(strided, 4, 64), round_to(x, 4, 64))
 
 
 def test_block_constants_are_the_headers(native: ggml.GgmlBase) -> None:

@@ -1,4 +1,5 @@
 #include "kt4-activations.h"
+#include "kt4-cpu.h"
 
 #include "ggml-cpu-impl.h"
 #include "simd-mappings.h"
@@ -259,3 +260,22 @@ void quantize_blocks(const float * x, int64_t n, int bits, int8_t * q, float * d
 }
 
 } // namespace ggml::cpu::kt4
+
+void quantize_row_kt4(const float * GGML_RESTRICT x, void * GGML_RESTRICT vy, int64_t k) {
+    constexpr int64_t AT_ONCE = 16;
+    int8_t  q[AT_ONCE*QK_KT4];
+    float   d[AT_ONCE];
+    int32_t bias[AT_ONCE];
+    block_kt4 * y = (block_kt4 *) vy;
+    for (int64_t left = k/QK_KT4; left > 0; left -= AT_ONCE) {
+        const int64_t n = std::min(left, AT_ONCE);
+        ggml::cpu::kt4::quantize_blocks(x, n, 4, q, d, bias, false);
+        for (int64_t b = 0; b < n; ++b, ++y, x += QK_KT4) {
+            const int8_t * codes = q + b*QK_KT4;
+            y->d = GGML_CPU_FP32_TO_FP16(d[b]);
+            for (int j = 0; j < QK_KT4/2; ++j) {
+                y->qs[j] = (uint8_t) ((codes[j] & 0x0F) | (uint8_t) (codes[j + QK_KT4/2] << 4));
+            }
+        }
+    }
+}

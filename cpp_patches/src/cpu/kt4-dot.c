@@ -9,10 +9,6 @@
 
 #include <assert.h>
 
-void quantize_row_kt4(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
-    quantize_row_kt4_ref(x, y, k);
-}
-
 void ggml_vec_dot_kt4_kt4_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
     assert(n % QK_KT4 == 0);
     assert(nrc == 1);

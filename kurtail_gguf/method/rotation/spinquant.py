@@ -198,7 +198,9 @@ class RotatedNetwork:
 
     def _rounded(self, x: Tensor) -> Tensor:
         rounding = self._rounding
-        return x if rounding is None else round_through(x, rounding.activation_bits, rounding.activation_block)
+        if rounding is None:
+            return x
+        return round_through(x, rounding.activation_bits, rounding.activation_block, rounding.rounded)
 
 
 def _load(

@@ -52,7 +52,7 @@ class Student:
         device: where to compute.
         length: of the longest sequence.
         recompute: trade time for memory.
-        rounded: what rounds the inputs of the linears.
+        rounded: what rounds the inputs of the linears; ``rounding``'s own with straight-through gradients if None.
         products: what linears without a bias multiply in, forwards and backwards; sums and all else are in single precision.
             In bfloat16 a weight or input is off by 1/512 of itself at most, where rounding to 4 bits is by a tenth.
     """
@@ -65,12 +65,13 @@ class Student:
         device: torch.device,
         length: int,
         recompute: bool = True,
-        rounded: Rounded = lambda x, _weight, bits, block: round_through(x, bits, block),
+        rounded: Rounded | None = None,
         products: torch.dtype = torch.float32,
     ) -> None:
         self._recompute = recompute
         self.layers = layers
-        self._rounding, self._rounded = rounding, rounded
+        self._rounding = rounding
+        self._rounded = rounded or (lambda x, _weight, bits, block: round_through(x, bits, block, rounding.rounded))
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
         self._positions = self._runner.positions(length)
         rest = layers[0].rest if layers else {}

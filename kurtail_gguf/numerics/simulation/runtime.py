@@ -22,6 +22,7 @@ class RuntimeRounding:
         cache: bits of the KV cache, and R3.
         exceptions: other bits of single linears, by their weights' full names (``model.layers.0.mlp.up_proj.weight``).
         watch: told of everything that :meth:`activations` rounds, before and after; it changes nothing.
+        rounded: rounds activations, as :func:`round_to` does to the bit.
     """
 
     activation_bits: int
@@ -30,6 +31,7 @@ class RuntimeRounding:
     cache: CacheSettings
     exceptions: Mapping[str, int] = field(default_factory=dict)
     watch: Callable[[Tensor, Tensor], None] | None = None
+    rounded: Callable[[Tensor, int, int], Tensor] = field(default=round_to, compare=False)
 
     def bits_of(self, weight: str) -> int:
         """Bits of what enters the block linear of this weight."""
@@ -42,7 +44,7 @@ class RuntimeRounding:
     def activations(self, x: Tensor, kind: str) -> Tensor:
         """``x`` as the block linears of a site see it that are no exceptions, in the same shape."""
         x = rotated(x, self.online_of(kind))
-        rounded = round_to(x, self.activation_bits, self.activation_block)
+        rounded = self.rounded(x, self.activation_bits, self.activation_block)
         if self.watch is not None:
             self.watch(x, rounded)
         return rounded
