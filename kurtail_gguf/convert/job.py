@@ -74,15 +74,15 @@ class Job:
     @property
     def too_large_to_tune(self) -> bool:
         """Whether it is for its size alone that the scales are not tuned."""
-        untold = self.config.tune is None and self.config.tuning_steps > 0 and not self.spec.experts
+        untold = self.config.tune is None and self.config.tuning_steps > 0
         return untold and self.tuning_bytes > DEFAULT_TUNING_BYTES
 
     @property
     def tuning_steps(self) -> int:
-        """Steps of tuning: those asked for; by default none for experts and for a model too large for it."""
+        """Steps of tuning: those asked for; by default none for a model too large for it."""
         if self.config.tune is not None:
             return self.config.tune
-        return 0 if self.spec.experts or self.too_large_to_tune else self.config.tuning_steps
+        return 0 if self.too_large_to_tune else self.config.tuning_steps
 
     def kept(self, name: str) -> Path:
         """Where a stage's result lies."""

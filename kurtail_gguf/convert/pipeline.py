@@ -6,6 +6,7 @@ result is already there; the layers of the last stage count one by one.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from kurtail_gguf.convert.header import check_header
 from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.settings import ConvertConfig, ConvertResult
 from kurtail_gguf.convert.stages import STAGES
-from kurtail_gguf.convert.stages.activations import multiply_accumulates
 from kurtail_gguf.convert.workdir import discard, locked, open_work_dir
 from kurtail_gguf.files.destinations import check_out
 from kurtail_gguf.machine.device import pick_device
@@ -149,7 +149,8 @@ def _convert(
             with clock.measure(stage.name):
                 stage.run(job, made, progress)
     assert made.cache is not None and made.provenance is not None
-    weights = sum(multiply_accumulates(job.spec).values())
+    each = (job.spec.at(layer).linear_shapes() for layer in range(job.spec.layers))
+    weights = sum(math.prod(shape) for shapes in each for shape in shapes.values())
     return ConvertResult(
         config.out, made.provenance, clock.seconds, job.spec.layers, weights, resumed, clock.peak_bytes, made.figures,
         str(device), clock.card_peak, made.cache.warning,

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
-from kurtail_gguf.model.loading.experts import module_weights
+from kurtail_gguf.model.loading.experts import SingleExperts, module_weights, single_experts
 from kurtail_gguf.model.precision import multiply_in
 from kurtail_gguf.numerics.simulation.attention import CacheSettings
 from kurtail_gguf.numerics.simulation.hooks import empty_model
@@ -49,6 +49,7 @@ class LayerRunner:
         max_length: the longest sequence that will be run.
         cache: rounds queries, keys and values as the runtime does; None leaves them alone.
         multiplied_in: what the linears multiply in, everything else being float32 (``model/precision.py``).
+        single: whether experts are multiplied one linear after the other, by what :meth:`experts` is told to.
 
     Raises:
         SourceError: a sliding window shorter than that which the runtime does not have.
@@ -61,6 +62,7 @@ class LayerRunner:
         max_length: int,
         cache: CacheSettings | None = None,
         multiplied_in: torch.dtype = torch.float32,
+        single: bool = False,
     ) -> None:
         window = checkpoint.spec.window
         if window and window < max_length:
@@ -72,7 +74,9 @@ class LayerRunner:
         self._checkpoint = checkpoint
         self._device = device
         self._layers = model.model.layers.eval()
-        self._multiplied_in = multiplied_in
+        self._multiplied_in, self._single = multiplied_in, single
+        each = map(checkpoint.spec.at, range(checkpoint.spec.layers))
+        self._experts = list(map(single_experts, each, self._layers)) if single else []
         self._linears = frozenset(name for kind in checkpoint.spec.kinds_of_layers for name in kind.linears)
         multiply_in(self._layers, checkpoint.spec, multiplied_in)
         # Rotary frequencies are computed, not stored, so this one module must be real.
@@ -89,6 +93,10 @@ class LayerRunner:
     def module(self, layer: int) -> torch.nn.Module:
         """The layer's module, to hang hooks on (weights on the meta device)."""
         return self._layers[layer]
+
+    def experts(self, layer: int) -> SingleExperts | None:
+        """Of a layer, where they are single; None where it has none."""
+        return self._experts[layer]
 
     def positions(self, length: int) -> Positions:
         """What attention has to know of the first positions."""
@@ -124,7 +132,7 @@ class LayerRunner:
         """
         output = functional_call(
             self._layers[layer],
-            module_weights(self._checkpoint.spec.at(layer), weights),
+            module_weights(self._checkpoint.spec.at(layer), weights, self._single),
             (hidden,),
             positions.arguments(layer),
         )

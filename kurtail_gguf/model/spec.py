@@ -174,6 +174,12 @@ class ModelSpec:
         """The first site of a kind; of an expert, where every one has its own."""
         return next(site for site in self.sites if site.kind == kind)
 
+    @property
+    def expert_linears(self) -> frozenset[str]:
+        """Block linears of the experts that tokens are routed to."""
+        names = self.family.experts
+        return frozenset() if names is None else frozenset((*self.ffn_readers, *self.ffn_writers)).difference(names.shared)
+
     def site_of(self, linear: str) -> Site:
         """The site that a block linear reads.
 

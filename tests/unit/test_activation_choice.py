@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kurtail_gguf.convert import pipeline
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.convert.stages import tune
+from kurtail_gguf.convert.stages.activations import chosen_linears
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.method.activations import choice as activation_choice
@@ -74,6 +75,20 @@ def test_a_large_linear_that_does_not_fit_leaves_its_turn():
     assert choose(damages, costs, 0.14) == ("c", "a")  # of equals the first
     assert choose(damages, costs, 0.8) == ("b", "c", "a")
     assert choose(damages, costs, 0.05) == ()
+
+
+def test_experts_of_one_tensor_are_chosen_together(tiny_checkpoint):
+    """For what a token costs: the experts it goes through."""
+    spec = open_checkpoint(tiny_checkpoint("qwen3-moe")).spec
+    damages = {f"model.layers.{layer}.{name}.weight": 0.0 for layer in range(spec.layers) for name in spec.linears}
+    damages["model.layers.1.mlp.experts.2.up_proj.weight"] = 1.0
+    together = {f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in range(spec.experts)}
+    shapes = spec.linear_shapes()
+    once = math.prod(shapes["mlp.experts.0.up_proj"])
+    alone = sum(math.prod(shape) for name, shape in shapes.items() if "experts" not in name)
+    total = spec.layers * (alone + 3 * spec.experts_used * once)
+    assert set(chosen_linears(spec, damages, 1.001 * spec.experts_used * once / total)) == together
+    assert chosen_linears(spec, damages, 0.999 * spec.experts_used * once / total) == ()
 
 
 @pytest.fixture

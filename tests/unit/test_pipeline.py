@@ -574,8 +574,6 @@ def test_nothing_is_rounded_with_unquantized_weights(changes, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
-        ("mixtral", {"activations": "auto"}, "--activations auto is not supported for MixtralForCausalLM"),
-        ("qwen3-moe", {"tune": 4}, "--tune 4 is not supported for Qwen3MoeForCausalLM"),
         ("mixtral", {"rotation": "spinquant"}, "--rotation spinquant is not supported for MixtralForCausalLM"),
         ("granite", {"rotation": "spinquant"}, "--rotation spinquant is not supported for GraniteForCausalLM"),
         ("phi3", {"rotation": "spinquant"}, "--rotation spinquant is not supported for Phi3ForCausalLM"),
@@ -600,13 +598,13 @@ def test_rotations_are_kept_where_asked_for(tiny_checkpoint, tmp_path, exported)
 
 @pytest.mark.parametrize("kind", ["granite", "phi3", "smollm3", "mixtral", "gemma2", "exaone4", "stablelm-parallel", "starcoder2"])
 def test_the_default_goes_through_for_other_families(kind, tiny_checkpoint, tmp_path, exported, text, few_steps, plain_embedding):
-    """Learned rotations, GPTQ and tuning; a mixture of experts is not tuned."""
+    """Learned rotations, GPTQ and tuning."""
     config = ConvertConfig(
         str(tiny_checkpoint(kind)), tmp_path / "o.gguf", calibration=(str(text),), calibration_tokens=1024, device="cpu",
-        tune=None if kind == "mixtral" else 2,
+        tune=2,
     )  # fmt: skip
     provenance = pipeline.convert(config, NullProgress()).provenance
-    assert provenance.tune_steps == (0 if kind == "mixtral" else 2)
+    assert provenance.tune_steps == 2
     assert (provenance.rotation, provenance.weights) == ("diagonal", "gptq")
 
 

@@ -19,7 +19,7 @@ from kurtail_gguf.method.quantize.quantized_prefix import QuantizedPrefix
 from kurtail_gguf.method.rotation.hadamard import random_orthogonal
 from kurtail_gguf.method.tuning import layer_files
 from kurtail_gguf.method.tuning import scales as distill_scales
-from kurtail_gguf.method.tuning.student import Student, _Scaled
+from kurtail_gguf.method.tuning.student import Student, _Product, _Scaled
 from kurtail_gguf.method.tuning.teacher import Teacher, run_teacher
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
 from kurtail_gguf.model.sites import SITES
@@ -62,7 +62,11 @@ def _tune(checkpoint, quantized: Path, target: Path, steps: int, progress=None) 
     return layer_files.tune(checkpoint, IDS, quantized, FORMAT, ROUNDING, steps, target, CPU, progress or NullProgress())
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-biases", "mistral", "qwen2", "gemma2", "gemma3", "olmo2", "phi", "cohere2"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "llama-biases", "mistral", "qwen2", "gemma2", "gemma3", "olmo2", "phi", "cohere2", "mixtral", "qwen2-moe", "olmoe",
+     "granite-moe-shared", "glm4-moe", "ernie4_5-moe", "dots1"],
+)  # fmt: skip
 def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_path):
     """The same layers, run by the prefix one linear after the other and by the student whole."""
     checkpoint = open_checkpoint(tiny_checkpoint(kind))
@@ -85,8 +89,9 @@ def test_the_student_is_what_gptq_was_calibrated_on(kind, tiny_checkpoint, tmp_p
     assert np.median(np.abs(found - expected)) < 1e-5 * np.abs(expected).max()
 
 
-def test_recomputation_changes_no_gradient(tiny_checkpoint, tmp_path):
-    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+@pytest.mark.parametrize("kind", ["llama", "granite-moe-shared"])
+def test_recomputation_changes_no_gradient(kind, tiny_checkpoint, tmp_path):
+    checkpoint = open_checkpoint(tiny_checkpoint(kind))
     quantized = _quantized(checkpoint, tmp_path)
     rows = torch.from_numpy(layer_files.EmbeddingRows(quantized, checkpoint.spec)(IDS[:2].astype(np.int64)))
     found = []
@@ -175,10 +180,14 @@ def test_scales_have_the_gradient_of_the_product():
     codes = torch.from_numpy(rng.integers(-8, 8, (5, 128)).astype(np.int8))
     scales = torch.from_numpy(rng.standard_normal((5, 2))).requires_grad_()
     assert torch.autograd.gradcheck(lambda value: _Scaled.apply(codes, value, torch.float64), (scales,))
+    x = torch.from_numpy(rng.standard_normal((3, 128))).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, value: _Product.apply(x, codes, value, torch.float64), (x, scales))
+    assert torch.equal(_Product.apply(x, codes, scales, torch.float64), x @ _Scaled.apply(codes, scales, torch.float64).T)
 
 
-def test_tuning_lowers_the_divergence_and_leaves_codes_alone(tiny_checkpoint, tmp_path, recorder):
-    checkpoint = open_checkpoint(tiny_checkpoint("llama"))
+@pytest.mark.parametrize("kind", ["llama", "glm4-moe"])
+def test_tuning_lowers_the_divergence_and_leaves_codes_alone(kind, tiny_checkpoint, tmp_path, recorder):
+    checkpoint = open_checkpoint(tiny_checkpoint(kind))
     quantized = _quantized(checkpoint, tmp_path)
     tuned = _tune(checkpoint, quantized, tmp_path / "tuned", 60, recorder)
     assert recorder.stages == [["run the unquantized model", 2, 2], ["tune scales", 60, 60]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from kurtail_gguf.convert.cost import Cost, Estimate
@@ -12,6 +12,7 @@ from kurtail_gguf.convert.stages.stage import Stage
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.activations.choice import DAMAGE_TOKENS, choose, measure_damage
 from kurtail_gguf.method.tuning.layer_files import memory_shortage
+from kurtail_gguf.model.names import file_tensor
 from kurtail_gguf.model.spec import ModelSpec
 
 _DAMAGE = "damage.json"
@@ -30,9 +31,7 @@ class Activations(Stage):
         return {"activations": job.config.activations, "budget": job.config.activation_budget or None}
 
     def refuse(self, job: Job) -> Iterator[str]:
-        if job.spec.experts:
-            yield f"--activations auto is not supported for {job.spec.family.architecture}, a mixture of experts: give 4 or 8"
-        elif not job.has(_DAMAGE) and (shortage := memory_shortage(job.checkpoint, job.block_format.block, job.device)):
+        if not job.has(_DAMAGE) and (shortage := memory_shortage(job.checkpoint, job.block_format.block, job.device)):
             yield f"--activations auto {shortage}: give --activations 4 or 8, or use a larger machine"
 
     def cost(self, estimate: Estimate) -> Cost:
@@ -49,14 +48,25 @@ class Activations(Stage):
             job.checkpoint, made.calibration.ids, made.quantized, job.block_format, made.rounding, job.kept(_DAMAGE),
             job.device, progress,
         )  # fmt: skip
-        chosen = choose(damages, multiply_accumulates(job.spec), job.config.activation_budget)
-        made.rounding = replace(made.rounding, exceptions=dict.fromkeys(chosen, 8))
+        exceptions = chosen_linears(job.spec, damages, job.config.activation_budget)
+        made.rounding = replace(made.rounding, exceptions=dict.fromkeys(exceptions, 8))
 
 
-def multiply_accumulates(spec: ModelSpec) -> dict[str, int]:
-    """Of every block linear for a token, by its weight's full name."""
-    return {
-        f"{spec.layer_prefix(layer)}{name}.weight": math.prod(shape)
-        for layer in range(spec.layers)
-        for name, shape in spec.at(layer).linear_shapes().items()
-    }
+def chosen_linears(spec: ModelSpec, damages: Mapping[str, float], budget: float) -> tuple[str, ...]:
+    """The linears that get 8 bits, by their weights' full names: those of a layer's experts that are one tensor of the file
+    together, since a tensor has one number of bits.
+
+    Args:
+        spec: sizes and roles.
+        damages: of rounding to 4 bits, by full names.
+        budget: share of a token's multiply-accumulates that may be spent.
+    """
+    members: dict[str, list[str]] = {}
+    costs: dict[str, int] = {}
+    for layer in range(spec.layers):
+        for name, shape in spec.at(layer).linear_shapes().items():
+            tensor, expert = file_tensor(spec, layer, name)
+            members.setdefault(tensor, []).append(f"{spec.layer_prefix(layer)}{name}.weight")
+            costs[tensor] = math.prod(shape) * (1 if expert is None else spec.experts_used)
+    together = {tensor: sum(damages[name] for name in names) for tensor, names in members.items()}
+    return tuple(name for tensor in choose(together, costs, budget) for name in members[tensor])

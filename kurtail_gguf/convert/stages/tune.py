@@ -30,12 +30,7 @@ class Tune(Stage):
         return {"tune": job.config.tuning_steps}
 
     def refuse(self, job: Job) -> Iterator[str]:
-        if job.spec.experts:
-            yield (
-                f"--tune {job.config.tune} is not supported for {job.spec.family.architecture}, a mixture of experts: give "
-                "--tune 0"
-            )
-        elif not job.has(_TUNED) and (shortage := memory_shortage(job.checkpoint, job.block_format.block, job.device)):
+        if not job.has(_TUNED) and (shortage := memory_shortage(job.checkpoint, job.block_format.block, job.device)):
             asked = "tuning of scales" if job.config.tune is None else f"--tune {job.config.tune}"
             yield f"{asked} {shortage}: give --tune 0 or use a larger machine"
 

@@ -66,8 +66,9 @@ def measure_damage(
     )
     measured, divergence = measure(student, meter, teacher, outside, ids, device, progress)
     spec = checkpoint.spec
-    weights = (f"{spec.layer_prefix(layer)}{name}.weight" for layer in range(spec.layers) for name in spec.linears)
-    damages = {weight: measured[weight] for weight in weights}
+    weights = (f"{spec.layer_prefix(layer)}{name}.weight" for layer in range(spec.layers) for name in spec.at(layer).linears)
+    # an expert that no token went through has none
+    damages = {weight: measured.get(weight, 0.0) for weight in weights}
     content = {"divergence": divergence, "tokens": int(ids.size), "damage": damages}
     write_atomically(target, json.dumps(content, indent=2) + "\n")
     shutil.rmtree(scratch)

@@ -40,11 +40,14 @@ def memory_needed(checkpoint: Checkpoint, block: int, kept: Kept) -> int:
     """Bytes that the :class:`Student` and the learning of its scales take at their peak."""
     spec = checkpoint.spec
     layer = sum(math.prod(shape) for shape in spec.layer_shapes().values())
+    # experts that tokens are routed to are weights one at a time, the others of a layer are codes meanwhile
+    routed = 3 * spec.experts * spec.hidden_size * spec.intermediate_size
+    weights = layer - routed + (routed // spec.experts if spec.experts else 0)
     each = {
         Kept.NOTHING: 0,
         Kept.CODES: layer,
         # about twelve activations of each kind of width
-        Kept.ALL: 5 * layer + 48 * STEP_TOKENS * (spec.hidden_size + spec.intermediate_size),
+        Kept.ALL: layer + 4 * (layer - routed) + 48 * STEP_TOKENS * (spec.hidden_size + spec.intermediate_size * max(1, spec.experts_used)),
     }[kept]
     # scale, gradient and Adam's two averages; residual streams; head twice; logits of both, and gradients; one layer
     return (
@@ -53,7 +56,7 @@ def memory_needed(checkpoint: Checkpoint, block: int, kept: Kept) -> int:
         + 4 * STEP_TOKENS * spec.hidden_size * spec.layers
         + 8 * spec.vocab_size * spec.hidden_size
         + 16 * STEP_TOKENS * spec.vocab_size
-        + 13 * layer
+        + 13 * weights + routed
     )
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
+from kurtail_gguf.model.loading.experts import module_of
 from kurtail_gguf.model.precision import narrow_inside
 from kurtail_gguf.model.runner import LayerRunner
+from kurtail_gguf.numerics.simulation.attention import rotated
 from kurtail_gguf.numerics.simulation.hooks import round_input
 from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 from kurtail_gguf.numerics.simulation.straight_through import round_through
@@ -69,23 +71,26 @@ class Student:
         products: torch.dtype = torch.float32,
     ) -> None:
         self._recompute = recompute
-        self.layers = layers
+        self._spec, self.layers = checkpoint.spec, layers
         self._rounding = rounding
         self._rounded = rounded or (lambda x, _weight, bits, block: round_through(x, bits, block, rounding.rounded))
-        self._runner = LayerRunner(checkpoint, device, length, rounding.cache)
+        self._runner = LayerRunner(checkpoint, device, length, rounding.cache, single=True)
         self._positions = self._runner.positions(length)
-        rest = layers[0].rest if layers else {}
-        self._products = {
-            name: torch.float32 if f"{name}.bias" in rest else products for site in checkpoint.spec.sites for name in site.readers
-        }
-        linears = [(name, site.kind) for site in checkpoint.spec.sites for name in site.readers]
-        for layer in range(checkpoint.spec.layers):
-            module = self._runner.module(layer)
-            for name, kind in linears:
-                weight = f"{checkpoint.spec.layer_prefix(layer)}{name}.weight"
-                round_input(module.get_submodule(name), self._rounds(weight), rounding.online_of(kind))
-                if self._products[name] != torch.float32:
-                    narrow_inside(module.get_submodule(name), self._products[name])
+        self._products = products
+        #: By layers, online transforms of what linears read, and which of these are experts'.
+        self._online: list[dict[str, int]] = []
+        self._of_experts: list[frozenset[str]] = []
+        for number in range(checkpoint.spec.layers):
+            module, spec = self._runner.module(number), checkpoint.spec.at(number)
+            self._online.append({name: rounding.online_of(site.kind) for site in spec.sites for name in site.readers})
+            self._of_experts.append(spec.expert_linears)
+            # gate and up may be one linear of the module
+            linears = {module_of(spec, name): name for name in self._online[-1] if name not in self._of_experts[-1]}
+            for place, name in linears.items():
+                linear = module.get_submodule(place)
+                round_input(linear, self._rounds(number, name), self._online[-1][name])
+                if self._multiplied_in(number, name) != torch.float32:
+                    narrow_inside(linear, products)
 
     @property
     def scales(self) -> list[dict[str, Tensor]]:
@@ -102,13 +107,30 @@ class Student:
 
     def _layer(self, layer: int, names: list[str], hidden: Tensor, *scales: Tensor) -> Tensor:
         codes = self.layers[layer].codes()
+        each = dict(zip(names, scales, strict=True))
         weights = {
-            f"{name}.weight": _Scaled.apply(codes[name], scale, self._products[name])
-            for name, scale in zip(names, scales, strict=True)
+            f"{name}.weight": _Scaled.apply(codes[name], scale, self._multiplied_in(layer, name))
+            for name, scale in each.items()
+            if name not in self._of_experts[layer]
         }
+        if (experts := self._runner.experts(layer)) is not None:
+            experts.linear = self._experts(layer, codes, each)
         return self._runner.run(layer, weights | self.layers[layer].rest, hidden, self._positions)
 
-    def _rounds(self, weight: str) -> Callable[[Tensor], Tensor]:
+    def _experts(self, layer: int, codes: dict[str, Tensor], scales: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
+        """What multiplies by an expert's linears: weights of one of them at a time are there, now and going backward."""
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            x = self._rounds(layer, name)(rotated(x, self._online[layer][name]))
+            return _Product.apply(x, codes[name], scales[name], self._multiplied_in(layer, name))
+
+        return linear
+
+    def _multiplied_in(self, layer: int, name: str) -> torch.dtype:
+        return torch.float32 if f"{name}.bias" in self.layers[layer].rest else self._products
+
+    def _rounds(self, layer: int, name: str) -> Callable[[Tensor], Tensor]:
+        weight = f"{self._spec.layer_prefix(layer)}{name}.weight"
         bits, block = self._rounding.bits_of(weight), self._rounding.activation_block
         return lambda x: self._rounded(x, weight, bits, block)
 
@@ -120,9 +142,36 @@ class _Scaled(torch.autograd.Function):
     def forward(ctx: Any, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(codes)
         ctx.blocks, ctx.summed = scales.shape, scales.dtype
-        return (codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape).to(dtype)
+        return _weight(codes, scales, dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         (codes,) = ctx.saved_tensors
-        return None, (gradient.to(ctx.summed) * codes).reshape(*ctx.blocks, -1).sum(-1), None
+        return None, _of_scales(gradient, codes, ctx.blocks, ctx.summed), None
+
+
+class _Product(torch.autograd.Function):
+    """``x Wᵀ`` with W of codes and scales; W itself is kept no longer than either pass needs it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        narrow = x.to(dtype)
+        ctx.save_for_backward(narrow, codes, scales)
+        ctx.dtype = dtype
+        return (narrow @ _weight(codes, scales, dtype).T).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        x, codes, scales = ctx.saved_tensors
+        narrow = gradient.to(ctx.dtype)
+        below = (narrow @ _weight(codes, scales, ctx.dtype)).to(gradient.dtype)
+        return below, None, _of_scales(narrow.T @ x, codes, scales.shape, scales.dtype), None
+
+
+def _weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes.reshape(*scales.shape, -1) * scales[..., None]).reshape(codes.shape).to(dtype)
+
+
+def _of_scales(gradient: Tensor, codes: Tensor, blocks: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The gradient by scales ``blocks`` of that by the weights, ``[out, in]``."""
+    return (gradient.to(dtype) * codes).reshape(*blocks, -1).sum(-1)

@@ -171,7 +171,8 @@ def quantized_model_class(
                 add_key(self.gguf_writer, K_OFFSET, k_offset, "float32[]")
             if provenance["target"] == "kurtail":
                 add_online(self.gguf_writer, request["online"])
-            listed = files.expert_groups() if provenance["activation_bits"] == 8 else eight_bit
+            groups = files.expert_groups()
+            listed = groups if provenance["activation_bits"] == 8 else [name for name, own in groups.items() if own[0] in eight_bit]
             if provenance["target"] == "kurtail" and listed:
                 # upstream's own keys for what a backend may not round to 4 bits
                 names = sorted(self.map_tensor_name(name) for name in listed)
