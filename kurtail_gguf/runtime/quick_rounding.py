@@ -16,6 +16,8 @@ from kurtail_gguf.runtime import ggml, native
 
 #: Values below which a second thread is not worth its start.
 _SHARED = 1 << 16
+#: Blocks at a time.
+_PIECE = 512
 
 
 class QuickRounding:
@@ -39,6 +41,7 @@ class QuickRounding:
         self._quantize = row(traits(ggml.KT4)[0])
         self._restore = base.dequantize_row_kt4
         self._restore.restype, self._restore.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        self._pool = ThreadPoolExecutor(thread_name_prefix="round")
 
     def __call__(self, x: Tensor, bits: int, block: int) -> Tensor:
         """As ``round_to``."""
@@ -50,19 +53,19 @@ class QuickRounding:
         threads = torch.get_num_threads() if x.numel() >= _SHARED else 1
         share = -(-blocks // threads)
         parts = [(first, min(share, blocks - first)) for first in range(0, blocks, share)]
-        if len(parts) == 1:
-            self._round(x, rounded, *parts[0])
-        else:
-            with ThreadPoolExecutor(len(parts)) as pool:
-                for done in [pool.submit(self._round, x, rounded, *part) for part in parts]:
-                    done.result()
+        others = [self._pool.submit(self._round, x, rounded, *part) for part in parts[1:]]
+        self._round(x, rounded, *parts[0])
+        for other in others:
+            other.result()
         return rounded
 
     def _round(self, x: Tensor, rounded: Tensor, first: int, count: int) -> None:
-        packed = ctypes.create_string_buffer(count * kt4.TYPE_SIZE)
-        start, values = 4 * first * kt4.BLOCK, count * kt4.BLOCK
-        self._quantize(x.data_ptr() + start, packed, values)
-        self._restore(packed, rounded.data_ptr() + start, values)
+        packed = torch.empty(min(count, _PIECE) * kt4.TYPE_SIZE, dtype=torch.uint8)
+        # a piece at a time: its codes stay in the cache
+        for piece in range(first, first + count, _PIECE):
+            start, values = 4 * piece * kt4.BLOCK, min(_PIECE, first + count - piece) * kt4.BLOCK
+            self._quantize(x.data_ptr() + start, packed.data_ptr(), values)
+            self._restore(packed.data_ptr(), rounded.data_ptr() + start, values)
 
 
 @cache

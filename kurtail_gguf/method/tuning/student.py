@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ class Student:
     ) -> None:
         self._recompute = recompute
         self._spec, self.layers = checkpoint.spec, layers
-        self._rounding = rounding
+        self._rounding, self._own_rounded = rounding, rounded is not None
         self._rounded = rounded or (lambda x, _weight, bits, block: round_through(x, bits, block, rounding.rounded))
         self._runner = LayerRunner(checkpoint, device, length, rounding.cache, single=True)
         self._positions = self._runner.positions(length)
@@ -84,13 +84,26 @@ class Student:
             module, spec = self._runner.module(number), checkpoint.spec.at(number)
             self._online.append({name: rounding.online_of(site.kind) for site in spec.sites for name in site.readers})
             self._of_experts.append(spec.expert_linears)
-            # gate and up may be one linear of the module
-            linears = {module_of(spec, name): name for name in self._online[-1] if name not in self._of_experts[-1]}
-            for place, name in linears.items():
-                linear = module.get_submodule(place)
-                round_input(linear, self._rounds(number, name), self._online[-1][name])
-                if self._multiplied_in(number, name) != torch.float32:
-                    narrow_inside(linear, products)
+            for site in spec.sites:
+                self._hang(number, module, [name for name in site.readers if name not in self._of_experts[-1]])
+
+    def _hang(self, number: int, module: nn.Module, readers: list[str]) -> None:
+        """Let the linears of a site see their input as the runtime's do."""
+        if not readers:
+            return
+        weights = [f"{self._spec.layer_prefix(number)}{name}.weight" for name in readers]
+        online, alike = self._online[number][readers[0]], len({self._rounding.bits_of(weight) for weight in weights}) == 1
+        # made once for all that read it, unless each is rounded in its own way
+        shared = _Once(self._rounds(number, readers[0]), online) if alike and not self._own_rounded else None
+        # gate and up may be one linear of the module
+        for place, name in {module_of(self._spec.at(number), name): name for name in readers}.items():
+            linear = module.get_submodule(place)
+            if shared is None:
+                round_input(linear, self._rounds(number, name), online)
+            else:
+                round_input(linear, shared)
+            if self._multiplied_in(number, name) != torch.float32:
+                narrow_inside(linear, self._products)
 
     @property
     def scales(self) -> list[dict[str, Tensor]]:
@@ -133,6 +146,21 @@ class Student:
         weight = f"{self._spec.layer_prefix(layer)}{name}.weight"
         bits, block = self._rounding.bits_of(weight), self._rounding.activation_block
         return lambda x: self._rounded(x, weight, bits, block)
+
+
+class _Once:
+    """Transforms and rounds a tensor, the same one only once."""
+
+    def __init__(self, rounds: Callable[[Tensor], Tensor], online: int) -> None:
+        self._rounds, self._online = rounds, online
+        self._seen: Tensor | None = None
+        self._made: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._seen is not x:
+            self._seen, self._made = x, self._rounds(rotated(x, self._online))
+        assert self._made is not None
+        return self._made
 
 
 class _Scaled(torch.autograd.Function):
