@@ -191,7 +191,8 @@ def test_the_meter_changes_neither_values_nor_gradients(quantize, tmp_path):
         loss.backward()
         found.append((float(loss.detach()), scale.grad))
     assert found[0][0] == found[1][0]
-    assert torch.equal(found[0][1], found[1][1]) and found[0][1].abs().max() > 0
+    # without the meter gradients of a site's readers are summed before they go through its transform
+    assert (found[0][1] - found[1][1]).abs().max() < 1e-5 * found[0][1].abs().max()
 
 
 def test_exceptions_for_all_linears_are_the_other_general_rule(quantize, tmp_path):
