@@ -63,7 +63,7 @@ def find_layer_transforms(
         online: what :func:`find_online` found.
     """
     spec = checkpoint.spec.at(layer)
-    scales = {site.kind: _diagonal(file, spec, layer, site, weights) for site in spec.sites if site.norm}
+    scales = {site.diagonal: _diagonal(file, spec, layer, site, weights) for site in spec.sites if site.norm}
     # all that is folded into the columns of what reads the residual stream
     folded = fold_layer(weights, spec, LayerTransforms(r1, None, online, scales))
     r2 = None
@@ -73,9 +73,15 @@ def find_layer_transforms(
         value = folded[f"{linear}.weight"][rows].reshape(shape)
         found = _stored(file, checkpoint, layer, linear)[rows].reshape(shape)
         r2 = _nearest_rotation(value @ found.mT)
+    of_experts: dict[str, list[torch.Tensor]] = {}
     for site in spec.sites:
         if site.kind == FFN_OUTPUT and site.source and provenance.rotation in OWN_ROTATIONS:
-            scales[site.kind] = _row_scale(folded, file, checkpoint, layer, *site.source) ** site.power
+            scale = _row_scale(folded, file, checkpoint, layer, *site.source) ** site.power
+            if site.expert is None:
+                scales[site.diagonal] = scale
+            else:
+                of_experts.setdefault(site.diagonal, []).append(scale)
+    scales |= {name: torch.stack(each) for name, each in of_experts.items()}
     return LayerTransforms(r1, r2, online, scales, _key_scale(checkpoint, file, layer, weights, folded))
 
 
@@ -146,8 +152,8 @@ def _of_pairs(values: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
 
 
 def _stored(file: FileTensors, checkpoint: Checkpoint, layer: int, linear: str) -> torch.Tensor:
-    name, _ = file_tensor(checkpoint.spec, layer, linear)
-    return torch.from_numpy(np.ascontiguousarray(file.values(name))).double()
+    name, expert = file_tensor(checkpoint.spec, layer, linear)
+    return torch.from_numpy(np.ascontiguousarray(file.values(name, expert))).double()
 
 
 def _nearest_rotation(correlation: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,7 @@ def build_spec(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         return spec
     without = replace(
         spec, family=replace(family, experts=None), intermediate_size=config["intermediate_size"], experts=0, experts_used=0,
-        shared_width=0, beside_experts=True,
+        shared_width=0,
     )  # fmt: skip
     return replace(spec, dense=without, dense_layers=dense)
 

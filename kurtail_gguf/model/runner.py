@@ -75,10 +75,11 @@ class LayerRunner:
         self._device = device
         self._layers = model.model.layers.eval()
         self._multiplied_in, self._single = multiplied_in, single
-        each = map(checkpoint.spec.at, range(checkpoint.spec.layers))
-        self._experts = list(map(single_experts, each, self._layers)) if single else []
         self._linears = frozenset(name for kind in checkpoint.spec.kinds_of_layers for name in kind.linears)
         multiply_in(self._layers, checkpoint.spec, multiplied_in)
+        # behind that: what multiplies by single experts takes care of its types itself
+        each = map(checkpoint.spec.at, range(checkpoint.spec.layers))
+        self._experts = list(map(single_experts, each, self._layers)) if single else []
         # Rotary frequencies are computed, not stored, so this one module must be real.
         self._rotary = type(model.model.rotary_emb)(config=model.config).to(device)
         kinds = getattr(model.config, "layer_types", None) or []

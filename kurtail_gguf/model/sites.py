@@ -8,6 +8,7 @@ applied by the runtime, and R1 of the residual stream is folded into the norm's 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ class Site:
 
     Args:
         kind: one of :data:`SITES`; experts have one ``ffn-output`` each.
+        part: of a mixture of experts, whose ``ffn-output`` it is: "experts", "shared" for the one that all tokens go through;
+            empty elsewhere.
+        expert: the number of one of the former.
         readers: the block linears that read it.
         size: values of a token.
         residual: whether it is the residual stream, as it is or behind a norm.
@@ -47,6 +51,18 @@ class Site:
     power: int = 1
     groups: int = 1
     repeats: int = 1
+    part: str = ""
+    expert: int | None = None
+
+    @property
+    def diagonal(self) -> str:
+        """What its diagonal is called; experts share a name, under which they have a row each."""
+        return f"{self.kind}-{self.part}" if self.part else self.kind
+
+    def scale_in(self, scales: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Its diagonal, ``[scale_size]``, among a layer's by their names; None where there is none."""
+        scale = scales.get(self.diagonal)
+        return scale if scale is None or self.expert is None else scale[self.expert]
 
     @property
     def scale_size(self) -> int:

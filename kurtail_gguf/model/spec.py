@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class ModelSpec:
     ``intermediate_size`` is an expert's inner width, ``experts`` how many a layer has and ``experts_used`` how many of
     them a token goes through; both are 0 without. ``shared_width`` is the inner width of the expert that all tokens go through,
     0 for none. Shares of a token's experts add up to 1 if they are ``normalized``, and are multiplied by ``share_factor``.
-    ``dense`` is what the layers ``dense_layers`` are, which have no experts; ``beside_experts`` is set in that.
+    ``dense`` is what the layers ``dense_layers`` are, which have no experts.
     Caps are 0 where there is none.
     """
 
@@ -49,7 +49,6 @@ class ModelSpec:
     share_factor: float = 1.0
     dense: ModelSpec | None = None
     dense_layers: frozenset[int] = frozenset()
-    beside_experts: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
@@ -115,7 +114,7 @@ class ModelSpec:
     @property
     def sites(self) -> tuple[Site, ...]:
         """What the linears of a layer read, in the order the forward pass meets it; experts one after the other."""
-        family, names = self.family, self.family.experts
+        family = self.family
         attended = self.heads * self.head_dim
         readers = family.attention_readers + (self.ffn_readers if family.parallel else ())
         first = Site(ATTENTION, readers, self.hidden_size, residual=True, **self._behind(family.attention_norm))
@@ -123,19 +122,28 @@ class ModelSpec:
             ATTENTION_OUTPUT, (family.attention_writer,), attended, source=self.value_rows, groups=self.kv_heads,
             repeats=self.value_group,
         )  # fmt: skip
-        squared = not family.gated and family.activation == "relu2"
-        # a diagonal is of all layers, or of none
-        source = self.up_rows if names is None and not self.beside_experts and (family.gated or squared) else None
-        outputs = (
-            Site(FFN_OUTPUT, (name,), self._inner_width(name), source=source, power=2 if squared else 1) for name in self.ffn_writers
-        )
         if family.parallel:
-            return (first, second, *outputs)
+            return (first, second, *self._ffn_outputs())
         third = Site(
             FFN, self.ffn_readers, self.hidden_size, residual=True, unrounded=self.unquantized_readers,
             **self._behind(family.ffn_norm),
         )  # fmt: skip
-        return (first, second, third, *outputs)
+        return (first, second, third, *self._ffn_outputs())
+
+    def _ffn_outputs(self) -> Iterator[Site]:
+        family, names = self.family, self.family.experts
+        if names is None:
+            squared = not family.gated and family.activation == "relu2"
+            source = self.up_rows if family.gated or squared else None
+            yield Site(FFN_OUTPUT, (family.ffn_writer,), self.intermediate_size, source=source, power=2 if squared else 1)
+            return
+        if names.shared:
+            _, up, down = names.shared
+            yield Site(FFN_OUTPUT, (down,), self.shared_width, source=(up, slice(0, self.shared_width)), part="shared")
+        for expert in range(self.experts):
+            source = names.up.format(expert), slice(0, self.intermediate_size)
+            down = names.down.format(expert)
+            yield Site(FFN_OUTPUT, (down,), self.intermediate_size, source=source, part="experts", expert=expert)
 
     def _inner_width(self, linear: str) -> int:
         """Of the FFN, or the expert, that a linear is part of."""

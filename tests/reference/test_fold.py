@@ -142,11 +142,14 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
     online = {site.kind: hadamard_size(site.size, limits[site.kind]) for site in spec.sites}
     own = {site.kind for site in spec.sites}
     assert online == {kind: limit for kind, limit in limits.items() if kind in own}
-    scales = {
-        site.kind: torch.from_numpy(np.exp(rng.standard_normal(site.scale_size)))
-        for site in spec.sites if site.norm or site.source
-    }  # fmt: skip
-    assert scales.keys() == own - _without_diagonal(spec)
+    scales, sites = {}, [site for layer in spec.kinds_of_layers for site in layer.sites if site.norm or site.source]
+    for site in sites:
+        # of experts a row each
+        shape = (site.scale_size,) if site.expert is None else (spec.experts, site.scale_size)
+        scales.setdefault(site.diagonal, torch.from_numpy(np.exp(rng.standard_normal(shape))))
+    assert {site.kind for site in sites} == own - _without_diagonal(spec)
+    parts = {site.diagonal for site in sites if site.part}
+    assert parts == ({"ffn-output-experts"} if spec.experts else set()) | ({"ffn-output-shared"} if spec.shared_width else set())
 
     # both values of a RoPE pair alike; all heads as well where keys are normed one by one
     heads = 1 if spec.family.key_norm and not spec.family.wide_norms else spec.kv_heads
@@ -166,9 +169,9 @@ def test_logits_are_unchanged(kind, tiny_model, tiny_checkpoint):
 
 
 def _without_diagonal(spec):
-    """Sites whose makers take none: experts' outputs, what a FFN without a gate reads behind its activation, and so on."""
+    """Sites whose makers take none: what a FFN without a gate reads behind its activation, and so on."""
     family = spec.family
-    found = {FFN_OUTPUT} if spec.experts or not (family.gated or family.activation == "relu2") else set()
+    found = set() if family.gated or family.activation == "relu2" else {FFN_OUTPUT}
     return found | ({ATTENTION} if not family.attention_norm else set()) | ({FFN} if not family.ffn_norm else set())
 
 

@@ -21,9 +21,10 @@ from kurtail_gguf.files.row_file import RowFile
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.loading.prefetch import layer_stream
-from kurtail_gguf.model.precision import forward_dtype
+from kurtail_gguf.model.loading.experts import module_of
+from kurtail_gguf.model.precision import forward_dtype, linear
 from kurtail_gguf.model.runner import LayerRunner
-from kurtail_gguf.model.sites import FFN, Site
+from kurtail_gguf.model.sites import FFN, FFN_OUTPUT, Site
 from kurtail_gguf.model.spec import ModelSpec
 
 #: Most tokens kept at a site: 2048 tokens x 60 sites x 576 halves are 140 MB on disk.
@@ -32,6 +33,10 @@ MAX_SAMPLE = 2048
 BATCH = 4
 #: Files of a site.
 _CHANNELS, _COLUMNS, _READERS, _VALUE = "channels", "columns", "readers", "value"
+#: The name that experts' inner channels have.
+_EXPERTS = f"{FFN_OUTPUT}-experts"
+#: Tokens below which an expert's channels are taken for equal.
+FEWEST_TOKENS = 32
 #: Rows of the sketch of one linear: energies of directions are known to about √(2 / 128) each.
 SKETCH_ROWS = 128
 
@@ -70,9 +75,10 @@ class Capture:
         return np.load(self.directory / _name(layer, kind, _READERS), mmap_mode="r")
 
     def channels(self, layer: int, kind: str) -> npt.NDArray[np.float32]:
-        """Root mean square of each channel of a site, float32 ``[Site.size]``: of x̂ where the residual stream is read,
-        elsewhere with tokens weighed by 1 / ‖residual‖², and by 1 / ‖output‖² where what is written is normed. There is none
-        of what no diagonal can be folded into: experts' ``ffn-output``, or that of a FFN without a gate."""
+        """Root mean square of each channel of a site by its ``Site.diagonal``, float32 ``[Site.size]``: of x̂ where the residual
+        stream is read, elsewhere with tokens weighed by 1 / ‖residual‖², and by 1 / ‖output‖² where what is written is normed. Of
+        experts ``[experts, Site.size]``, with their tokens weighed by the squares of their shares too, and 0 where they are
+        fewer than :data:`FEWEST_TOKENS`. There is none of what no diagonal can be folded into, as a FFN without a gate."""
         return np.load(self.directory / _name(layer, kind, _CHANNELS))
 
     def columns(self, layer: int, kind: str) -> npt.NDArray[np.float32]:
@@ -139,9 +145,8 @@ def capture(
     """
     sequences, length = ids.shape
     spec = checkpoint.spec
-    runner = LayerRunner(
-        checkpoint, device, length, multiplied_in=forward_dtype(device) if multiplied_in is None else multiplied_in
-    )
+    narrow = forward_dtype(device) if multiplied_in is None else multiplied_in
+    runner = LayerRunner(checkpoint, device, length, multiplied_in=narrow, single=True)
     path = directory / "hidden.npy"
     hidden = RowFile(path, (sequences, length, spec.hidden_size))
     positions = runner.positions(length)
@@ -160,14 +165,20 @@ def capture(
                 for site in range(len(spec.residual_sites) + 1)
             ]
             with _Hooks(runner.module(layer), own, weights) as hooks:
+                if (experts := runner.experts(layer)) is not None:
+                    experts.linear = lambda name, x, weights=weights: linear(x, weights[f"{name}.weight"], narrow)
+                    experts.watch = hooks.watch_expert
                 for start in range(0, sequences, BATCH):
                     batch = torch.from_numpy(hidden[start : start + BATCH]).to(device)
                     output = runner.run(layer, weights, batch, positions)
                     hidden[start : start + BATCH] = output.cpu().numpy()
                     for sample, seen in zip(samples, hooks.take(), strict=True):
                         sample.add(start, seen)
-            for kind, squares in hooks.squares.items():
-                np.save(directory / _name(layer, kind, _CHANNELS), (squares / ids.size).sqrt().cpu().numpy())
+            hooks.forget_starved()
+            for name, squares in hooks.squares.items():
+                np.save(directory / _name(layer, name, _CHANNELS), (squares / ids.size).sqrt().cpu().numpy())
+            if experts is not None:
+                experts.watch = None
             kurtosis = []
             for number, (sample, site) in enumerate(zip(samples, own.residual_sites, strict=False)):
                 kind, rows = site.kind, sample.rows()
@@ -183,11 +194,14 @@ def capture(
                 np.save(directory / _name(layer, kind, _READERS), sketch.cpu().numpy())
                 np.save(directory / _name(layer, kind, _COLUMNS), columns.cpu().numpy())
                 del folded
+            norms: dict[str, list[torch.Tensor]] = {}
             for site in own.sites:
                 if site.source is not None:
                     (name,) = site.readers
-                    columns = torch.linalg.vector_norm(weights[f"{name}.weight"].float(), dim=0)
-                    np.save(directory / _name(layer, site.kind, _COLUMNS), columns.cpu().numpy())
+                    norms.setdefault(site.diagonal, []).append(torch.linalg.vector_norm(weights[f"{name}.weight"].float(), dim=0))
+            for name, columns in norms.items():
+                of_all = torch.stack(columns) if own.experts and name == _EXPERTS else columns[0]
+                np.save(directory / _name(layer, name, _COLUMNS), of_all.cpu().numpy())
             values = samples[-1].rows().reshape(-1, spec.kv_heads, spec.head_dim)
             np.save(directory / _name(layer, _VALUE), values)
             del weights  # the next layer wants their memory
@@ -267,7 +281,7 @@ class _Sample:
 class _Hooks:
     """Sees what is read from the residual stream, what the writers read, and the output of v_proj, while a layer runs.
 
-    :attr:`squares` are the sums of the squared channels of each site over all tokens, ``[Site.size]`` by kind.
+    :attr:`squares` are the sums of the squared channels of each site over all tokens, by ``Site.diagonal``.
     """
 
     def __init__(self, module: torch.nn.Module, spec: ModelSpec, weights: dict[str, torch.Tensor]) -> None:
@@ -280,12 +294,13 @@ class _Hooks:
             self._handles.append(reader.register_forward_pre_hook(partial(self._residual_hook, site), prepend=True))
         posts = {branch.output.kind: branch.post_norm for branch in spec.branches if branch.output}
         for site in spec.sites:
-            if site.source is not None:
-                writer = module.get_submodule(site.readers[0])
+            if site.source is not None and site.expert is None:
+                writer = module.get_submodule(module_of(spec, site.readers[0]))
                 # before the linear makes its input what it multiplies in
-                self._handles.append(writer.register_forward_pre_hook(partial(self._input_hook, site.kind), prepend=True))
-                hook = partial(self._output_hook, site.kind, bool(posts[site.kind]))
+                self._handles.append(writer.register_forward_pre_hook(partial(self._input_hook, site.diagonal), prepend=True))
+                hook = partial(self._output_hook, site.diagonal, bool(posts.get(site.kind)))
                 self._handles.append(writer.register_forward_hook(hook))
+        self._tokens: dict[int, int] = {}
         value, self._value_rows = spec.value_rows
         self._handles.append(module.get_submodule(value).register_forward_hook(self._value_hook))
 
@@ -320,8 +335,22 @@ class _Hooks:
         self, kind: str, normed: bool, _module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> None:
         # what a writer adds is seen relative to the residual stream, and behind a norm of its own relative to itself
-        x = self._seen.pop(kind) * self._scale
+        # a shared expert may be given all tokens in one row
+        x = self._seen.pop(kind).reshape(*self._scale.shape[:-1], -1) * self._scale
         self._add(kind, x * torch.rsqrt(output.square().mean(-1, keepdim=True) + self._spec.eps) if normed else x)
+
+    def watch_expert(self, expert: int, tokens: torch.Tensor, shares: torch.Tensor, inner: torch.Tensor) -> None:
+        """As ``SingleExperts.watch``."""
+        if _EXPERTS not in self.squares:
+            self.squares[_EXPERTS] = torch.zeros(self._spec.experts, inner.shape[-1], device=inner.device)
+        self._tokens[expert] = self._tokens.get(expert, 0) + len(tokens)
+        self.squares[_EXPERTS][expert] += (inner * self._scale.flatten()[tokens, None] * shares[:, None]).square().sum(0)
+
+    def forget_starved(self) -> None:
+        """Take the channels of experts that too few tokens went through for unknown."""
+        for expert in range(self._spec.experts):
+            if self._tokens.get(expert, 0) < FEWEST_TOKENS and _EXPERTS in self.squares:
+                self.squares[_EXPERTS][expert] = 0
 
     def _value_hook(self, _module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
         self._seen[_VALUE] = output[..., self._value_rows]

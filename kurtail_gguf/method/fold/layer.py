@@ -50,7 +50,8 @@ class LayerTransforms:
         r2: float64 ``[kv_heads, head_dim, head_dim]`` or None.
         online: sizes of the Hadamard blocks that the runtime multiplies a site by, powers of two that divide the site, by
             its kind; a site that is not there is left as it is.
-        scales: diagonals by the site's kind, float64 ``[Site.scale_size]``, positive.
+        scales: diagonals by the sites' names for them (``Site.diagonal``), float64 ``[Site.scale_size]``, of experts
+            ``[experts, Site.scale_size]``, positive.
         key_scale: float64 ``[kv_heads, head_dim]``, positive, or None; both values of a RoPE pair, and where keys are normed
             all heads, have the same.
     """
@@ -93,8 +94,8 @@ def fold_layer(
     if transforms.key_scale is not None:
         _fold_key_scale(folded, spec, transforms.key_scale)
     for site in spec.sites:
-        if site.kind in transforms.scales:
-            _fold_scale(folded, spec, site, transforms.scales[site.kind])
+        if (scale := site.scale_in(transforms.scales)) is not None:
+            _fold_scale(folded, spec, site, scale)
         for weight in (f"{name}.weight" for name in site.readers):
             folded[weight] = rotated(folded[weight], transforms.online.get(site.kind, 0))
     if transforms.r1 is not None:

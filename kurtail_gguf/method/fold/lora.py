@@ -40,8 +40,8 @@ def _inputs(
         a = fold_reader(a, gains[site.norm], transforms.r1)
     elif site.kind == ATTENTION_OUTPUT and transforms.r2 is not None:
         a = rotate_heads(a, spec, transforms.r2)
-    if site.kind in transforms.scales:
-        a = a / site.channels(transforms.scales[site.kind])
+    if (scale := site.scale_in(transforms.scales)) is not None:
+        a = a / site.channels(scale)
     return rotated(a, transforms.online.get(site.kind, 0))
 
 
@@ -55,8 +55,8 @@ def _outputs(b: torch.Tensor, linear: str, spec: ModelSpec, transforms: LayerTra
     if transforms.key_scale is not None and not spec.family.key_norm:
         factors += [(spec.key_rows, 1 / transforms.key_scale.flatten()), (spec.query_rows, query_scale(transforms.key_scale, spec))]
     factors += [
-        (site.source, site.source_scale(transforms.scales[site.kind]))
-        for site in spec.sites if site.source and site.kind in transforms.scales
+        (site.source, site.source_scale(scale))
+        for site in spec.sites if site.source and (scale := site.scale_in(transforms.scales)) is not None
     ]  # fmt: skip
     for (name, rows), factor in factors:
         if linear == name:

@@ -31,8 +31,9 @@ class Transforms:
         r1_kind, r2_kind: ``none``, ``hadamard``, ``random`` or ``learned``.
         r1: float64 ``[hidden, hidden]``, None with kind ``none``.
         r2: float64 ``[layers, kv_heads, head_dim, head_dim]``, None with kind ``none``.
-        scales: by the kind of a site, what its channels are multiplied and its readers' columns divided by in each layer,
-            float64 ``[layers, Site.scale_size]``.
+        scales: by a site's name for it (``Site.diagonal``), what its channels are multiplied and its readers' columns divided by
+            in each layer, float64 ``[layers, Site.scale_size]``, of experts ``[layers, experts, Site.scale_size]``; ones in
+            layers without such a site.
         online: by the kind of a site, size of the Hadamard blocks that the runtime multiplies it by.
         key_scales: float64 ``[layers, kv_heads, head_dim]``, what keys are divided and their queries multiplied by, the same
             for both values of a RoPE pair; None leaves them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from kurtail_gguf.method.rotation.learn import learn_r1, learn_r1_by_output_erro
 from kurtail_gguf.method.rotation.objectives import OBJECTIVES
 from kurtail_gguf.method.rotation.spinquant import learn_spinquant
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
-from kurtail_gguf.model.sites import ATTENTION, FFN, FFN_OUTPUT
+from kurtail_gguf.model.sites import ATTENTION, FFN, FFN_OUTPUT, Site
 from kurtail_gguf.model.spec import ModelSpec
 from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 
@@ -81,29 +82,39 @@ def _learn(
     """From captured activations, layer by layer."""
     r1, scales = None, {}
     if rotation == "diagonal":
-        own = {site.kind for site in checkpoint.spec.sites}
-        scales = {kind: _scales(checkpoint.spec, samples, kind) for kind in DIAGONALS if kind in own}
+        scales = _scales(checkpoint.spec, samples, DIAGONALS)
     elif rotation == "output":
         r1 = learn_r1_by_output_error(samples.sites(), samples.all_readers(), seed, device, progress)
-        scales = {FFN_OUTPUT: _scales(checkpoint.spec, samples, FFN_OUTPUT)}
+        scales = _scales(checkpoint.spec, samples, (FFN_OUTPUT,))
     else:
         r1 = learn_r1(samples.sites(), OBJECTIVES[R1_OBJECTIVE], seed, device, progress)
     r2 = learn_r2(samples.all_values(), OBJECTIVES[R2_OBJECTIVE], seed, device, progress)
-    known = {kind: values for kind, values in scales.items() if values is not None}
-    return Transforms("none" if r1 is None else "learned", "learned", r1, r2, known)
+    return Transforms("none" if r1 is None else "learned", "learned", r1, r2, scales)
 
 
-def _scales(spec: ModelSpec, samples: Capture, kind: str) -> npt.NDArray[np.float64] | None:
-    """Diagonals of every layer's site of a kind, ``[layers, Site.scale_size]``; None for experts', which few tokens see."""
-    site = spec.site(kind)
-    if not site.norm and site.source is None:
-        return None
+def _scales(spec: ModelSpec, samples: Capture, kinds: Sequence[str]) -> dict[str, npt.NDArray[np.float64]]:
+    """Diagonals of the sites of some kinds that can have one, by name, as :class:`Transforms` has them."""
+    found: dict[str, list[npt.NDArray[np.float64] | None]] = {}
+    for layer in range(spec.layers):
+        sites: dict[str, Site] = {}
+        for site in spec.at(layer).sites:
+            if site.kind in kinds and (site.norm or site.source is not None):
+                sites.setdefault(site.diagonal, site)
+        for name, site in sites.items():
+            rows = found.setdefault(name, [None] * spec.layers)
+            rows[layer] = _balanced(site, samples.channels(layer, name), samples.columns(layer, name))
+    scales = {}
+    for name, rows in found.items():
+        known = next(row for row in rows if row is not None)
+        scales[name] = np.stack([np.ones_like(known) if row is None else row for row in rows])
+    return scales
 
-    def of(values: npt.NDArray[np.float32]) -> torch.Tensor:
-        return site.shared(torch.from_numpy(values).double().square()).sqrt()
 
-    layers = range(samples.layers)
-    return np.stack([balance_channels(of(samples.channels(one, kind)), of(samples.columns(one, kind))).numpy() for one in layers])
+def _balanced(site: Site, channels: npt.NDArray[np.float32], columns: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    if channels.ndim > 1:
+        return np.stack([_balanced(site, *of) for of in zip(channels, columns, strict=True)])
+    shared = (site.shared(torch.from_numpy(values).double().square()).sqrt() for values in (channels, columns))
+    return balance_channels(*shared).numpy()
 
 
 def _spinquant(

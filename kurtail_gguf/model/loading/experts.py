@@ -22,9 +22,11 @@ class SingleExperts(nn.Module):
 
     Attributes:
         linear: what multiplies; set before each pass. It is asked for gate and up with the same input.
+        watch: told of every expert's number, tokens int64 ``[n]``, shares ``[n]`` and what its down reads ``[n, width]``.
     """
 
     linear: Linear
+    watch: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
 
     def __init__(self, names: ExpertNames) -> None:
         super().__init__()
@@ -44,6 +46,8 @@ class SingleExperts(nn.Module):
             gate, up, down = (name.format(expert) for name in (self._names.gate, self._names.up, self._names.down))
             x = hidden[tokens]
             inner = nn.functional.silu(self.linear(gate, x)) * self.linear(up, x)
+            if self.watch is not None:
+                self.watch(expert, tokens, shares[tokens, places], inner)
             added = added.index_add(0, tokens, self.linear(down, inner) * shares[tokens, places, None])
         return added
 
