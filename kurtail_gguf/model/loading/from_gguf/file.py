@@ -95,6 +95,8 @@ def open_source(path: Path) -> SourceFile:
         raise SourceError(
             f"{path} was written by kurtail-gguf, and its weights are no longer the model's: convert the model that it was made of"
         )
+    if "general.architecture" not in parts[0].metadata:
+        raise SourceError(f"{path} does not name its architecture: key general.architecture is missing: download it again")
     return SourceFile(path, parts)
 
 
@@ -104,8 +106,6 @@ def _read(path: Path) -> GgufInfo:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
     try:
-        info = read_gguf(path)
-        info.architecture  # noqa: B018: a file without one is refused
+        return read_gguf(path)
     except KurtailError as error:  # bad input: convert keeps nothing of it, as of every SourceError
         raise SourceError(str(error)) from error
-    return info

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ def config_of(source: SourceFile) -> tuple[dict[str, Any], Weights]:
             told = str(error).replace(str(Path(scratch) / "config.json"), str(source.path)).replace(scratch, str(source.path))
             raise type(error)(told) from error
     full.architectures, full.dtype = [family.architecture], "float32"
-    return full.to_dict(), Weights(source, spec)
+    saved = json.loads(full.to_json_string())
+    saved.pop("_name_or_path", None)
+    return saved, Weights(source, spec)
 
 
 def runtime_config(source: SourceFile) -> Any:
@@ -49,23 +51,25 @@ def runtime_config(source: SourceFile) -> Any:
     return AutoConfig.for_model(**config)
 
 
-def unpack(source: SourceFile, target: Path, told: Callable[[str], None]) -> None:
+def unpack(
+    source: SourceFile, config: Mapping[str, Any], weights: Weights, target: Path, finished: Callable[[str], None]
+) -> None:
     """Write config.json, tokenizer, the file's keys and the weights into an empty directory.
 
     Args:
         source: the file.
+        config, weights: what :func:`config_of` says of it.
         target: the directory.
-        told: called with a few words as each part of :func:`parts_of` it is finished.
+        finished: called with a few words after the vocabulary, each layer, and what is outside of them.
 
     Raises:
-        UnsupportedArchitecture, SourceError: as :func:`config_of`, before anything is written; a vocabulary that transformers
-            has no tokenizer for.
+        SourceError: a vocabulary that transformers has no tokenizer for, or tensors that cannot be read.
     """
-    config, weights = config_of(source)
     write_header(source.first, target / UNPACKED_KEYS)
     _write_tokenizer(source.path, target)
+    finished("vocabulary")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights.write(target / "model.safetensors", told)
+    weights.write(target / "model.safetensors", finished)
 
 
 def _described(source: SourceFile) -> tuple[Family, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from kurtail_gguf.model.loading.from_gguf.file import SourceFile
 from kurtail_gguf.model.loading.from_gguf.rope import FREQUENCIES, LONG, SHORT
 from kurtail_gguf.model.names import Place, checkpoint_rows, layer_places, top_places
 from kurtail_gguf.model.spec import ModelSpec
+from kurtail_gguf.runtime.file_tensors import FileTensors
 
 Floats = npt.NDArray[np.float32]
 
@@ -64,30 +66,25 @@ class Weights:
             found[name] = (len(stored.parts), below, *rest) if stored.stacked else (below, *rest)
         return found
 
-    def write(self, path: Path, told: Callable[[str], None]) -> None:
+    def write(self, path: Path, finished: Callable[[str], None]) -> None:
         """Write them to a safetensors file, one tensor in memory at a time.
 
         Args:
             path: the file.
-            told: called before each layer and each tensor outside of them, with its name.
+            finished: called with a few words after each layer, and after what is outside of them.
         """
-        readers = self._source.open()
-        shapes, last = self.shapes(), ""
+        readers, shapes = self._source.open(), self.shapes()
         with path.open("wb") as file:
             file.write(header(shapes, "F32", 4))
-            for name, stored in self._stored.items():
-                group = name.split(".")[2] if name.startswith("model.layers.") else ""
-                if group != last:
-                    told(f"layer {group}")
-                    last = group
-                for part in stored.parts:
-                    for one in part:
-                        self._write(one, readers[self._places[one][0].tensor], file)
+            for group, names in groupby(self._stored, lambda name: name.split(".")[2] if name.startswith("model.layers.") else None):
+                for one in (one for name in names for part in self._stored[name].parts for one in part):
+                    self._write(one, readers[self._places[one][0].tensor], file)
+                finished("embedding and head" if group is None else f"layer {group}")
 
-    def _write(self, name: str, reader: object, file: BinaryIO) -> None:
+    def _write(self, name: str, reader: FileTensors, file: BinaryIO) -> None:
         place, shape, layer = self._places[name]
         try:
-            values = reader.values(place.tensor, place.expert)  # type: ignore[attr-defined]
+            values = reader.values(place.tensor, place.expert)
         except KurtailError as error:
             raise SourceError(str(error)) from error
         file.write(memoryview(self._as_checkpoint(values.reshape(shape), place, layer)).cast("B"))
