@@ -82,9 +82,11 @@ def file_config(keys: FileKeys, family: Family, metadata: Mapping[str, Any], fac
     for ours, theirs in form.keys.items():
         value = keys.get(ours)
         config[theirs] = value if isinstance(value, int) else keys.real(ours)
-    default = transformers.AutoConfig.for_model(model_type)
+    check_sizes(config, keys.path)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    config |= rope_parameters(keys, form, head_dim, factors, default)
+    if head_dim < 1:
+        raise keys.refuse("attention.head_count", f"is more than the {config['hidden_size']} values of embedding_length: {REMEDY}")
+    config |= rope_parameters(keys, form, head_dim, factors, transformers.AutoConfig.for_model(model_type))
     if form.config is not None:
         config |= form.config(keys)
     _check_nothing_left(keys)
@@ -93,8 +95,8 @@ def file_config(keys: FileKeys, family: Family, metadata: Mapping[str, Any], fac
 
 
 def _vocabulary(keys: FileKeys, metadata: Mapping[str, Any]) -> int:
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    count = tokens["length"] if isinstance(tokens, dict) else len(tokens)
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    count = tokens["length"] if isinstance(tokens, dict) else len(tokens) if isinstance(tokens, list) else 0
     if EMBEDDING not in keys.shapes:
         raise SourceError(f"{keys.path} lacks tensor {EMBEDDING} (the embedding): the file is incomplete; download it again")
     rows = keys.shapes[EMBEDDING][0]
@@ -152,7 +154,10 @@ def _windows(keys: FileKeys, family: Family, layers: int) -> dict[str, Any]:
     if window is None:
         pattern = [False] * layers
     elif not isinstance(pattern, list):
-        pattern = [(layer + 1) % pattern != 0 for layer in range(layers)]
+        period = keys.size("attention.sliding_window_pattern", form.period)
+        if period < 1:
+            raise keys.refuse("attention.sliding_window_pattern", f"must be above 0: {REMEDY}")
+        pattern = [(layer + 1) % period != 0 for layer in range(layers)]
     return {"sliding_window": window, "layer_types": ["sliding_attention" if one else "full_attention" for one in pattern]}
 
 

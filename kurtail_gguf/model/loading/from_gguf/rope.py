@@ -101,8 +101,8 @@ def _as_longrope(keys: FileKeys, original: int, factors: Mapping[str, list[float
     for name in (LONG, SHORT):
         if name not in factors:
             raise SourceError(f"{keys.path} lacks tensor {name} of longrope: the file is incomplete; download it again")
-    if not original:
-        raise SourceError(f"{keys.path} lacks key {keys.prefix}rope.scaling.original_context_length of longrope: {REMEDY}")
+    if original <= 1:
+        raise SourceError(f"{keys.path} lacks a usable key {keys.prefix}rope.scaling.original_context_length of longrope: {REMEDY}")
     shortest = {name: [float(str(np.float32(value))) for value in factors[name]] for name in (LONG, SHORT)}
     found = {
         "rope_type": "longrope", "long_factor": shortest[LONG], "short_factor": shortest[SHORT],
