@@ -10,24 +10,23 @@ Left out is only the order of floating-point sums.
 from __future__ import annotations
 
 import re
-import tempfile
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kurtail_gguf.messages.errors import KurtailError
 from kurtail_gguf.model.families.registry import find_family
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.loading.from_gguf.file import SourceFile
+from kurtail_gguf.model.loading.from_gguf.unpack import runtime_config
 from kurtail_gguf.numerics.formats import kt4
 from kurtail_gguf.numerics.simulation.attention import V_ROTATION, CacheSettings, LayerCache, use_simulated_attention
 from kurtail_gguf.numerics.simulation.hooks import round_cache, round_input
 from kurtail_gguf.numerics.simulation.rounding import ACTIVATION_BLOCK, CACHE_BLOCK, round_to
 from kurtail_gguf.runtime import ggml
-from kurtail_gguf.runtime.gguf_info import K_OFFSET, GgufInfo, TensorInfo, write_header
+from kurtail_gguf.runtime.gguf_info import K_OFFSET, GgufInfo, TensorInfo
 
 #: What the runtime rounds the input of the head to 8 bits in, by the head's type (q8_0 and q8_K).
 _HEAD_BLOCK = {ggml.Q8_0: 32, ggml.Q6_K: 256}
@@ -64,7 +63,7 @@ def load_model(info: GgufInfo, library: ggml.GgmlBase) -> PreTrainedModel:
         SimulationError: a tensor that has no counterpart in transformers' model.
         UnsupportedArchitecture: a family that cannot be converted: how its q and k lie in the file is not known.
     """
-    config = _config(info)
+    config = runtime_config(SourceFile(info.path, (info,)))
     config.tie_word_embeddings = not any(tensor.name == "output.weight" for tensor in info.tensors)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=use_simulated_attention())
     family = find_family(type(model).__name__)
@@ -169,10 +168,3 @@ def _hf_name(tensor: TensorInfo) -> str:
         raise SimulationError(f"the simulation does not support the tensor {tensor.name}")
     prefix = "" if match["layer"] is None else f"model.layers.{match['layer']}."
     return f"{prefix}{table[match['part']]}.{match['kind']}"
-
-
-def _config(info: GgufInfo) -> Any:
-    with tempfile.TemporaryDirectory(prefix="kurtail-simulate-") as directory:
-        header = Path(directory) / "header.gguf"
-        write_header(info.path, header)
-        return AutoConfig.from_pretrained(directory, gguf_file=header.name)

@@ -16,7 +16,7 @@ from kurtail_gguf.method.calibration.tokens import load_tokenizer
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.rope_turns import checkpoint_turns, runtime_turns
 from kurtail_gguf.runtime.export import Header, read_header
-from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS
+from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, read_gguf
 from kurtail_gguf.runtime.vendored import Worker
 
 #: Tokens of a window that is of use: calibration reads sequences of so many, and the runtime's contexts are no shorter.
@@ -61,6 +61,7 @@ def check_header(checkpoint: Checkpoint, progress: Progress, converter: Worker) 
             f"{checkpoint.directory} cannot be converted: upstream's converter treats it as a reranker because of the "
             "directory's name or its README.md, and only models that generate text are supported: rename the directory"
         )
+    _check_unpacked(checkpoint, told)
     _check_vocabulary(checkpoint, header, progress)
     _check_turns(checkpoint, header, told)
 
@@ -114,6 +115,33 @@ def _sizes(checkpoint: Checkpoint, told: _Told) -> Iterator[tuple[str, float, fl
         found = told(key)
         for one in found if isinstance(found, list) else [] if found is None else [found]:
             yield key, one, value
+
+
+def _check_unpacked(checkpoint: Checkpoint, told: _Told) -> None:
+    """Refuse a GGUF as MODEL that says of the model what its config.json, made by us, no longer does."""
+    keys = checkpoint.directory / UNPACKED_KEYS
+    if not keys.exists():
+        return
+    metadata = read_gguf(keys).metadata
+    prefix = f"{metadata['general.architecture']}."
+    for key, value in metadata.items():
+        name = key.removeprefix(prefix)
+        found = told(name) if key.startswith(prefix) else None
+        if found is None or (name == "context_length" and checkpoint.spec.window):
+            continue
+        before, after = ([one] if not isinstance(one, list) else one for one in (value, found))
+        longest = max(len(before), len(after))
+        before, after = (one * longest if len(one) == 1 else one for one in (before, after))
+        if not _alike_values(before, after):
+            raise UnsupportedArchitecture(
+                f"{checkpoint.directory}: key {key} of the GGUF file is {value}, but upstream's converter writes {found} for the model "
+                "that was read from it: convert from the Hugging Face checkpoint instead"
+            )
+
+
+def _alike_values(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    numbers = all(isinstance(one, int | float) for one in (*before, *after))
+    return _alike(before, after) if numbers else list(before) == list(after)
 
 
 def _check_vocabulary(checkpoint: Checkpoint, header: Header, progress: Progress) -> None:

@@ -24,7 +24,7 @@ from kurtail_gguf.convert.by_itself.plan import disk as disk_by_itself
 from kurtail_gguf.convert.by_itself.plan import memory as memory_by_itself
 from kurtail_gguf.convert.by_itself.plan import seconds as seconds_by_itself
 from kurtail_gguf.convert.own_text import cost_of_own_text
-from kurtail_gguf.convert.cost import Cost, Estimate, Speed
+from kurtail_gguf.convert.cost import PROGRAM_BYTES, Cost, Estimate, Speed
 from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.convert.stages import STAGES
@@ -202,8 +202,9 @@ def _lacking(room: dict[str, tuple[int, int]], memory: dict[str, int], available
 def _fetching(source: Outline, estimate: Estimate) -> Cost:
     """What is downloaded and unpacked before the first stage."""
     disk = {"MODEL, downloaded": source.download, "MODEL, unpacked": source.unpacked}
-    # all of it, what is read of the file, and the table that is being unpacked
-    memory = {"unpack MODEL": source.unpacked + source.packed + 4 * estimate.sizes.table} if source.unpacked else {}
+    # what is read of the file, and one tensor, or an expert's, twice
+    largest = 8 * max(estimate.sizes.table, estimate.sizes.widest)
+    memory = {"unpack MODEL": PROGRAM_BYTES + source.packed + largest} if source.unpacked else {}
     return Cost(memory=memory, disk={name: size for name, size in disk.items() if size})
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kurtail_gguf.model.file_form import FileForm
 from kurtail_gguf.model.norms import NormForm
 
 #: What upstream's graphs put a gate, or what is read behind a FFN without one, through: names that transformers has for it.
@@ -120,6 +121,7 @@ class Family:
         check: a config key and its value's limit where upstream's graph computes something else; None where it does not.
         variants: config switch -> fields that are others where it is set.
         file_norms: names of norms in the file, between the layer's prefix and their suffix, where upstream has unusual ones.
+        file: what is to be known to read a GGUF file of the family as a model; None where such files are those of another.
         embedding, final_norm, head: modules outside the layers.
     """
 
@@ -170,6 +172,7 @@ class Family:
     check: Callable[[Mapping[str, Any]], tuple[str, str] | None] | None = None
     variants: Mapping[str, Mapping[str, Any]] | None = None
     file_norms: Mapping[str, str] | None = None
+    file: FileForm | None = None
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"

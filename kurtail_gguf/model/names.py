@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from kurtail_gguf.model.family import Family
 from kurtail_gguf.model.spec import ModelSpec
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -23,8 +25,55 @@ def file_tensor(spec: ModelSpec, layer: int, linear: str) -> tuple[str, int | No
     Returns:
         Name in the file (``blk.0.attn_q.weight``), and the expert's number where all experts of a layer are one tensor.
     """
-    part, expert = _part(spec.at(layer), linear)
+    part, expert = file_part(spec.at(layer).family, linear)
     return f"blk.{layer}.{part}.weight", expert
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor of the checkpoint lies in the file.
+
+    Args:
+        tensor: name there.
+        expert: which part of it, where all experts of a layer are one tensor.
+        linear: the linear whose weight or bias it is, so that its rows may be in another order; empty for none.
+        gain: whether the file has a norm's gain, not the checkpoint's weight.
+    """
+
+    tensor: str
+    expert: int | None = None
+    linear: str = ""
+    gain: bool = False
+
+
+def layer_places(spec: ModelSpec, layer: int) -> dict[str, Place]:
+    """All tensors of a layer, by name below the layer's prefix."""
+    own = spec.at(layer)
+    family, experts = own.family, own.family.experts
+    norms = {*own.norms, family.query_norm, family.key_norm}
+    places = {}
+    for name in own.layer_shapes():
+        module, _, kind = name.rpartition(".")
+        if experts is not None and name == experts.choice_bias:
+            places[name] = Place(f"blk.{layer}.exp_probs_b.bias")
+        elif module in norms:
+            places[name] = Place(f"blk.{layer}.{file_norm(own, module)}.{kind}", gain=kind == "weight")
+        else:
+            part, expert = file_part(family, module)
+            places[name] = Place(f"blk.{layer}.{part}.{kind}", expert, linear=module)
+    return places
+
+
+def top_places(spec: ModelSpec) -> dict[str, Place]:
+    """All tensors outside the layers, by full name."""
+    family = spec.family
+    parts = {family.embedding: EMBEDDING, family.final_norm: "output_norm.weight", family.head: HEAD}
+    places = {}
+    for name in spec.top_shapes():
+        module, _, kind = name.rpartition(".")
+        gain = module == family.final_norm and kind == "weight"
+        places[name] = Place(parts[module].removesuffix("weight") + kind, gain=gain)
+    return places
 
 
 def file_norm(spec: ModelSpec, norm: str) -> str:
@@ -47,6 +96,16 @@ def file_rows(spec: ModelSpec, linear: str, rows: npt.NDArray) -> npt.NDArray:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
 
 
+def checkpoint_rows(spec: ModelSpec, linear: str, rows: npt.NDArray) -> npt.NDArray:
+    """The inverse of :func:`file_rows`."""
+    family = spec.family
+    heads = {family.query: spec.heads, family.key: spec.kv_heads}.get(linear)
+    if heads is None or not family.rope_pairs:
+        return rows
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows.shape))
+
+
 def online_tensors(spec: ModelSpec, online: Mapping[str, int]) -> dict[str, int]:
     """Sizes of the Hadamard blocks that inputs are multiplied by, by the names of the file's tensors that read them.
 
@@ -60,8 +119,9 @@ def online_tensors(spec: ModelSpec, online: Mapping[str, int]) -> dict[str, int]
     }  # fmt: skip
 
 
-def _part(spec: ModelSpec, linear: str) -> tuple[str, int | None]:
-    family, names = spec.family, spec.family.experts
+def file_part(family: Family, linear: str) -> tuple[str, int | None]:
+    """A linear's name in the file, between the layer's prefix and its suffix, and the expert's number as :func:`file_tensor`'s."""
+    names = family.experts
     if linear == family.attention_writer:
         return "attn_output", None
     if linear in family.attention_readers:

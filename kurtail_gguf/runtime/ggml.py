@@ -109,6 +109,9 @@ class GgmlBase:
         expected = self.row_bytes(ggml_type, width)
         if packed.ndim != 2 or packed.shape[1] != expected:
             raise KurtailError(f"rows of type {ggml_type} and width {width} have {expected} bytes, not {packed.shape}")
+        traits = self._type_traits(ggml_type).contents
+        if not traits.to_float:
+            raise KurtailError(f"values of type {traits.type_name.decode()} are no weights")
         rows = np.empty((packed.shape[0], width), dtype=np.float32)
-        self._type_traits(ggml_type).contents.to_float(packed.ctypes.data, rows.ctypes.data, rows.size)
+        traits.to_float(packed.ctypes.data, rows.ctypes.data, rows.size)
         return rows

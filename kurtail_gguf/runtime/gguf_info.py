@@ -282,8 +282,7 @@ def read_gguf(path: Path) -> GgufInfo:
 def write_header(path: Path, out: Path) -> None:
     """Copy a GGUF file's keys, without its tensors, to a new file.
 
-    transformers reads the configuration from such a file, but not from one with tensors of
-    our type: PyPI's ``gguf`` does not know it.
+    transformers makes a tokenizer of such a file, and upstream's converter copies the vocabulary of it.
     """
     vendored.run("kurtail_gguf.runtime.export.header_worker", {"path": str(path.resolve()), "out": str(out.resolve())})
 

@@ -14,13 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kurtail_gguf.check.verify import Check, verify
 from kurtail_gguf.convert.pipeline import convert
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.model.families.registry import FAMILIES
+from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.loading.from_gguf.file import open_source
+from kurtail_gguf.model.loading.from_gguf.unpack import config_of
+from kurtail_gguf.runtime.export import export_reference, start_converter
 from kurtail_gguf.runtime.gguf_info import read_gguf
 from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
@@ -118,6 +123,46 @@ def test_every_family_has_a_case(save_tiny, tmp_path):
         save_tiny(kind, tmp_path / kind)
         names |= set(json.loads((tmp_path / kind / "config.json").read_text())["architectures"])
     assert names == set(FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def converter():
+    """Upstream's, for all files: its imports take seconds."""
+    with start_converter() as worker:
+        yield worker
+
+
+#: Keys of config.json that are no part of the model, and what reading a file of Mistral's as Llama's, which it is, adds.
+SAID_OTHERWISE = frozenset({"_name_or_path", "architectures", "pad_token_id", "num_nextn_predict_layers"})
+#: Of Hunyuan upstream's converter writes another token for the end of a text than config.json's.
+SAID_OTHERWISE_OF = {
+    "mistral": frozenset({"model_type", "attention_bias", "mlp_bias", "pretraining_tp"}), "hunyuan": frozenset({"eos_token_id"})
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_gguf_is_read_as_the_checkpoint_it_was_made_of(kind, family, expected, tokens, converter, tmp_path):
+    checkpoint, path, found = family(kind), tmp_path / "f32.gguf", tmp_path / "found"
+    export_reference(checkpoint, path, converter=converter)
+    config, weights = config_of(open_source(path))
+    found.mkdir()
+    (found / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights.write(found / "model.safetensors", lambda finished: None)
+    before, after = (AutoConfig.from_pretrained(directory).to_dict() for directory in (checkpoint, found))
+    differing = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert differing <= SAID_OTHERWISE | SAID_OTHERWISE_OF.get(kind, frozenset())
+    stored, read = load_file(checkpoint / "model.safetensors"), load_file(found / "model.safetensors")
+    assert stored.keys() == read.keys()
+    spec = open_checkpoint(found).spec
+    for name, tensor in stored.items():
+        # a file has 1 + weight in single precision, which weight is not found from to the last bit
+        added = spec.family.norm.offset if "norm" in name and name.endswith(".weight") else 0
+        assert torch.equal(tensor + added, read[name] + added), name
+    model = AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32).eval()
+    _use_upstreams_gelu(model)
+    with torch.no_grad():
+        rows = [torch.log_softmax(model(torch.tensor([one])).logits[0], -1) for one in tokens]
+    assert np.abs(torch.cat(rows).numpy() - expected(kind)).max() < 1e-5
 
 
 CASES = [

@@ -28,6 +28,18 @@ from pathlib import Path
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.model.loading.source import resolve_source
+class Told(NullProgress):
+    def stage(self, name, total):
+        print(name, total, end="; ")
+        return self
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def advance(self, n=1, note=""):
+        print("finished", note, end="; ")
+    def within(self, share, note=""):
+        print(f"{share:.2f}", note, end="; ")
 try:
     if "--outline" in sys.argv:
         from kurtail_gguf.model.loading.outline import outline
@@ -35,7 +47,8 @@ try:
         found = outline(sys.argv[1], Path("scratch"))
         print(found.directory, found.download, found.cache.name, found.note)
         sys.exit()
-    print(resolve_source(sys.argv[1], Path("work"), NullProgress(), "--allow-pickle" in sys.argv))
+    progress = Told() if "--progress" in sys.argv else NullProgress()
+    print(resolve_source(sys.argv[1], Path("work"), progress, "--allow-pickle" in sys.argv))
 except SourceError as error:
     print("refused:", error)
 """
@@ -164,6 +177,15 @@ def test_a_model_is_downloaded_into_the_hubs_own_cache(hub, resolve, tmp_path):
     assert (snapshot / "model-1.safetensors").read_bytes() == b"x" * 1000
     # no server: what is there is taken
     assert resolve("http://127.0.0.1:9", f"hf:a/b@{COMMIT}") == str(snapshot)
+
+
+def test_a_download_tells_how_far_it_is(hub, resolve):
+    hub.files.update({"config.json": b"{}", "model.safetensors": bytes(30_000_000)})
+    told = resolve(hub.address, "hf:a/b", "--progress").split("; ")
+    assert told[0] == "download a/b 1" and told[-2] == "finished model.safetensors, 30 MB"
+    shares = [float(one.split()[0]) for one in told[1:-2]]
+    assert len(shares) > 1 and shares == sorted(shares) and shares[-1] == 1
+    assert told[1].endswith("of 30 MB") and told[1].split()[1] == "model.safetensors,"
 
 
 def test_what_the_hub_does_not_give_is_told_with_the_remedy(hub, resolve, tmp_path):

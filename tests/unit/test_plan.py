@@ -250,7 +250,8 @@ def test_a_known_model_is_planned_without_a_download(tmp_path, room, monkeypatch
     assert found.parameters == 134_515_008
     assert found.notes[0] == "smollm2-135m is not downloaded yet; its shapes are those that its recipe lists"
     assert found.disk["MODEL, downloaded"] == 98_362_432 and found.disk["MODEL, unpacked"] == 4 * found.parameters
-    assert found.memory["unpack MODEL"] > 4 * found.parameters
+    # the table twice, not the model
+    assert 8 * 49152 * 576 < found.memory["unpack MODEL"] - 98_362_432 < 8 * 49152 * 576 + 1e9
     assert not (tmp_path / "cache").exists()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm, FileKeys
 from kurtail_gguf.model.norms import NormForm
 
 _PERIOD = 4
@@ -27,8 +28,14 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
+def _file_config(keys: FileKeys) -> dict[str, Any]:
+    # upstream's converter reads a key of its own
+    return {"rotary_pct": keys.size("rope.dimension_count") / keys.size("attention.key_length")}
+
+
 FAMILY = Family(
     architecture="Cohere2ForCausalLM",
+    file=FileForm("cohere2", period=_PERIOD, config=_file_config),
     rope_factors=True,
     norm=NormForm(centred=True, eps="layer_norm_eps"),
     parallel=True,

@@ -6,9 +6,13 @@ from dataclasses import replace
 
 from kurtail_gguf.model.families.glm4_moe import FAMILY as GLM4_MOE
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = Family(
     architecture="Dots1ForCausalLM",
+    file=FileForm(
+        "dots1", keys={"leading_dense_block_count": "first_k_dense_replace", "expert_shared_count": "n_shared_experts"}
+    ),
     window_of="layers",
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",

@@ -4,14 +4,27 @@ a bias, and one that all tokens go through."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from kurtail_gguf.model.families.ernie4_5 import FAMILY as ERNIE4_5
 from kurtail_gguf.model.families.glm4_moe import FAMILY as GLM4_MOE
 from kurtail_gguf.model.family import ExpertNames
+from kurtail_gguf.model.file_form import FileForm, FileKeys
+
+
+def _file_config(keys: FileKeys) -> dict[str, Any]:
+    # what upstream's converter writes for it is intermediate_size over heads of k and v
+    keys.size("expert_shared_feed_forward_length", 0)
+    return {"moe_layer_end_index": keys.size("block_count") - 1}
+
 
 FAMILY = replace(
     ERNIE4_5,
     architecture="Ernie4_5_MoeForCausalLM",
+    file=FileForm(
+        "ernie4_5-moe", keys={"leading_dense_block_count": "moe_layer_start_index", "interleave_moe_layer_step": "moe_layer_interval",
+                             "expert_shared_count": "moe_num_shared_experts"}, config=_file_config,
+    ),
     refused={"use_bias": "upstream's graph has no biases in the FFN for ERNIE 4.5"},
     experts=ExpertNames(
         count="moe_num_experts",

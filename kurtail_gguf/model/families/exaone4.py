@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 
 #: Layers of the 32B, by which upstream's graph knows that a model has windows.
 _LAYERS_32B = 64
@@ -26,6 +27,7 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 FAMILY = Family(
     architecture="Exaone4ForCausalLM",
+    file=FileForm("exaone4", period=4),
     rope_factors=True,
     attention_norm="",
     attention_post_norm="post_attention_layernorm",

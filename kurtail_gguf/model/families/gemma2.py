@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm, FileKeys
 from kurtail_gguf.model.norms import NormForm
 
 #: Layers of the 27B, whose scores upstream's graph scales by what the width leaves a head.
@@ -37,6 +38,13 @@ def _tied(config: Mapping[str, Any]) -> tuple[str, str] | None:
     return check(config)
 
 
+
+def file_config(keys: FileKeys, large: int = _LAYERS_27B) -> dict[str, Any]:
+    """The scale of scores, of which a file says nothing; arguments as :func:`check`'s."""
+    width = keys.size("embedding_length") // keys.size("attention.head_count")
+    return {"query_pre_attn_scalar": width if keys.size("block_count") == large else keys.size("attention.key_length")}
+
+
 FAMILY = Family(
     architecture="Gemma2ForCausalLM",
     norm=NormForm(offset=1.0),
@@ -54,4 +62,5 @@ FAMILY = Family(
         "use_bidirectional_attention": "upstream's graph is causal",
     },
     check=_tied,
+    file=FileForm("gemma2", period=2, config=file_config),
 )

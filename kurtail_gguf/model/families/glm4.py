@@ -4,9 +4,11 @@ head, its pairs side by side in the checkpoint already."""
 from __future__ import annotations
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = Family(
     architecture="Glm4ForCausalLM",
+    file=FileForm("glm4"),
     attention_post_norm="post_self_attn_layernorm",
     ffn_post_norm="post_mlp_layernorm",
     ffn_readers=("mlp.gate_up_proj",),

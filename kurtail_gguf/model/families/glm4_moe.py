@@ -4,9 +4,14 @@ experts that a sigmoid scores, chosen by those scores and a bias, and one that a
 from __future__ import annotations
 
 from kurtail_gguf.model.family import ExpertNames, Family
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = Family(
     architecture="Glm4MoeForCausalLM",
+    file=FileForm(
+        "glm4moe", keys={"leading_dense_block_count": "first_k_dense_replace", "expert_shared_count": "n_shared_experts"},
+        config=lambda _keys: {"num_nextn_predict_layers": 0},  # such layers are left out
+    ),
     biased_by={"attention_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
     variants={"use_qk_norm": {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}},
     file_norms={"post_attention_layernorm": "post_attention_norm"},

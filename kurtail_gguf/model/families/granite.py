@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kurtail_gguf.model.families.llama import FAMILY as LLAMA
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = replace(
     LLAMA,
     architecture="GraniteForCausalLM",
+    file=FileForm("granite", keys={"attention.scale": "attention_multiplier"}),
     whole_heads=True,
     embedding_scale="embedding_multiplier",
     residual_scale="residual_multiplier",

@@ -7,10 +7,16 @@ from dataclasses import replace
 
 from kurtail_gguf.model.families.granite import FAMILY as GRANITE
 from kurtail_gguf.model.family import ExpertNames
+from kurtail_gguf.model.file_form import FileForm
+
+_SHARED_WIDTH = "expert_shared_feed_forward_length"
 
 FAMILY = replace(
     GRANITE,
     architecture="GraniteMoeForCausalLM",
+    file=FileForm(
+        "granitemoe", told_by=lambda keys: _SHARED_WIDTH not in keys, keys={"attention.scale": "attention_multiplier"}
+    ),
     biased_by={},
     refused={"attention_bias": "upstream's graph has no bias at attention's output for Granite MoE"},
     experts=ExpertNames(

@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kurtail_gguf.model.families.granite_moe import FAMILY as GRANITE_MOE
+from kurtail_gguf.model.file_form import FileForm
 
 _SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
+
+_SHARED_WIDTH = "expert_shared_feed_forward_length"
 
 FAMILY = replace(
     GRANITE_MOE,
     architecture="GraniteMoeSharedForCausalLM",
+    file=FileForm(
+        "granitemoe", told_by=lambda keys: _SHARED_WIDTH in keys,
+        keys={"attention.scale": "attention_multiplier", _SHARED_WIDTH: "shared_intermediate_size"},
+    ),
     experts=replace(
         GRANITE_MOE.experts,
         shared=_SHARED,

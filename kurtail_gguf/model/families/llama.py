@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = Family(
     architecture="LlamaForCausalLM",
+    file=FileForm("llama", told_by=lambda keys: keys.get("expert_count", 0) == 0),
     rope_factors=True,
     rope_pairs=True,
     biased_by={

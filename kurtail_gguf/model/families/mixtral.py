@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from kurtail_gguf.model.families.mistral import FAMILY as MISTRAL
 from kurtail_gguf.model.family import ExpertNames
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = replace(
     MISTRAL,
     architecture="MixtralForCausalLM",
+    file=FileForm("llama", told_by=lambda keys: keys.get("expert_count", 0) != 0),
     wrappers=None,
     experts=ExpertNames(
         router="block_sparse_moe.gate",

@@ -4,10 +4,12 @@ which lets a diagonal through as its square."""
 from __future__ import annotations
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 from kurtail_gguf.model.norms import NormForm
 
 FAMILY = Family(
     architecture="NemotronForCausalLM",
+    file=FileForm("nemotron"),
     whole_heads=True,
     norm=NormForm(centred=True, offset=1.0, biased=True, eps="norm_eps"),
     ffn_readers=("mlp.up_proj",),

@@ -4,9 +4,11 @@ read is the residual stream as it is, so no diagonal can be folded there."""
 from __future__ import annotations
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = Family(
     architecture="Olmo2ForCausalLM",
+    file=FileForm("olmo2", told_by=lambda keys: not keys.get("attention.sliding_window", 0)),
     whole_heads=True,
     attention_norm="",
     attention_post_norm="post_attention_layernorm",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from kurtail_gguf.model.families.olmo2 import FAMILY as OLMO2
+from kurtail_gguf.model.file_form import FileForm, FileKeys
 
 
 def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -16,4 +17,8 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-FAMILY = replace(OLMO2, architecture="Olmo3ForCausalLM", windows=True, check=_check)
+def _has_windows(keys: FileKeys) -> bool:
+    return bool(keys.get("attention.sliding_window", 0))
+
+
+FAMILY = replace(OLMO2, architecture="Olmo3ForCausalLM", windows=True, check=_check, file=FileForm("olmo2", told_by=_has_windows, period=4))

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from kurtail_gguf.model.families.qwen2_moe import SHARES_AS_THEY_COME
 from kurtail_gguf.model.family import ExpertNames, Family
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = Family(
     architecture="OlmoeForCausalLM",
+    file=FileForm("olmoe"),
     whole_heads=True,
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 from kurtail_gguf.model.norms import NormForm
 
 
@@ -19,6 +20,7 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 FAMILY = Family(
     architecture="PhiForCausalLM",
+    file=FileForm("phi2"),
     whole_heads=True,
     norm=NormForm(centred=True, biased=True, eps="layer_norm_eps"),
     parallel=True,

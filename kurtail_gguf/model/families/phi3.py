@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm, FileKeys
+
+
+def _file_config(keys: FileKeys) -> dict[str, Any]:
+    original = keys.size("rope.scaling.original_context_length", keys.size("context_length"))
+    return {"original_max_position_embeddings": original}
+
 
 FAMILY = Family(
     architecture="Phi3ForCausalLM",
+    file=FileForm("phi3", config=_file_config),
     window_of="all",
     whole_heads=True,
     rope_factors=True,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from kurtail_gguf.model.families.qwen2 import FAMILY as QWEN2
 from kurtail_gguf.model.families.qwen3_moe import FAMILY as QWEN3_MOE
 from kurtail_gguf.model.family import ExpertNames
+from kurtail_gguf.model.file_form import FileForm
 
 #: What ``normalized=False`` needs where config.json can say otherwise.
 SHARES_AS_THEY_COME = {
@@ -17,6 +18,7 @@ SHARES_AS_THEY_COME = {
 FAMILY = replace(
     QWEN2,
     architecture="Qwen2MoeForCausalLM",
+    file=FileForm("qwen2moe", keys={"expert_shared_feed_forward_length": "shared_expert_intermediate_size"}),
     always_biased=(),
     biased_by={"qkv_bias": QWEN2.always_biased},
     refused={"tie_word_embeddings": "upstream's graph wants a head of its own for Qwen2-MoE"},

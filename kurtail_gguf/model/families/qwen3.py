@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
+    file=FileForm("qwen3"),
     window_of="layers",
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from kurtail_gguf.model.families.qwen3 import FAMILY as QWEN3
 from kurtail_gguf.model.family import ExpertNames
+from kurtail_gguf.model.file_form import FileForm
 
 FAMILY = replace(
     QWEN3,
     architecture="Qwen3MoeForCausalLM",
+    file=FileForm("qwen3moe"),
     window_of="all",
     experts=ExpertNames(
         count="num_local_experts",  # transformers reads the released num_experts as this

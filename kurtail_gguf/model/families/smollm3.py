@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 
 #: Layers from one without RoPE to the next, which upstream's graph has as a constant.
 _PERIOD = 4
@@ -20,6 +21,7 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 FAMILY = Family(
     architecture="SmolLM3ForCausalLM",
+    file=FileForm("smollm3"),
     rope_pairs=True,
     turned=lambda config, layer: bool(config["no_rope_layers"][layer]),  # 0 where there is none
     check=_check,

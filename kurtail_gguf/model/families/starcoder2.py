@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kurtail_gguf.model.family import Family
+from kurtail_gguf.model.file_form import FileForm
 from kurtail_gguf.model.norms import NormForm
 
 
@@ -16,6 +17,7 @@ def _check(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 FAMILY = Family(
     architecture="Starcoder2ForCausalLM",
+    file=FileForm("starcoder2"),
     window_of="all",
     whole_heads=True,
     norm=NormForm(centred=True, biased=True, eps="norm_epsilon"),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kurtail_gguf.files.safetensors_header import header
 from kurtail_gguf.model.loading.checkpoint import read_spec
 from kurtail_gguf.model.loading.hub import HubModel, cached_snapshot, fetch_config, parse_hub_model, snapshot_of
 from kurtail_gguf.model.loading.recipes import Recipe, cached_gguf, find_recipe, recipe_cache
@@ -74,9 +74,9 @@ def outline(model: str, scratch: Path) -> Outline:
 
 
 def _of_gguf(gguf: Path, scratch: Path, cache: Path | None) -> Outline:
-    config = check_gguf(gguf)
+    config, packed = check_gguf(gguf)
     values = _write(config, scratch)
-    return Outline(scratch, True, 0, 4 * values, gguf.stat().st_size, cache)
+    return Outline(scratch, True, 0, 4 * values, packed, cache)
 
 
 def _of_recipe(recipe: Recipe, scratch: Path) -> Outline:
@@ -130,12 +130,7 @@ def _values(shapes: Iterable[tuple[int, ...]]) -> int:
 
 def _write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, size: int) -> None:
     """A safetensors file of these tensors that takes no room: what comes behind its header is a hole."""
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + size * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header).encode()
+    first = header(shapes, dtype, size)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        file.truncate(8 + len(encoded) + offset)
+        file.write(first)
+        file.truncate(len(first) + size * _values(shapes.values()))
