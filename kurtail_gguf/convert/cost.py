@@ -49,15 +49,17 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Floating-point operations a second, in single and in double precision."""
+    """Floating-point operations a second, in single and in double precision, and in what tuning multiplies in."""
 
     single: float
     double: float
+    tuning: float
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Values of things: a layer, its linears, the widest of them, a table, the model; stops of GPTQ as (rows, inputs).
+    """Values of things: a layer, its linears, the widest of them, a table, the model, what of it a token is multiplied by; stops of
+    GPTQ as (rows, inputs).
 
     ``readers`` is the values of the linears that read the residual stream, ``attention`` those of attention's.
     """
@@ -67,6 +69,7 @@ class Sizes:
     widest: int
     table: int
     parameters: int
+    active: int
     stops: tuple[tuple[int, int], ...]
     readers: int
     attention: int
@@ -86,7 +89,8 @@ class Sizes:
             linears=sum(math.prod(shape) for shape in shapes.values()),
             widest=max(math.prod(shape) for shape in shapes.values()),
             table=spec.vocab_size * spec.hidden_size,
-            parameters=spec.layers * layer + sum(math.prod(shape) for shape in spec.top_shapes().values()),
+            parameters=(parameters := spec.layers * layer + sum(math.prod(shape) for shape in spec.top_shapes().values())),
+            active=parameters - 3 * spec.layers * (spec.experts - spec.experts_used) * spec.hidden_size * spec.intermediate_size,
             stops=tuple((sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in groups),
             readers=max(sum(math.prod(shapes[name]) for name in site.readers) for site in spec.residual_sites),
             attention=sum(math.prod(shapes[name]) for site in spec.sites[:2] for name in site.readers),

@@ -94,11 +94,12 @@ def no_own_text() -> Iterator[str]:
         yield f"text that the model writes itself needs them: {error}; or give --calibration a text"
 
 
-def cost_of_own_text(parameters: int, vocabulary: int, cache_values: int, n_tokens: int, speed: float) -> Cost:
+def cost_of_own_text(parameters: int, active: int, vocabulary: int, cache_values: int, n_tokens: int, speed: float) -> Cost:
     """What writing so much costs.
 
     Args:
         parameters: of the model.
+        active: what of them a token is multiplied by.
         vocabulary: rows of the head.
         cache_values: what a token has in the cache, in half precision.
         n_tokens: tokens that are written.
@@ -110,5 +111,5 @@ def cost_of_own_text(parameters: int, vocabulary: int, cache_values: int, n_toke
     return Cost(
         memory={"generate text": PROGRAM_BYTES + memory},
         disk={"the model in 8 bits, for its own text": model},
-        seconds={"generate text": parameters / _WRITTEN + 2 * n_tokens * parameters / (_QUICKER * speed)},
+        seconds={"generate text": parameters / _WRITTEN + 2 * n_tokens * active / (_QUICKER * speed)},
     )

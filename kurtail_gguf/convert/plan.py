@@ -23,9 +23,9 @@ from kurtail_gguf.convert.by_itself.plan import cache_values, outline_by_itself
 from kurtail_gguf.convert.by_itself.plan import disk as disk_by_itself
 from kurtail_gguf.convert.by_itself.plan import memory as memory_by_itself
 from kurtail_gguf.convert.by_itself.plan import seconds as seconds_by_itself
-from kurtail_gguf.convert.own_text import cost_of_own_text
 from kurtail_gguf.convert.cost import PROGRAM_BYTES, Cost, Estimate, Speed
 from kurtail_gguf.convert.job import Job, Made
+from kurtail_gguf.convert.own_text import cost_of_own_text
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.convert.stages import STAGES
 from kurtail_gguf.files.destinations import check_out
@@ -34,6 +34,7 @@ from kurtail_gguf.machine.memory import card_module, is_card, memory_available
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.loading.checkpoint import Checkpoint, open_checkpoint
 from kurtail_gguf.model.loading.outline import Outline, outline
+from kurtail_gguf.model.precision import tuning_dtype
 from kurtail_gguf.numerics.formats.kt4 import BLOCK
 
 #: Tokens that the KV cache's size is told for.
@@ -133,7 +134,7 @@ def plan(config: ConvertConfig) -> Plan:
 def _plan(config: ConvertConfig, source: Outline, checkpoint: Checkpoint) -> Plan:
     device = pick_device(config.device)
     job = Job(config, checkpoint, device)
-    estimate = Estimate(job, Speed(_speed(torch.float32, device), _speed(torch.float64, device)))
+    estimate = Estimate(job, _speeds(device))
     notes = [*([source.note] if source.note else []), *job.checkpoint.notes, *(note for stage in STAGES for note in stage.notes(job))]
     refused, cost = [], _fetching(source, estimate)
     fetched = sum(cost.disk.values())
@@ -162,7 +163,7 @@ def _plan(config: ConvertConfig, source: Outline, checkpoint: Checkpoint) -> Pla
 def _plan_by_itself(config: ConvertConfig, source: Outline) -> Plan:
     device = pick_device(config.device)
     model, found, notes, refused = outline_by_itself(config, source.directory)
-    speed = Speed(_speed(torch.float32, device), _speed(torch.float64, device))
+    speed = _speeds(device)
     written = _own_text_by_itself(config, model, found.parameters, speed)
     memory, disk = memory_by_itself(config, found) | written.memory, disk_by_itself(config, found) | written.disk
     seconds = seconds_by_itself(config, found, speed) | written.seconds
@@ -179,7 +180,7 @@ def _own_text_by_itself(config: ConvertConfig, model: Any, parameters: int, spee
     if config.weights != "gptq" or config.calibration != ("self",):
         return Cost()
     vocabulary = model.get_text_config().vocab_size
-    return cost_of_own_text(parameters, vocabulary, cache_values(model), config.calibration_tokens, speed.single)
+    return cost_of_own_text(parameters, parameters, vocabulary, cache_values(model), config.calibration_tokens, speed.single)
 
 
 def _cache_by_itself(config: ConvertConfig, model: Any) -> CacheSize:
@@ -231,6 +232,10 @@ def _room(config: ConvertConfig, disk: dict[str, int], fetched: int, cache: Path
         named.setdefault(_device(there), (name, there))
         needed[_device(there)] = needed.get(_device(there), 0) + size
     return {name: (needed[device], shutil.disk_usage(there).free) for device, (name, there) in named.items() if needed[device]}
+
+
+def _speeds(device: torch.device) -> Speed:
+    return Speed(*(_speed(dtype, device) for dtype in (torch.float32, torch.float64, tuning_dtype(device))))
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:

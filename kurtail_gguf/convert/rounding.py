@@ -8,8 +8,8 @@ from kurtail_gguf.model.spec import ModelSpec
 from kurtail_gguf.numerics.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.numerics.hadamard import MAX_R4, hadamard_size
 from kurtail_gguf.numerics.simulation.attention import CacheSettings
-from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 from kurtail_gguf.numerics.simulation.rounding import round_to
+from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 from kurtail_gguf.runtime.provenance import STOCK_ACTIVATION_BITS
 from kurtail_gguf.runtime.quick_rounding import quick_rounding
 

@@ -39,7 +39,7 @@ class Activations(Stage):
         tokens = min(DAMAGE_TOKENS, estimate.job.config.calibration_tokens)
         memory = estimate.moment(name, cpu=estimate.student, host=8 * sizes.table + 5 * sizes.layer, card=estimate.student)
         # the unquantized model once; the other forward, once more for what is not kept, and back
-        seconds = 10 * tokens * sizes.parameters / estimate.speed.single
+        seconds = 10 * tokens * sizes.active / estimate.speed.single
         return memory | Cost(disk={"the unquantized model's answers, for damage": 4 * tokens * spec.hidden_size}, seconds={name: seconds})
 
     def run(self, job: Job, made: Made, progress: Progress) -> None:

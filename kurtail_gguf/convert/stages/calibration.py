@@ -10,7 +10,12 @@ import numpy.typing as npt
 
 from kurtail_gguf.convert.cost import Cost, Estimate
 from kurtail_gguf.convert.job import Job, Made
-from kurtail_gguf.convert.own_text import SCRATCH, cost_of_own_text, no_own_text, write_own_text
+from kurtail_gguf.convert.own_text import (
+    SCRATCH,
+    cost_of_own_text,
+    no_own_text,
+    write_own_text,
+)
 from kurtail_gguf.convert.stages.stage import Stage
 from kurtail_gguf.files.atomic import remove, write_atomically
 from kurtail_gguf.messages.errors import KurtailError
@@ -112,4 +117,4 @@ def writing(estimate: Estimate, tokens: int) -> Cost:
     if estimate.job.config.calibration != ("self",):
         return Cost()
     cache = 2 * spec.layers * spec.kv_heads * spec.head_dim
-    return cost_of_own_text(estimate.sizes.parameters, spec.vocab_size, cache, tokens, estimate.speed.single)
+    return cost_of_own_text(estimate.sizes.parameters, estimate.sizes.active, spec.vocab_size, cache, tokens, estimate.speed.single)

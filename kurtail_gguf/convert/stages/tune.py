@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kurtail_gguf.convert.cost import Cost, Estimate
+from kurtail_gguf.convert.cost import CONVERTED, Cost, Estimate
 from kurtail_gguf.convert.job import Job, Made
 from kurtail_gguf.convert.settings import DEFAULT_TUNE
 from kurtail_gguf.convert.stages.stage import Stage
@@ -50,7 +50,9 @@ class Tune(Stage):
             "the unquantized model's answers": 4 * max(job.config.calibration_tokens, steps * STEP_TOKENS) * spec.hidden_size,
         }
         # forward twice, backward, and the unquantized model once
-        seconds = 2 * (8 + 2) * steps * STEP_TOKENS * sizes.parameters / estimate.speed.single
+        seconds = 2 * (8 + 2) * steps * STEP_TOKENS * sizes.active / estimate.speed.tuning
+        # codes that become weights anew each time
+        seconds += 3 * 8 * steps * (sizes.parameters - sizes.active) / CONVERTED
         return memory | Cost(disk=disk, seconds={"tune scales": seconds})
 
     def run(self, job: Job, made: Made, progress: Progress) -> None:
