@@ -25,6 +25,10 @@ _SIZES = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
 _OLD_SIZES = {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 1024, "bos_token_id": 1, "eos_token_id": 2}
+_LATENT = _SIZES | {
+    "num_key_value_heads": 2, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
+    "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+}  # fmt: skip
 #: Architectures to their model_type, and what their config says beside the vocabulary.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ArceeForCausalLM": ("arcee", _SIZES | {"num_key_value_heads": 1}),
@@ -35,6 +39,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT2LMHeadModel": ("gpt2", _OLD_SIZES),
     "FalconForCausalLM": ("falcon", _SIZES | {"num_kv_heads": 1, "new_decoder_architecture": True}),
     "BloomForCausalLM": ("bloom", {"hidden_size": 128, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}),
+    # sinks, biases, windows, YaRN; all experts of a layer in two transposed tensors, gate and up row by row
+    "GptOssForCausalLM": (
+        "gpt_oss",
+        _SIZES | {"intermediate_size": 192, "num_key_value_heads": 1, "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    # latent attention, an expert of all tokens, a first layer without experts
+    "DeepseekV2ForCausalLM": ("deepseek_v2", _LATENT | {"q_lora_rank": 64, "topk_method": "greedy"}),
+    "DeepseekV3ForCausalLM": ("deepseek_v3", _LATENT | {"q_lora_rank": 64, "n_group": 2, "topk_group": 1}),
+    "Qwen3NextForCausalLM": (
+        "qwen3_next",
+        _SIZES
+        | {
+            "num_key_value_heads": 1, "head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64, "layer_types": ["linear_attention", "full_attention"],
+            "full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+    ),
 }
 #: Keys that released checkpoints have, upstream's converter reads, and transformers no longer writes.
 KEYS = {"GPT2LMHeadModel": {"n_ctx": 1024}}

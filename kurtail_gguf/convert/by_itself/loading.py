@@ -63,6 +63,8 @@ def load_model(directory: Path, allow_pickle: bool, device: torch.device) -> nn.
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise SourceError(f"{directory}: tensor {name} contains NaN or infinite weights: the checkpoint is damaged")
+    # the experts' own loop: each multiplies its tokens by itself (model/products.py)
+    model.set_experts_implementation("eager")
     return model.requires_grad_(False).eval().to(device)
 
 
