@@ -59,7 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 #: Keys that released checkpoints have, upstream's converter reads, and transformers no longer writes.
-KEYS = {"GPT2LMHeadModel": {"n_ctx": 1024}}
+KEYS = {"GPT2LMHeadModel": {"n_ctx": 1024}, "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"}}
 #: Those whose vocabulary upstream's converter wants of SentencePiece.
 SENTENCEPIECE = frozenset({"ArceeForCausalLM", "GemmaForCausalLM"})
 #: Share of the divergence from what is said at the next position that 4 bits of random weights may leave.

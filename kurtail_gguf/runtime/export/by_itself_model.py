@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from conversion.base import LazyTorchTensor
 from safetensors import safe_open
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from kurtail_gguf.numerics.formats.kt4 import BLOCK, TYPE_ID
 from kurtail_gguf.numerics.hadamard import walsh_hadamard_
@@ -68,6 +69,15 @@ def by_itself_class(
                     self._add_table(new_name, tensor, kind)
                 else:
                     yield new_name, tensor
+
+        def repack_mxfp4(self, new_name: str, blocks: torch.Tensor, scales: torch.Tensor) -> None:
+            # gpt-oss's: upstream hands blocks on as they are
+            tensor = convert_moe_packed_tensors(*map(LazyTorchTensor.to_eager, (blocks, scales))).transpose(-1, -2).float()
+            if (rows := self._rows(new_name, tensor)) is not None:
+                made[new_name] = rows[0].linear
+                self._add_linear(new_name, tensor, rows)
+            else:
+                self.gguf_writer.add_tensor(new_name, tensor.contiguous().numpy())
 
         def _rows(self, new_name: str, tensor: torch.Tensor) -> list[Rows] | None:
             match = _OF_LAYER.fullmatch(new_name)
