@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kurtail_gguf.convert.pipeline import convert
@@ -57,9 +58,42 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 64,
         },
     ),
+    # a mixer, a layer of experts without gates, attention
+    "NemotronHForCausalLM": (
+        "nemotron_h",
+        _SIZES
+        | {
+            "num_hidden_layers": 3, "layers_block_type": ["mamba", "moe", "attention"], "num_key_value_heads": 1, "head_dim": 64,
+            "mamba_num_heads": 4, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 1, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64, "moe_latent_size": None,
+        },
+    ),
+    "GraniteMoeHybridForCausalLM": (
+        "granitemoehybrid",
+        _SIZES
+        | {
+            "intermediate_size": 64, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "shared_intermediate_size": 128, "layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 64,
+            "mamba_d_state": 64, "mamba_n_groups": 1, "mamba_expand": 2, "embedding_multiplier": 2.0, "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+        },
+    ),
+    # all experts read all tokens, those of others as zeros; the fourth layer without RoPE
+    "Llama4ForCausalLM": (
+        "llama4_text",
+        _SIZES
+        | {
+            "intermediate_size": 128, "intermediate_size_mlp": 256, "num_key_value_heads": 1, "head_dim": 64, "num_hidden_layers": 4,
+            "num_local_experts": 4, "num_experts_per_tok": 1,
+        },
+    ),
 }
 #: Keys that released checkpoints have, upstream's converter reads, and transformers no longer writes.
-KEYS = {"GPT2LMHeadModel": {"n_ctx": 1024}, "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"}}
+KEYS = {
+    "GPT2LMHeadModel": {"n_ctx": 1024},
+    "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
+}
 #: Those whose vocabulary upstream's converter wants of SentencePiece.
 SENTENCEPIECE = frozenset({"ArceeForCausalLM", "GemmaForCausalLM"})
 #: Share of the divergence from what is said at the next position that 4 bits of random weights may leave.
@@ -95,6 +129,14 @@ def stranger(tiny_spm, tiny_bpe, tmp_path_factory):
         return directory
 
     return make
+
+
+class _Told(NullProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def tell(self, line: str) -> None:
+        self.lines.append(line)
 
 
 @pytest.mark.parametrize("architecture", CASES)
@@ -138,3 +180,34 @@ def test_unquantized_what_upstream_splits_and_what_it_scales(stranger, tmp_path)
         convert(ConvertConfig(str(stranger(architecture)), out, weights="f32"), NullProgress())
         info = read_gguf(out)
         assert (info.runs_as, len(info.metadata["kurtail.online.name"])) == ("f32", count)
+
+
+def test_experts_in_their_own_four_bits_are_read(stranger, tmp_path):
+    source, out, generator = tmp_path / "source", tmp_path / "out.gguf", np.random.default_rng(1)
+    shutil.copytree(stranger("GptOssForCausalLM"), source)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = generator.integers(0, 256, (experts, rows, columns // 32, 16), np.uint8)
+        # powers of two: weights are about as large as others
+        tensors[f"{name}_scales"] = generator.integers(121, 124, (experts, rows, columns // 32), np.uint8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}), encoding="utf-8")
+    convert(ConvertConfig(str(source), out, weights="f32"), NullProgress())
+    names = read_gguf(out).metadata["kurtail.online.name"]
+    assert len(names) == 14
+    assert sum("_exps" in name for name in names) == 6
+
+
+def test_where_a_router_has_no_choice_the_runtimes_is_followed(stranger, tmp_path):
+    """Experts whose scores are the same, of which each takes the first that it sorts to."""
+    source, out = tmp_path / "source", tmp_path / "out.gguf"
+    shutil.copytree(stranger("GptOssForCausalLM"), source)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if ".router." in name]:
+        tensors[name][:] = tensors[name][:1]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    progress = _Told()
+    convert(ConvertConfig(str(source), out, weights="f32"), progress)
+    assert any("choices" in line and "are ties" in line for line in progress.lines), progress.lines
