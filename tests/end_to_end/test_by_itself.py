@@ -18,7 +18,7 @@ from kurtail_gguf.convert.pipeline import convert
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.messages.errors import UnsupportedArchitecture
 from kurtail_gguf.messages.progress import NullProgress
-from kurtail_gguf.runtime.gguf_info import read_gguf
+from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, read_gguf
 from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 _SIZES = {
@@ -50,6 +50,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepseekV3ForCausalLM": ("deepseek_v3", _LATENT | {"q_lora_rank": 64, "n_group": 2, "topk_group": 1}),
     "Qwen3NextForCausalLM": (
         "qwen3_next",
+        _SIZES
+        | {
+            "num_key_value_heads": 1, "head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64, "layer_types": ["linear_attention", "full_attention"],
+            "full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+    ),
+    "Qwen3_5MoeForCausalLM": (
+        "qwen3_5_moe_text",
         _SIZES
         | {
             "num_key_value_heads": 1, "head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
@@ -96,6 +106,8 @@ KEYS = {
 }
 #: Those whose vocabulary upstream's converter wants of SentencePiece.
 SENTENCEPIECE = frozenset({"ArceeForCausalLM", "GemmaForCausalLM"})
+#: Those whose own tokenizer transformers takes whatever is there, of a vocabulary that upstream's converter must know.
+OWN_TOKENIZER = frozenset({"Qwen3_5MoeForCausalLM"})
 #: Share of the divergence from what is said at the next position that 4 bits of random weights may leave.
 NEARER = 0.5
 
@@ -103,7 +115,7 @@ pytestmark = pytest.mark.usefixtures("bindings")
 
 
 @pytest.fixture(scope="session")
-def stranger(tiny_spm, tiny_bpe, tmp_path_factory):
+def stranger(tiny_spm, tiny_bpe, smollm2, tmp_path_factory):
     """``stranger(architecture, **changes)``: the HF directory of a tiny random model with a real tokenizer, made once."""
 
     @functools.cache
@@ -126,6 +138,8 @@ def stranger(tiny_spm, tiny_bpe, tmp_path_factory):
         (directory / "config.json").write_text(json.dumps(saved | KEYS.get(architecture, {})), encoding="utf-8")
         for path in tokenizer.glob("tokenizer*"):
             shutil.copy(path, directory)
+        if architecture in OWN_TOKENIZER:
+            shutil.copy(smollm2 / UNPACKED_KEYS, directory)
         return directory
 
     return make
