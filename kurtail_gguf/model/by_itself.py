@@ -2,7 +2,8 @@
 
 Multiplying what a linear reads by an orthogonal matrix, and its columns by the same, is exact for any linear of any layer.
 So nothing has to be known of an architecture but its linears and what each reads: a forward pass on the meta device, of shapes
-alone, tells both.
+alone, tells both. Of a mixture of experts it does so without choosing any: transformers multiplies tokens in groups by the
+experts' weights, which it keeps in one tensor a layer.
 """
 
 from __future__ import annotations
@@ -15,28 +16,44 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_gguf.messages.errors import UnsupportedArchitecture
+from kurtail_gguf.model.products import Product, Products
 from kurtail_gguf.numerics.formats.kt4 import BLOCK
 
 #: Tokens of the traced text.
 _TOKENS = 8
-#: transformers' linear whose weight is ``[in, out]``.
-_TRANSPOSED = "Conv1D"
 
 
 @dataclass(frozen=True, slots=True)
 class FoundLinear:
-    """A linear of a decoder layer.
+    """A linear of a decoder layer, or those of all of its experts.
 
     Args:
         name: of its weight in the model, ``model.layers.0.self_attn.q_proj.weight``.
         rows, columns: values it computes and reads, of a token.
-        transposed: whether the module has its weight as ``[columns, rows]``.
+        transposed: whether the module has its weight as ``[…, columns, rows]``.
+        experts: how many matrices the weight has, ``[experts, rows, columns]``; None where it is one.
     """
 
     name: str
     rows: int
     columns: int
     transposed: bool = False
+    experts: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Matrices."""
+        return self.experts or 1
+
+    @property
+    def numel(self) -> int:
+        """Weights."""
+        return self.count * self.rows * self.columns
+
+    def matrices(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Views of the weight: each matrix ``[rows, columns]``."""
+        each = (weight,) if self.experts is None else tuple(weight)
+        return tuple(one.T for one in each) if self.transposed else each
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +104,6 @@ def layer_list(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda found: sum(one.numel() for one in found[1].parameters()))
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its only input by a matrix, and adds at most a bias."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == _TRANSPOSED
-
-
 def find_layers(config: Any) -> FoundLayers:
     """Find the linears of a model's layers and which of them read the same.
 
@@ -137,24 +149,21 @@ def _empty(config: Any, name: str) -> nn.Module:
 
 def _trace(model: nn.Module, layers: nn.ModuleList, path: str, name: str) -> dict[str, tuple[FoundLinear, Tensor]]:
     """The linears that a pass reached, by name, each with the tensor it read first."""
+    names = {one: f"{path}.{own}" for own, one in layers.named_parameters() if one.dim() in (2, 3)}
     reached: dict[str, tuple[FoundLinear, Tensor]] = {}
 
-    def note(own: str, module: nn.Module) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            transposed = type(module).__name__ == _TRANSPOSED
-            rows, columns = reversed(module.weight.shape) if transposed else module.weight.shape
-            reached.setdefault(own, (FoundLinear(f"{path}.{own}.weight", rows, columns, transposed), inputs[0]))
+    def note(product: Product) -> Tensor:
+        weight, own = product.parameter, names[product.parameter]
+        rows, columns = reversed(weight.shape[-2:]) if product.transposed else weight.shape[-2:]
+        experts = weight.shape[0] if weight.dim() == 3 else None
+        reached.setdefault(own, (FoundLinear(own, rows, columns, product.transposed, experts), product.read))
+        return product.read
 
-        return module.register_forward_pre_hook(hook)
-
-    hooks = [note(own, module) for own, module in layers.named_modules() if is_linear(module)]
     try:
-        _pass(model)
+        with Products(names, note):
+            _pass(model)
     except Exception as error:  # transformers' code, on a device without values
         raise UnsupportedArchitecture(f"{name}: shapes alone do not tell what its layers compute: {_line(error)}") from error
-    finally:
-        for one in hooks:
-            one.remove()
     return reached
 
 
@@ -165,8 +174,12 @@ def _pass(model: nn.Module) -> None:
     with torch.no_grad():
         try:
             model(ids, attention_mask=mask, use_cache=False)
-        except (RuntimeError, ValueError, TypeError):
-            model(ids, use_cache=False)
+        except (RuntimeError, ValueError, TypeError) as error:
+            try:
+                model(ids, use_cache=False)
+            except RuntimeError:
+                # it looks for a mask's values, which says nothing; what it did with a mask does
+                raise error from None
 
 
 def _line(error: Exception) -> str:

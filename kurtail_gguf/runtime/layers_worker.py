@@ -1,7 +1,8 @@
 """Worker of :func:`kurtail_gguf.runtime.logits.runtime_layers`: what the layers of a file leave on the residual stream.
 
 Request: ``path``; ``tokens``, ``[token, …]``; ``out``, where the result goes (.npz: ``said``, log-probabilities
-``[tokens, vocabulary]``, and by the layers' numbers ``[tokens, hidden]``, all float32).
+``[tokens, vocabulary]``, and by the layers' numbers, ``output-0``, ``[tokens, hidden]``, all float32; ``experts-0``, the numbers
+of all experts of a layer, those that a token is routed to first, int32 ``[tokens, experts]``).
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import numpy as np
 
 from kurtail_gguf.runtime import native, vendored
 
-#: What upstream's graphs call the residual stream behind a layer.
-_OUTPUT = b"l_out-"
-#: ``GGML_TYPE_F32``.
-_F32 = 0
+#: ``GGML_TYPE_F32`` and ``GGML_TYPE_I32``.
+_F32, _I32 = 0, 26
+#: What upstream's graphs call the residual stream behind a layer, and its experts in order: what we do, and their type.
+_WATCHED = {b"l_out": ("output", _F32, np.float32), b"ffn_moe_argsort": ("experts", _I32, np.int32)}
 
 
 class Watcher:
-    """Copies the layers' outputs as they are computed."""
+    """Copies the layers' outputs, and which experts are chosen, as they are computed."""
 
     def __init__(self) -> None:
         library = ctypes.CDLL(str(native.library("ggml-base")))
@@ -34,14 +35,14 @@ class Watcher:
 
     def __call__(self, tensor: int, ask: bool, _data: int) -> bool:
         """llama.h's ``cb_eval``: first whether a tensor is wanted, then with its values."""
-        name = self._name(tensor) or b""
-        number = name.removeprefix(_OUTPUT)
+        name, _, number = (self._name(tensor) or b"").rpartition(b"-")
+        kind, ggml_type, dtype = _WATCHED.get(name, ("", -1, np.float32))
         # a tensor's type is its first field
-        wanted = number != name and number.isdigit() and ctypes.c_int.from_address(tensor).value == _F32
+        wanted = number.isdigit() and ctypes.c_int.from_address(tensor).value == ggml_type
         if wanted and not ask:
-            values = np.empty(self._bytes(tensor) // 4, np.float32)
+            values = np.empty(self._bytes(tensor) // 4, dtype)
             self._get(tensor, values.ctypes.data, 0, values.nbytes)
-            self.found[number.decode()] = values
+            self.found[f"{kind}-{number.decode()}"] = values
         return wanted or not ask
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,16 +54,27 @@ def runtime_log_probabilities(
         return np.load(out)
 
 
-def runtime_layers(path: Path, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], dict[int, npt.NDArray[np.float32]]]:
+@dataclass(frozen=True, slots=True)
+class RuntimeLayers:
+    """What a file's layers computed.
+
+    Args:
+        said: log-probabilities float32 ``[tokens, vocabulary]``.
+        outputs: float32 ``[tokens, hidden]`` by the layers' numbers, as far as the architecture's graph names them.
+        experts: likewise the numbers of all experts, those that a token is routed to first, int32 ``[tokens, experts]``.
+    """
+
+    said: npt.NDArray[np.float32]
+    outputs: dict[int, npt.NDArray[np.float32]]
+    experts: dict[int, npt.NDArray[np.int32]]
+
+
+def runtime_layers(path: Path, tokens: Sequence[int]) -> RuntimeLayers:
     """What each layer leaves on the residual stream, and log-probabilities, keys and values cached in single precision.
 
     Args:
         path: GGUF file.
         tokens: token ids, at most 512.
-
-    Returns:
-        Log-probabilities float32 ``[tokens, vocabulary]``, and outputs float32 ``[tokens, hidden]`` by the layers' numbers, as
-        far as the architecture's graph names them.
 
     Raises:
         KurtailError: no bindings, a file that the runtime refuses, logits that are not finite.
@@ -70,8 +83,13 @@ def runtime_layers(path: Path, tokens: Sequence[int]) -> tuple[npt.NDArray[np.fl
     with tempfile.TemporaryDirectory(prefix="kurtail-layers-") as directory:
         out = Path(directory) / "layers.npz"
         _run(path, {"tokens": list(map(int, tokens)), "out": str(out)}, _LAYERS_WORKER)
+        kinds: dict[str, dict[int, npt.NDArray[Any]]] = {"output": {}, "experts": {}}
         with np.load(out) as found:
-            return found["said"], {int(name): found[name] for name in found.files if name != "said"}
+            for name in found.files:
+                kind, _, number = name.rpartition("-")
+                if kind:
+                    kinds[kind][int(number)] = found[name]
+            return RuntimeLayers(found["said"], kinds["output"], kinds["experts"])
 
 
 def mean_divergence(right: npt.NDArray[np.floating], found: npt.NDArray[np.floating]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,6 +26,7 @@ from kurtail_gguf.method.calibration.prose import prose_tokens
 from kurtail_gguf.method.calibration.tokens import CalibrationTokens, calibration_name, kept_ids, load_tokenizer, read_ids
 from kurtail_gguf.model.by_itself import FoundLayers, FoundLinear, find_layers
 from kurtail_gguf.runtime.export import write_by_itself
+from kurtail_gguf.runtime.export.rows import row_sums
 from kurtail_gguf.runtime.gguf_info import read_gguf
 from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 from kurtail_gguf.runtime.programs import check_loads
@@ -35,6 +37,9 @@ from kurtail_gguf.runtime.vendored import Worker
 SMALLEST_SHARE = 0.5
 #: What an 8-bit cache may cost for it to be taken unasked, mean KL from the same with one in half precision, nats a token.
 CACHE_COST = 1e-3
+
+#: What the runtime tells of a tensor that its graph multiplies by other means (kurtail-graph.cpp).
+_WITHOUT_TRANSFORM = re.compile(r"blk\.\d+\.(\S+) has an online transform, but the graph of architecture")
 
 Measure = Callable[[str], AbstractContextManager[None]]
 
@@ -73,16 +78,25 @@ def convert_by_itself(
     names = {linear.name: found.name_in_layers(linear.name) for linear in found.linears}
     unrounded = quantized / "unquantized.gguf"
     with measure("prove"):
-        transposed = {names[linear.name]: linear.transposed for linear in found.linears}
+        known, columns = _known(model, found.linears, names)
         plain = _provenance(config, "f32", UNROUNDED_KV_BITS, found.count, None)
-        made = write_by_itself(source, transposed, None, unrounded, plain, progress, converter=converter)
+        kept: set[str] = set()
+        while True:
+            made = write_by_itself(source, known, columns, None, unrounded, plain, progress, converter=converter, kept=kept)
+            if not made:
+                raise UnsupportedArchitecture(
+                    f"{source}: upstream's converter makes something else of every linear that was found: none can be quantized"
+                )
+            tokens = _text(tokenizer, model, unrounded)
+            try:
+                proof = prove(unrounded, model, tokens)
+                break
+            except KurtailError as error:
+                tensor = without_transform(str(error))
+                if tensor is None or tensor in kept:
+                    raise
+                kept.add(tensor)
         linears = tuple(linear for linear in found.linears if names[linear.name] in made.values())
-        if not linears:
-            raise UnsupportedArchitecture(
-                f"{source}: upstream's converter makes something else of every linear that was found: none can be quantized"
-            )
-        tokens = _text(tokenizer, model, unrounded)
-        proof = prove(unrounded, model, tokens)
         progress.tell(f"proven: unquantized, the runtime differs by up to {proof.difference:.1e} from transformers")
         for note in (*filter(None, [proof.note]), *notes(found, linears), *beyond(model.config.get_text_config())):
             progress.tell(f"warning: {note}")
@@ -90,7 +104,7 @@ def convert_by_itself(
     if config.weights == "f32":
         plain = _provenance(config, "f32", kv, found.count, None)
         with measure("export"):
-            write_by_itself(source, transposed, None, config.out, plain, progress, check_loads, converter)
+            write_by_itself(source, known, columns, None, config.out, plain, progress, check_loads, converter, kept)
         return plain, found.count, _weights(linears), resumed
     unrounded.unlink()
     text = None
@@ -112,8 +126,8 @@ def convert_by_itself(
         quantize(model, linears, names, ids, config.activation_bits, quantized, progress)
     provenance = _provenance(config, config.weights, kv, found.count, text)
     with measure("export"):
-        listed = {names[linear.name]: linear.transposed for linear in linears}
-        write_by_itself(source, listed, quantized, config.out, provenance, progress, check_loads, converter)
+        listed = {names[linear.name]: known[names[linear.name]] for linear in linears}
+        write_by_itself(source, listed, columns, quantized, config.out, provenance, progress, check_loads, converter, kept)
     return provenance, found.count, _weights(linears), resumed
 
 
@@ -145,11 +159,18 @@ def check_share(found: FoundLayers, architecture: str) -> None:
         )
 
 
+def without_transform(told: str) -> str | None:
+    """The tensor of each layer that a graph of upstream's multiplies without the runtime's transforms, ``attn_q.weight``, if that is
+    what the runtime told."""
+    match = _WITHOUT_TRANSFORM.search(told)
+    return match and match[1]
+
+
 def notes(found: FoundLayers, linears: tuple[FoundLinear, ...]) -> Iterator[str]:
     """What a user should know of a model's linears: how much of the model they are."""
     if len(linears) < len(found.linears):
         left = next(linear.name for linear in found.linears if linear not in linears)
-        yield f"{len(found.linears) - len(linears)} linears stay unquantized, since upstream's converter changes them ({left})"
+        yield f"{len(found.linears) - len(linears)} linears stay unquantized, since upstream changes or routes by them ({left})"
     if found.share < 0.99:
         yield f"{100 * (1 - found.share):.0f} % of the layers' weights stay unquantized ({found.unread[0]})"
 
@@ -212,7 +233,18 @@ def _cache_bits(config: ConvertConfig, file: Path, tokens: npt.NDArray[np.int32]
 
 
 def _weights(linears: tuple[FoundLinear, ...]) -> int:
-    return sum(linear.rows * linear.columns for linear in linears)
+    return sum(linear.numel for linear in linears)
+
+
+def _known(
+    model: nn.Module, linears: tuple[FoundLinear, ...], names: dict[str, str]
+) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, int]]:
+    """By what the linears' rows are known to the export, and how many values they have."""
+    sums = {}
+    for linear in linears:
+        each = [row_sums(matrix.cpu().numpy()) for matrix in linear.matrices(model.get_parameter(linear.name).detach())]
+        sums[names[linear.name]] = each[0] if linear.experts is None else np.stack(each)
+    return sums, {names[linear.name]: linear.columns for linear in linears}
 
 
 def _provenance(config: ConvertConfig, weights: str, kv: int, layers: int, text: CalibrationTokens | None) -> Provenance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,15 @@ def load_config(directory: Path) -> Any:
     """
     path = directory / "config.json"
     raw = read_json(path, remedy="MODEL must be a directory that contains config.json")
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") and not _is_mxfp4(raw):
         raise SourceError(f"{path}: quantization_config cannot be converted: start from the unquantized checkpoint")
     return checkpoint.load_config(directory, raw)
+
+
+def _is_mxfp4(raw: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of 4-bit experts as gpt-oss has them: they are there in no other precision."""
+    quantized = raw.get("quantization_config")
+    return isinstance(quantized, dict) and quantized.get("quant_method") == "mxfp4"
 
 
 def load_model(directory: Path, allow_pickle: bool, device: torch.device) -> nn.Module:
@@ -48,12 +55,13 @@ def load_model(directory: Path, allow_pickle: bool, device: torch.device) -> nn.
     Raises:
         SourceError: a tensor is missing, or holds NaN or infinite weights.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Mxfp4Config
 
+    quantized = _is_mxfp4(read_json(directory / "config.json", remedy="MODEL must be a directory that contains config.json"))
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-            use_safetensors=None if allow_pickle else True,
+            use_safetensors=None if allow_pickle else True, **({"quantization_config": Mxfp4Config(dequantize=True)} if quantized else {}),
         )  # fmt: skip
     except Exception as error:  # whatever transformers makes of a damaged checkpoint
         raise SourceError(f"{directory}: transformers cannot load it: {error}") from error
@@ -63,7 +71,9 @@ def load_model(directory: Path, allow_pickle: bool, device: torch.device) -> nn.
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise SourceError(f"{directory}: tensor {name} contains NaN or infinite weights: the checkpoint is damaged")
-    return model.requires_grad_(False).eval().to(device)
+    # the experts' own loop: each multiplies its tokens by itself (model/products.py)
+    model.set_experts_implementation("eager")
+    return model.requires_grad_(False).eval().float().to(device)
 
 
 def fingerprint(directory: Path) -> str:

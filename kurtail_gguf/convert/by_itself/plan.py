@@ -39,7 +39,7 @@ def seconds(config: ConvertConfig, found: FoundLayers, speed: Speed) -> dict[str
     """Seconds by step."""
     taken = {"prove": _PROOF_SECONDS * found.parameters}
     if config.weights == "gptq":
-        operations = sum(2 * one.rows * one.columns**2 * _PRODUCTS for one in found.linears)
+        operations = sum(2 * one.numel * one.columns * _PRODUCTS for one in found.linears)
         operations += sum(2 * config.calibration_tokens * (one.rows + one.columns) * one.columns for one in found.linears)
         taken["quantize"] = operations / speed.single
     return taken

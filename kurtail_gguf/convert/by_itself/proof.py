@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kurtail_gguf.messages.errors import UnsupportedArchitecture
+from kurtail_gguf.convert.by_itself.routing import follow
 from kurtail_gguf.model.by_itself import layer_list
-from kurtail_gguf.runtime.logits import runtime_layers
+from kurtail_gguf.runtime.logits import RuntimeLayers, runtime_layers
 
 #: Largest difference of a log-probability, in single precision on both sides, as a share of their standard deviation where that
 #: is above 1: what is rounded grows with what is computed.
@@ -57,31 +59,45 @@ def prove(file: Path, model: nn.Module, tokens: npt.NDArray[np.int32]) -> Proof:
         UnsupportedArchitecture: they differ; the message names the first layer that does.
         KurtailError: the runtime cannot run the file.
     """
-    found, layers = runtime_layers(file, tokens.tolist())
-    expected, own = _said(model, tokens)
-    difference, bound = float(np.abs(found - expected).max()), BOUND * max(1.0, float(expected.std()))
-    if difference <= bound:
-        return Proof(difference, bound)
-    with _upstreams_gelu(model) as replaced:
-        if replaced:
-            plain, (expected, own) = difference, _said(model, tokens)
-            difference, bound = float(np.abs(found - expected).max()), bound * GELU_BOUND / BOUND
+    found = runtime_layers(file, tokens.tolist())
+    notes: list[str] = []
+    with ExitStack() as stack:
+        followed = stack.enter_context(follow(layers_of(model), found.experts))
+        plain, bound, ways = 0.0, 0.0, [None, _upstreams_yarn, _upstreams_gelu]
+        for way in ways:
+            if way is not None and (note := stack.enter_context(way(model))) is None:
+                continue
+            expected, own = _said(model, tokens)
+            difference = float(np.abs(found.said - expected).max())
+            if way is None:
+                plain, bound = difference, BOUND * max(1.0, float(expected.std()))
+            else:
+                notes.append(note)
+                bound *= GELU_BOUND / BOUND if way is _upstreams_gelu else 1
             if difference <= bound:
-                note = (
-                    f"the runtime computes GELU by its tanh approximation, from a table of halves: without rounding anything else "
-                    f"its log-probabilities differ by up to {plain:.1e} from transformers'"
-                )
-                return Proof(difference, bound, note)
+                return Proof(difference, bound, _note(notes, plain, sum(followed.values())))
     raise UnsupportedArchitecture(
         f"{type(model).__name__} cannot be converted by itself: unquantized, its log-probabilities of a short text differ by up to "
-        f"{difference:.1e} between the runtime and transformers (limit {bound:.1e}), {_where(own, layers)}: upstream's graph "
+        f"{difference:.1e} between the runtime and transformers (limit {bound:.1e}), {_where(own, found)}: upstream's graph "
         "computes another model; please report it with its config.json"
     )
 
 
+def _note(notes: list[str], plain: float, ties: int) -> str | None:
+    told = [f"{note}: without rounding anything else its log-probabilities differ by up to {plain:.1e} from transformers'" for note in notes[-1:]]
+    if ties:
+        told.append(f"of its router's choices {ties} are ties, which the runtime decides otherwise than transformers")
+    return "; ".join(told) or None
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """A model's decoder layers."""
+    return layer_list(model, model.config.get_text_config().num_hidden_layers)[1]
+
+
 def _said(model: nn.Module, tokens: npt.NDArray[np.int32]) -> tuple[Floats, list[Floats]]:
     """Log-probabilities ``[n, vocabulary]``, and each layer's output ``[n, hidden]``."""
-    _, layers = layer_list(model, model.config.get_text_config().num_hidden_layers)
+    layers = layers_of(model)
     outputs: list[Floats] = []
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -99,8 +115,9 @@ def _said(model: nn.Module, tokens: npt.NDArray[np.int32]) -> tuple[Floats, list
     return torch.log_softmax(logits.double(), -1).float().cpu().numpy(), outputs
 
 
-def _where(own: list[Floats], layers: dict[int, Floats]) -> str:
+def _where(own: list[Floats], runtime: RuntimeLayers) -> str:
     """Where the two begin to differ, in words."""
+    layers = runtime.outputs
     if not layers:
         return "in a layer that upstream's graph does not name"
     for number, expected in enumerate(own):
@@ -115,15 +132,38 @@ def _where(own: list[Floats], layers: dict[int, Floats]) -> str:
 
 
 @contextmanager
-def _upstreams_gelu(model: nn.Module) -> Iterator[bool]:
-    """Let a model's GELU be what upstream computes on CPUs; whether it has any."""
+def _upstreams_gelu(model: nn.Module) -> Iterator[str | None]:
+    """Let a model's GELU be what upstream computes on CPUs; what a user should know of it, None for one without."""
     kinds = (module for module in model.modules() if "gelu" in type(module).__name__.lower())
     hooks = [module.register_forward_hook(_from_table) for module in kinds if not list(module.children())]
     try:
-        yield bool(hooks)
+        yield "the runtime computes GELU by its tanh approximation, from a table of halves" if hooks else None
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _upstreams_yarn(model: nn.Module) -> Iterator[str | None]:
+    """Let the limits of a model's YaRN be whole numbers, as upstream's are; what a user should know of it, None for one whose
+    are."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = copy.deepcopy(model.config.get_text_config())
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "yarn" or parameters.get("truncate", True):
+        yield None
+        return
+    config.rope_parameters = {**parameters, "truncate": True}
+    tables = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    before = [module.inv_freq.clone() for module in tables]
+    for module in tables:
+        module.inv_freq.copy_(ROPE_INIT_FUNCTIONS["yarn"](config, module.inv_freq.device)[0])
+    try:
+        yield "the runtime rounds the limits of YaRN's ramp, which config.json forbids (truncate false)"
+    finally:
+        for module, values in zip(tables, before, strict=True):
+            module.inv_freq.copy_(values)
 
 
 def _from_table(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Upstream's own conversion of a model that no family describes, with the inputs of its linears transformed at run time.
 
-Which of the file's tensors is which linear of the checkpoint is seen from the values: upstream may rename a weight, cut it into
-several and reorder its rows, and what multiplies an input is transformed all the same. A tensor with other values, or with its
-columns in another order, stays as upstream writes it.
+Which of the file's tensors is which linear of the model is seen from the values: a checkpoint may keep experts one by one or all
+in one tensor, upstream may rename a weight, cut it into several, join several and reorder rows, and what multiplies an input is
+transformed all the same. A tensor with other values, or with its columns in another order, stays as upstream writes it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,20 @@ import numpy.typing as npt
 import torch
 from conversion.base import LazyTorchTensor
 from safetensors import safe_open
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from kurtail_gguf.numerics.formats.kt4 import BLOCK, TYPE_ID
 from kurtail_gguf.numerics.hadamard import walsh_hadamard_
 from kurtail_gguf.runtime import ggml
 from kurtail_gguf.runtime.export.keys import add_online, add_provenance
-from kurtail_gguf.runtime.export.rows import RowsToWrite, chunks_of, name_below, rows_of
+from kurtail_gguf.runtime.export.rows import KnownRows, Rows, RowsToWrite, chunks_of, rows_file
 
 #: What upstream computes in single precision, or looks rows up in.
 _KEPT = (".ffn_gate_inp.", ".ffn_gate_inp_shexp.")
+#: A tensor of a layer: the layer's number, and what it is.
+_OF_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+#: Experts' matrices; other tensors of three dimensions are multiplied without a transform (those of latent attention).
+_EXPERTS = "_exps.weight"
 _TABLES = ("token_embd.weight", "output.weight")
 
 Floats = npt.NDArray[np.float32]
@@ -39,44 +45,68 @@ def by_itself_class(
 
     Args:
         base: what ``conversion.get_model_class`` gives for the architecture.
-        request: fields of the provenance; ``linears``, by their names below the layers' list, whether the checkpoint has the
-            weight as ``[in, out]``; ``packed``, a directory of their rows, or None for float32.
+        request: fields of the ``provenance``; ``sums``, an .npz of the linears' rows, and ``columns``, how many values these have
+            (:class:`KnownRows`); ``kept``, tensors of layers that stay as they are, ``attn_q.weight``; ``packed``, a
+            directory of the linears' rows, or None for float32.
         library: quantizes the embedding and the output.
         made: filled with the linears by the file's tensors.
         send: reports each tensor as it is written.
     """
-    linears, provenance, packed = request["linears"], request["provenance"], request["packed"]
+    provenance, packed, kept = request["provenance"], request["packed"], request["kept"]
+    with np.load(request["sums"]) as sums:
+        known = KnownRows({name: sums[name] for name in sums.files}, request["columns"])
 
     class ByItself(base):  # type: ignore[misc, valid-type]
         # upstream refuses a subclass that does not state it
         model_arch = base.model_arch
 
         def modify_tensors(self, data_torch: torch.Tensor, name: str, bid: int | None) -> Iterable[tuple[str, torch.Tensor]]:
-            linear = name_below(name, linears)
             for new_name, tensor in super().modify_tensors(data_torch, name, bid):
-                listed = linear is not None and tensor.dim() == 2 and not any(kept in new_name for kept in _KEPT)
-                if listed and (rows := _rows(data_torch.T if linears[linear] else data_torch, tensor)) is not None:
-                    made[new_name] = linear
-                    self._add_linear(new_name, linear, tensor, rows)
+                if (rows := self._rows(new_name, tensor)) is not None:
+                    made[new_name] = rows[0].linear
+                    self._add_linear(new_name, tensor, rows)
                 elif packed is not None and new_name in _TABLES and (kind := _table_type(tensor.shape[1])) is not None:
                     self._add_table(new_name, tensor, kind)
                 else:
                     yield new_name, tensor
 
-        def _add_linear(self, new_name: str, linear: str, tensor: torch.Tensor, rows: npt.NDArray[np.int64]) -> None:
-            count, columns = tensor.shape
+        def repack_mxfp4(self, new_name: str, blocks: torch.Tensor, scales: torch.Tensor) -> None:
+            # gpt-oss's: upstream hands blocks on as they are
+            tensor = convert_moe_packed_tensors(*map(LazyTorchTensor.to_eager, (blocks, scales))).transpose(-1, -2).float()
+            if (rows := self._rows(new_name, tensor)) is not None:
+                made[new_name] = rows[0].linear
+                self._add_linear(new_name, tensor, rows)
+            else:
+                self.gguf_writer.add_tensor(new_name, tensor.contiguous().numpy())
+
+        def _rows(self, new_name: str, tensor: torch.Tensor) -> list[Rows] | None:
+            match = _OF_LAYER.fullmatch(new_name)
+            if match is None or match[2] in kept or any(one in new_name for one in _KEPT):
+                return None
+            if tensor.dim() != (3 if new_name.endswith(_EXPERTS) else 2):
+                return None
+            return known.find(int(match[1]), _array(tensor))
+
+        def _add_linear(self, new_name: str, tensor: torch.Tensor, rows: list[Rows]) -> None:
+            shape, columns = tuple(tensor.shape), tensor.shape[-1]
+
+            def floats() -> Iterator[Floats]:
+                return map(_transformed, _chunks(tensor.reshape(-1, columns)))
+
+            def bytes_of_rows() -> Iterator[npt.NDArray[np.uint8]]:
+                return (_load(Path(packed), one) for one in rows)
+
             if packed is None:
-                self._add(new_name, count, ggml.F32, lambda: map(_transformed, _chunks(tensor)), 4 * columns)
-                return
-            data = _load(Path(packed), linear)
-            self._add(new_name, count, TYPE_ID, lambda: iter([data()[rows]]), library.row_bytes(TYPE_ID, columns))
+                self._add(new_name, (*shape[:-1], 4 * columns), ggml.F32, floats)
+            else:
+                self._add(new_name, (*shape[:-1], library.row_bytes(TYPE_ID, columns)), TYPE_ID, bytes_of_rows)
 
         def _add_table(self, new_name: str, tensor: torch.Tensor, kind: int) -> None:
             row_bytes = library.row_bytes(kind, tensor.shape[1])
-            self._add(new_name, tensor.shape[0], kind, lambda: (library.quantize(rows, kind) for rows in _chunks(tensor)), row_bytes)
+            self._add(new_name, (tensor.shape[0], row_bytes), kind, lambda: (library.quantize(rows, kind) for rows in _chunks(tensor)))
 
-        def _add(self, name: str, count: int, kind: int, chunks: Callable[[], Iterator[Any]], row_bytes: int) -> None:
-            rows = RowsToWrite((count, row_bytes), chunks, lambda: send({"tensor": name}))
+        def _add(self, name: str, shape: tuple[int, ...], kind: int, chunks: Callable[[], Iterator[Any]]) -> None:
+            rows = RowsToWrite(shape, chunks, lambda: send({"tensor": name}))
             self.gguf_writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType(kind))
 
         def prepare_tensors(self) -> None:
@@ -92,10 +122,6 @@ def by_itself_class(
                 self.gguf_writer.add_tensor_extra_prec_a4(sorted(made), [False] * len(made))
 
     return ByItself
-
-
-def _rows(source: torch.Tensor, found: torch.Tensor) -> npt.NDArray[np.int64] | None:
-    return rows_of(_array(source), _array(found))
 
 
 def _array(tensor: torch.Tensor) -> Floats:
@@ -115,9 +141,6 @@ def _table_type(width: int) -> int | None:
     return ggml.Q6_K if width % 256 == 0 else ggml.Q8_0 if width % 32 == 0 else None
 
 
-def _load(directory: Path, linear: str) -> Callable[[], npt.NDArray[np.uint8]]:
-    def load() -> npt.NDArray[np.uint8]:
-        with safe_open(directory / f"{linear}.safetensors", "np") as file:
-            return file.get_tensor("rows")
-
-    return load
+def _load(directory: Path, rows: Rows) -> npt.NDArray[np.uint8]:
+    with safe_open(rows_file(directory, rows.linear, rows.expert), "np") as file:
+        return file.get_tensor("rows")[rows.places]

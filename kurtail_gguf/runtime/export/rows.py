@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,28 +50,82 @@ class RowsToWrite:
         self._done()
 
 
-def name_below(name: str, names: Iterable[str]) -> str | None:
-    """Which of some names, of tensors from the layers' list on, a name ends with; None for none."""
-    parts = name.split(".")
-    return next((tail for start in range(len(parts)) if (tail := ".".join(parts[start:])) in names), None)
+def rows_file(directory: Path, name: str, expert: int | None = None) -> Path:
+    """Where the packed rows of a matrix are, ``rows`` uint8 ``[rows, row_bytes]``: a linear's, or those of one of its experts."""
+    return directory / (f"{name}.safetensors" if expert is None else f"{name}.{expert}.safetensors")
 
 
-def rows_of(source: Floats, found: Floats) -> npt.NDArray[np.int64] | None:
-    """Numbers of the rows ``[m]`` of ``source`` ``[n, k]`` that are those of ``found`` ``[m, k]``; None where some are not.
+def row_sums(rows: Floats) -> npt.NDArray[np.float64]:
+    """A number for each row of ``[n, k]``: equal rows have the same, and different ones the same by accident never.
 
     Columns in another order make other rows.
     """
-    if source.shape[1] != found.shape[1]:
-        return None
-    # compared by one number a row: equal rows have the same, and different ones the same by accident never
-    weights = np.random.default_rng(0).standard_normal(source.shape[1])
-    before, after = _sums(source, weights), _sums(found, weights)
-    order = np.argsort(before, kind="stable")
-    places = order[np.minimum(np.searchsorted(before[order], after), len(before) - 1)]
-    return places if np.array_equal(before[places], after) else None
-
-
-def _sums(rows: Floats, weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    weights = np.random.default_rng(0).standard_normal(rows.shape[1])
     step = max(1, CHUNK_BYTES // (8 * rows.shape[1]))
     parts = (rows[start : start + step] for start in range(0, len(rows), step))
     return np.concatenate([(np.ascontiguousarray(part) * weights).sum(1) for part in parts])
+
+
+def places_of(source: npt.NDArray[np.float64], found: npt.NDArray[np.float64]) -> npt.NDArray[np.int64] | None:
+    """Numbers of the rows ``[m]`` of a matrix that are those of another, both by their sums ``[n]`` and ``[m]``; None where
+    some are not."""
+    order = np.argsort(source, kind="stable")
+    places = order[np.minimum(np.searchsorted(source[order], found), len(source) - 1)]
+    return places if np.array_equal(source[places], found) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a matrix of the checkpoint, in the order of the file.
+
+    Args:
+        linear: the weight's name from the list of layers on.
+        expert: which of its matrices; None where it is one.
+        places: numbers of the rows, int64 ``[m]``.
+    """
+
+    linear: str
+    expert: int | None
+    places: npt.NDArray[np.int64]
+
+
+class KnownRows:
+    """Matrices of the layers' linears, known by their rows' values.
+
+    Args:
+        sums: by the weights' names from the list of layers on, ``layers.0.…``: of each matrix's rows, float64
+            ``[rows]`` or ``[experts, rows]``.
+        columns: as many values a row has.
+    """
+
+    def __init__(self, sums: Mapping[str, npt.NDArray[np.float64]], columns: Mapping[str, int]) -> None:
+        self._layers: dict[int, list[str]] = {}
+        for name in sums:
+            self._layers.setdefault(int(name.split(".")[1]), []).append(name)
+        self._sums, self._columns = sums, columns
+
+    def find(self, layer: int, matrices: Floats) -> list[Rows] | None:
+        """Whose rows some matrices of a layer are.
+
+        Args:
+            layer: its number.
+            matrices: ``[rows, columns]``, or of each expert in turn ``[experts, rows, columns]``.
+
+        Returns:
+            For each matrix; all are of one linear. None where some row is none of a linear's.
+        """
+        names = [name for name in self._layers.get(layer, ()) if self._columns[name] == matrices.shape[-1]]
+        found = [row_sums(one) for one in (matrices if matrices.ndim == 3 else matrices[None])]
+        return next((rows for name in names if (rows := self._of(name, found, matrices.ndim == 3)) is not None), None)
+
+    def _of(self, name: str, found: list[npt.NDArray[np.float64]], experts: bool) -> list[Rows] | None:
+        own = self._sums[name]
+        if experts != (own.ndim == 2) or (experts and len(own) != len(found)):
+            return None
+        rows = []
+        for number, one in enumerate(found):
+            places = places_of(own[number] if experts else own, one)
+            if places is None:
+                return None
+            rows.append(Rows(name, number if experts else None, places))
+        return rows

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from kurtail_gguf.files.atomic import publish, scratch_beside
@@ -112,26 +114,31 @@ def export_reference(source: Path, out: Path, outtype: str = "auto", converter: 
 
 def write_by_itself(
     source: Path,
-    linears: Mapping[str, bool],
+    sums: Mapping[str, npt.NDArray[np.float64]],
+    columns: Mapping[str, int],
     packed: Path | None,
     out: Path,
     provenance: Provenance,
     progress: Progress,
     check: Callable[[Path], None] = lambda path: None,
     converter: vendored.Worker | None = None,
+    kept: Collection[str] = (),
 ) -> dict[str, str]:
     """Write a model that no family describes as a GGUF file, the inputs of its linears transformed at run time.
 
     Args:
         source: the HF directory.
-        linears: by the names of their weights from the list of layers on, whether these are ``[in, out]``.
-        packed: directory of their rows, a safetensors file ``NAME.safetensors`` with uint8 ``rows`` each, of the transformed
-            weight in the order of the checkpoint's rows; None for a file of float32.
+        sums: by the names of the linears' weights from the list of layers on, what their rows are known by
+            (:func:`kurtail_gguf.runtime.export.rows.row_sums`), ``[rows]``, or ``[experts, rows]``.
+        columns: by the same names, how many values a row has.
+        packed: directory of their packed rows (:func:`kurtail_gguf.runtime.export.rows.rows_file`), of the transformed weight in
+            the order of the model's rows; None for a file of float32.
         out: the file to write; an existing one is replaced.
         provenance: the ``kurtail.*`` keys.
         progress: one stage, a unit a linear.
         check: called with the finished file before it becomes ``out``; what it raises leaves no file behind.
         converter: one that runs already; None starts one.
+        kept: tensors of layers that stay as upstream writes them, ``attn_q.weight``.
 
     Returns:
         The linears by the file's tensors. Those that are not among them stay as upstream's converter writes them: it made
@@ -140,14 +147,19 @@ def write_by_itself(
     Raises:
         ExportError: a full disk, no permission, a model or tokenizer that upstream's converter does not know.
     """
-    request = {
-        "task": "by itself",
-        "source": str(source.resolve()),
-        "linears": dict(linears),
-        "packed": None if packed is None else str(packed.resolve()),
-        "provenance": asdict(provenance),
-    }
-    return _export(request, out, len(linears), progress, check, converter)
+    with tempfile.TemporaryDirectory(prefix="kurtail-rows-") as directory:
+        known = Path(directory) / "sums.npz"
+        np.savez(known, **sums)
+        request = {
+            "task": "by itself",
+            "source": str(source.resolve()),
+            "sums": str(known),
+            "columns": dict(columns),
+            "packed": None if packed is None else str(packed.resolve()),
+            "provenance": asdict(provenance),
+            "kept": sorted(kept),
+        }
+        return _export(request, out, len(sums), progress, check, converter)
 
 
 @dataclass(frozen=True, slots=True)
