@@ -4,6 +4,7 @@ Hub in test_hub.py."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.model.families.registry import FAMILIES
 from kurtail_gguf.model.loading import source as sources
 from kurtail_gguf.model.loading.checkpoint import open_checkpoint
+from kurtail_gguf.model.loading.from_gguf.file import SourceFile
+from kurtail_gguf.model.loading.from_gguf.unpack import config_of
 from kurtail_gguf.model.loading.outline import outline
 from kurtail_gguf.model.loading.source import resolve_source
 from kurtail_gguf.runtime import native
 from kurtail_gguf.runtime.export import read_header
 from kurtail_gguf.runtime.ggml import BF16, F16, F32, Q8_0, GgmlBase
-from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, read_gguf
+from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, GgufInfo, TensorInfo, read_gguf
 
 
 def _has_runtime() -> bool:
@@ -254,6 +257,26 @@ def test_rope_is_scaled_as_the_file_says(tmp_path, keys, expected):
     source = resolve_source(str(tmp_path / "model.gguf"), tmp_path / "work", NullProgress())
     found = json.loads((source / "config.json").read_text())["rope_parameters"]
     assert found == expected | {"rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("value", [0, -1, (1 << 63) - 1, math.nan, "x", [], [1, 2], True, {"length": 9, "sha256": ""}], ids=repr)
+def test_a_key_of_any_value_is_read_or_refused_in_one_line(tmp_path, value):
+    shapes = {"token_embd.weight": (64, 256), "output_norm.weight": (256,), "blk.0.attn_q.weight": (256, 256)}
+    tensors = tuple(TensorInfo(name, F32, "f32", shape, 4 * math.prod(shape), 0) for name, shape in shapes.items())
+    told = {
+        "context_length": 64, "embedding_length": 256, "block_count": 1, "feed_forward_length": 768, "attention.head_count": 2,
+        "attention.head_count_kv": 1, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4, "rope.dimension_count": 128,
+        "attention.key_length": 128, "attention.value_length": 128, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 16, "expert_count": 0, "nextn_predict_layers": 0,
+    }  # fmt: skip
+    usual = {"general.architecture": "llama", "tokenizer.ggml.tokens": {"length": 64}, "tokenizer.ggml.bos_token_id": 1}
+    usual |= {f"llama.{key}": one for key, one in told.items()}
+    path = tmp_path / "model.gguf"
+    for key in usual:
+        if key != "general.architecture":
+            with pytest.raises(SourceError) as caught:  # the other tensors are missing, if nothing else
+                config_of(SourceFile(path, (GgufInfo(path, usual | {key: value}, tensors),)))
+            assert str(path) in str(caught.value), key
 
 
 def test_every_family_says_how_its_files_are_told():

@@ -75,8 +75,9 @@ def unpack(
 def _described(source: SourceFile) -> tuple[Family, dict[str, Any]]:
     keys = FileKeys(source.path, source.metadata, {name: tensor.shape for name, tensor in source.tensors.items()})
     family = find_file_family(keys, str(source.metadata["general.architecture"]))
-    readers = source.open()
-    factors = {name: readers[name].values(name).tolist() for name in (FREQUENCIES, LONG, SHORT) if name in readers}
+    scaling = [name for name in (FREQUENCIES, LONG, SHORT) if name in keys.shapes]
+    readers = source.open() if scaling else {}
+    factors = {name: readers[name].values(name).flatten().tolist() for name in scaling}
     return family, file_config(keys, family, source.metadata, factors)
 
 
