@@ -29,6 +29,7 @@ _LATENT = _SIZES | {
     "num_key_value_heads": 2, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
     "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
 }  # fmt: skip
+_ONE_HEAD = _SIZES | {"num_key_value_heads": 1, "head_dim": 64}
 #: Architectures to their model_type, and what their config says beside the vocabulary.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ArceeForCausalLM": ("arcee", _SIZES | {"num_key_value_heads": 1}),
@@ -57,11 +58,62 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 64,
         },
     ),
+    # a state beside attention in every layer, and factors on everything
+    "FalconH1ForCausalLM": (
+        "falcon_h1",
+        _ONE_HEAD
+        | {
+            "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 64, "mamba_rms_norm": False,
+            "attention_in_multiplier": 0.9, "attention_out_multiplier": 0.8, "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.7,
+            "key_multiplier": 0.6, "lm_head_multiplier": 0.5, "embedding_multiplier": 2.5, "mlp_multipliers": [0.9, 1.3],
+            "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7],
+        },
+    ),
+    # two heads of values for each of keys: upstream reorders what comes out of them
+    "Qwen3_5ForCausalLM": (
+        "qwen3_5_text",
+        _ONE_HEAD
+        | {
+            "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "Lfm2ForCausalLM": (
+        "lfm2",
+        _ONE_HEAD | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    # windows, heads of two sizes, an embedding of each layer
+    "Gemma4ForCausalLM": (
+        "gemma4_text",
+        _ONE_HEAD
+        | {
+            "global_head_dim": 128, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 400, "final_logit_softcapping": 30.0,
+        },
+    ),
+    "GraniteMoeHybridForCausalLM": (
+        "granitemoehybrid",
+        _ONE_HEAD
+        | {
+            "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 384, "mamba_n_heads": 4,
+            "mamba_d_head": 64, "mamba_d_state": 64, "position_embedding_type": "rope", "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+        },
+    ),
+    # each layer is one of the three
+    "NemotronHForCausalLM": (
+        "nemotron_h",
+        {key: value for key, value in _ONE_HEAD.items() if key != "num_hidden_layers"}
+        | {
+            "layers_block_type": ["mamba", "mlp", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 64, "ssm_state_size": 64,
+            "n_groups": 1,
+        },
+    ),
 }
 #: Keys that released checkpoints have, upstream's converter reads, and transformers no longer writes.
 KEYS = {"GPT2LMHeadModel": {"n_ctx": 1024}, "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"}}
 #: Those whose vocabulary upstream's converter wants of SentencePiece.
-SENTENCEPIECE = frozenset({"ArceeForCausalLM", "GemmaForCausalLM"})
+SENTENCEPIECE = frozenset({"ArceeForCausalLM", "GemmaForCausalLM", "Gemma4ForCausalLM"})
 #: Share of the divergence from what is said at the next position that 4 bits of random weights may leave.
 NEARER = 0.5
 

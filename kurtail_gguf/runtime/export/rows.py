@@ -163,6 +163,8 @@ class KnownRows:
             For each matrix; all are of one linear. None where some row is none of a linear's.
         """
         names = [name for name in self._layers.get(layer, ()) if self._columns[name] == matrices.shape[-1]]
+        if not names:
+            return None  # a convolution's kernels, say
         found = [row_sums(one) for one in (matrices if matrices.ndim == 3 else matrices[None])]
         return next((rows for name in names if (rows := self._of(name, found, matrices.ndim == 3)) is not None), None)
 
