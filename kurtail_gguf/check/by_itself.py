@@ -12,12 +12,7 @@ import torch
 
 from kurtail_gguf.check.runtime_checks import RuntimeChecks
 from kurtail_gguf.check.tensors import BOUNDS, check_scales
-from kurtail_gguf.convert.by_itself.conversion import (
-    find,
-    known_rows,
-    short_text,
-    unrounded_provenance,
-)
+from kurtail_gguf.convert.by_itself.conversion import find, known_rows, short_text, unrounded_provenance
 from kurtail_gguf.convert.by_itself.loading import load_model
 from kurtail_gguf.convert.by_itself.proof import prove
 from kurtail_gguf.messages.errors import Differs
@@ -49,20 +44,9 @@ class ChecksByItself:
     """
 
     def __init__(
-        self,
-        info: GgufInfo,
-        provenance: Provenance,
-        source: Path,
-        work_dir: Path,
-        progress: Progress,
-        allow_pickle: bool,
+        self, info: GgufInfo, provenance: Provenance, source: Path, work_dir: Path, progress: Progress, allow_pickle: bool
     ) -> None:
-        self._info, self._provenance, self._source, self._progress = (
-            info,
-            provenance,
-            source,
-            progress,
-        )
+        self._info, self._provenance, self._source, self._progress = info, provenance, source, progress
         self._unrounded = work_dir / "unquantized.gguf"
         self._allow_pickle = allow_pickle
 
@@ -75,25 +59,20 @@ class ChecksByItself:
         Raises:
             Differs: the first tensor that is something else.
         """
-        expected, file = (
-            FileTensors(read_gguf(self._unquantized)),
-            FileTensors(self._info),
-        )
-        names = [tensor.name for tensor in read_gguf(self._unquantized).tensors]
+        right = read_gguf(self._unquantized)
+        expected, file = FileTensors(right), FileTensors(self._info)
         for tensor in self._info.tensors:
             if tensor.name not in expected:
-                raise Differs(
-                    f"tensor {tensor.name} exists, but upstream's converter writes none of that name"
-                )
+                raise Differs(f"tensor {tensor.name} exists, but upstream's converter writes none of that name")
         worst, same = (0.0, "none is quantized"), 0
-        with self._progress.stage("compare tensors", len(names)) as stage:
-            for name in names:
-                error = _relative(file, expected, name)
-                if file.info(name).type_id in (ggml.F32, ggml.F16, ggml.BF16):
+        with self._progress.stage("compare tensors", len(right.tensors)) as stage:
+            for tensor in right.tensors:
+                error = _relative(file, expected, tensor.name)
+                if file.info(tensor.name).type_id in (ggml.F32, ggml.F16, ggml.BF16):
                     same += 1
                 else:
-                    worst = max(worst, (error, name))
-                stage.advance(1, name)
+                    worst = max(worst, (error, tensor.name))
+                stage.advance(1, tensor.name)
         return f"relative error at most {worst[0]:.1e} ({worst[1]}); {same} are upstream's as they are"
 
     def proof(self) -> str:
@@ -123,45 +102,22 @@ class ChecksByItself:
     @cached_property
     def _unquantized(self) -> Path:
         found = find(self._source)
-        names = {
-            linear.name: found.name_in_layers(linear.name) for linear in found.linears
-        }
+        names = {linear.name: found.name_in_layers(linear.name) for linear in found.linears}
         known, columns = known_rows(self._model, found.linears, names)
         plain = unrounded_provenance(self._provenance.seed, found.count)
-        # what no layer's is transformed in the file the runtime multiplies without transforms
-        transformed = {
-            match[1]
-            for name in self._info.online
-            if (match := _OF_LAYER.fullmatch(name))
-        }
-        every = {
-            match[1]
-            for tensor in self._info.tensors
-            if (match := _OF_LAYER.fullmatch(tensor.name))
-        }
-        write_by_itself(
-            self._source,
-            known,
-            columns,
-            None,
-            self._unrounded,
-            plain,
-            self._progress,
-            kept=every - transformed,
-        )
+        # what is transformed in no layer of the file, the runtime multiplies without transforms
+        transformed = {match[1] for name in self._info.online if (match := _OF_LAYER.fullmatch(name))}
+        every = {match[1] for tensor in self._info.tensors if (match := _OF_LAYER.fullmatch(tensor.name))}
+        write_by_itself(self._source, known, columns, None, self._unrounded, plain, self._progress, kept=every - transformed)
         return self._unrounded
 
     @cached_property
     def _ids(self) -> list[int]:
-        return short_text(
-            load_tokenizer(self._source), self._model, self._unquantized
-        ).tolist()
+        return short_text(load_tokenizer(self._source), self._model, self._unquantized).tolist()
 
     @cached_property
     def _runtime(self) -> RuntimeChecks:
-        return RuntimeChecks(
-            None, self._info.path, self._provenance, self._progress, self._ids
-        )
+        return RuntimeChecks(None, self._info.path, self._provenance, self._progress, self._ids)
 
 
 def _relative(file: FileTensors, expected: FileTensors, name: str) -> float:
@@ -170,29 +126,18 @@ def _relative(file: FileTensors, expected: FileTensors, name: str) -> float:
         raise Differs(f"tensor {name} is missing")
     info, right = file.info(name), expected.info(name)
     if tuple(info.shape) != tuple(right.shape):
-        raise Differs(
-            f"tensor {name} is {list(info.shape)}, expected the model's {list(right.shape)}"
-        )
+        raise Differs(f"tensor {name} is {list(info.shape)}, expected the model's {list(right.shape)}")
     if file.online(name) != expected.online(name):
-        raise Differs(
-            f"tensor {name} has an online transform of {file.online(name)}, expected {expected.online(name)}"
-        )
+        raise Differs(f"tensor {name} has an online transform of {file.online(name)}, expected {expected.online(name)}")
     bound = _BOUNDS.get(info.type_id)
     if bound is None:
-        raise Differs(
-            f"tensor {name} has the type {info.type_name}, which convert never writes"
-        )
+        raise Differs(f"tensor {name} has the type {info.type_name}, which convert never writes")
     values = expected.values(name).astype(np.float64)
     if values.ndim == 2:
         check_scales(file, name, values)
-    error, total = (
-        float(np.square(file.values(name) - values).sum()),
-        float(np.square(values).sum()),
-    )
+    error, total = float(np.square(file.values(name) - values).sum()), float(np.square(values).sum())
     relative = math.sqrt(error / total) if total > 0 else math.sqrt(error)
     # NaN is above every bound
     if not relative <= bound:
-        raise Differs(
-            f"tensor {name} ({info.type_name}) has a relative error of {relative:.3g}, expected at most {bound:g}"
-        )
+        raise Differs(f"tensor {name} ({info.type_name}) has a relative error of {relative:.3g}, expected at most {bound:g}")
     return relative

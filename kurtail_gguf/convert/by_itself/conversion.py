@@ -77,8 +77,8 @@ def convert_by_itself(
     names = {linear.name: found.name_in_layers(linear.name) for linear in found.linears}
     unrounded = quantized / "unquantized.gguf"
     with measure("prove"):
-        known, columns = _known(model, found.linears, names)
-        plain = _provenance(config, "f32", UNROUNDED_KV_BITS, found.count, None)
+        known, columns = known_rows(model, found.linears, names)
+        plain = unrounded_provenance(config.seed, found.count)
         kept: set[str] = set()
         while True:
             made = write_by_itself(source, known, columns, None, unrounded, plain, progress, converter=converter, kept=kept)
@@ -86,7 +86,7 @@ def convert_by_itself(
                 raise UnsupportedArchitecture(
                     f"{source}: upstream's converter makes something else of every linear that was found: none can be quantized"
                 )
-            tokens = _text(tokenizer, model, unrounded)
+            tokens = short_text(tokenizer, model, unrounded)
             try:
                 proof = prove(unrounded, model, tokens)
                 break
@@ -200,7 +200,8 @@ def _settings(config: ConvertConfig, texts: dict[str, str], source: Path, device
     }  # fmt: skip
 
 
-def _text(tokenizer: Any, model: nn.Module, file: Path) -> npt.NDArray[np.int32]:
+def short_text(tokenizer: Any, model: nn.Module, file: Path) -> npt.NDArray[np.int32]:
+    """Tokens int32 ``[n]`` that a model's file is proven on."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     # what the file says, and the runtime goes by, may be less: BLOOM's configuration has no context
     info = read_gguf(file)
@@ -224,15 +225,21 @@ def _weights(linears: tuple[FoundLinear, ...]) -> int:
     return sum(linear.numel for linear in linears)
 
 
-def _known(
+def known_rows(
     model: nn.Module, linears: tuple[FoundLinear, ...], names: dict[str, str]
 ) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, int]]:
-    """By what the linears' rows are known to the export, and how many values they have."""
+    """By what linears' rows are known to the export (:func:`write_by_itself`), and how many values they have; ``names`` are those
+    from the list of layers on."""
     sums = {}
     for linear in linears:
         each = [row_sums(matrix.cpu().numpy()) for matrix in linear.matrices(model.get_parameter(linear.name).detach())]
         sums[names[linear.name]] = each[0] if linear.experts is None else np.stack(each)
     return sums, {names[linear.name]: linear.columns for linear in linears}
+
+
+def unrounded_provenance(seed: int, layers: int) -> Provenance:
+    """What a file of unquantized weights says of itself."""
+    return _provenance(ConvertConfig("", Path(), seed=seed), "f32", UNROUNDED_KV_BITS, layers, None)
 
 
 def _provenance(config: ConvertConfig, weights: str, kv: int, layers: int, text: CalibrationTokens | None) -> Provenance:
