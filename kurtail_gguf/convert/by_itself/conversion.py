@@ -101,7 +101,7 @@ def convert_by_itself(
             progress.tell(f"warning: {note}")
         kv = _cache_bits(config, unrounded, tokens)
     if config.weights == "f32":
-        plain = _provenance(config, "f32", kv, found.count, None)
+        plain = _provenance(config.seed, "f32", UNROUNDED_BITS, kv, found.count, None)
         with measure("export"):
             write_by_itself(source, known, columns, None, config.out, plain, progress, check_loads, converter, kept)
         return plain, found.count, _weights(linears), resumed
@@ -114,7 +114,7 @@ def convert_by_itself(
     with measure("quantize"):
         ids = None if text is None else text.ids
         quantize(model, linears, names, ids, config.activation_bits, quantized, progress)
-    provenance = _provenance(config, config.weights, kv, found.count, text)
+    provenance = _provenance(config.seed, config.weights, config.activation_bits, kv, found.count, text)
     with measure("export"):
         listed = {names[linear.name]: known[names[linear.name]] for linear in linears}
         write_by_itself(source, listed, columns, quantized, config.out, provenance, progress, check_loads, converter, kept)
@@ -239,15 +239,14 @@ def known_rows(
 
 def unrounded_provenance(seed: int, layers: int) -> Provenance:
     """What a file of unquantized weights says of itself."""
-    return _provenance(ConvertConfig("", Path(), seed=seed), "f32", UNROUNDED_KV_BITS, layers, None)
+    return _provenance(seed, "f32", UNROUNDED_BITS, UNROUNDED_KV_BITS, layers, None)
 
 
-def _provenance(config: ConvertConfig, weights: str, kv: int, layers: int, text: CalibrationTokens | None) -> Provenance:
+def _provenance(seed: int, weights: str, activations: int, kv: int, layers: int, text: CalibrationTokens | None) -> Provenance:
     return Provenance(
-        rotation="none", objective="none", weights=weights, tune_steps=0, seed=config.seed, r1_kind="none", r1_size=0,
+        rotation="none", objective="none", weights=weights, tune_steps=0, seed=seed, r1_kind="none", r1_size=0,
         r2_kind="none", r2_size=0, r3_kind="none", r3_size=0, r4_kind="none", r4_size=0,
-        activation_bits=UNROUNDED_BITS if weights == "f32" else config.activation_bits,
-        kv_bits=kv, kv_k_bits=(kv,) * layers, kv_v_bits=(kv,) * layers,
+        activation_bits=activations, kv_bits=kv, kv_k_bits=(kv,) * layers, kv_v_bits=(kv,) * layers,
         calibration_name="" if text is None else text.name, calibration_tokens=0 if text is None else int(text.ids.size),
         calibration_sha256="" if text is None else text.sha256,
     )  # fmt: skip

@@ -63,7 +63,7 @@ def prove(file: Path, model: nn.Module, tokens: npt.NDArray[np.int32]) -> Proof:
     notes: list[str] = []
     with ExitStack() as stack:
         followed = stack.enter_context(follow(layers_of(model), found.experts))
-        plain, bound, ways = 0.0, 0.0, [None, _in_double, _upstreams_yarn, _upstreams_gelu]
+        plain, bound, ways = 0.0, 0.0, [None, _upstreams_yarn, _upstreams_gelu, _in_double]
         for way in ways:
             if way is not None and (note := stack.enter_context(way(model))) is None:
                 continue
