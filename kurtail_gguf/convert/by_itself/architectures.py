@@ -12,6 +12,11 @@ from kurtail_gguf.messages.errors import UnsupportedArchitecture
 from kurtail_gguf.model.by_itself import find_layers
 from kurtail_gguf.model.families.registry import WRAPPERS, has_entry
 
+#: What default configurations lack without which transformers makes no model, or none that runs.
+_LACKING: dict[str, dict[str, Any]] = {
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
+    "Lfm2MoeForCausalLM": {"layer_types": [*["conv", "conv", "full_attention"] * 10, "conv", "conv"]},
+}
 OWN, BY_ITSELF, REFUSED = "own entry", "by itself", "refused"
 
 
@@ -50,7 +55,7 @@ def way_of(architecture: str) -> Way:
         check_share(found, architecture)
     except UnsupportedArchitecture as error:
         return Way(architecture, REFUSED, str(error).removeprefix(f"{architecture}: ").removeprefix(f"{architecture} cannot be converted by itself: "))
-    return Way(architecture, BY_ITSELF, f"{len(found.linears)} linears in {found.count} layers of the default configuration")
+    return Way(architecture, BY_ITSELF, f"{sum(one.count for one in found.linears)} linears in {found.count} layers of the default configuration")
 
 
 def _default_config(architecture: str) -> Any:
@@ -61,7 +66,7 @@ def _default_config(architecture: str) -> Any:
     if not kinds:
         raise UnsupportedArchitecture("transformers has no model of that name that writes text, and code beside a checkpoint is not run")
     try:
-        config = CONFIG_MAPPING[kinds[0]]()
+        config = CONFIG_MAPPING[kinds[0]](**_LACKING.get(architecture, {}))
     except Exception as error:  # some have no defaults
         told = " ".join(f"{type(error).__name__} {error}".split())
         raise UnsupportedArchitecture(f"transformers has no default configuration of it: {told[:120]}") from error
