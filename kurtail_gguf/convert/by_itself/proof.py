@@ -84,7 +84,9 @@ def prove(file: Path, model: nn.Module, tokens: npt.NDArray[np.int32]) -> Proof:
 
 
 def _note(notes: list[str], plain: float, ties: int) -> str | None:
-    told = [f"{note}: without rounding anything else its log-probabilities differ by up to {plain:.1e} from transformers'" for note in notes[-1:]]
+    told = []
+    if notes:
+        told.append(f"{' and '.join(notes)}: without rounding anything else its log-probabilities differ by up to {plain:.1e} from transformers'")
     if ties:
         told.append(f"of its router's choices {ties} are ties, which the runtime decides otherwise than transformers")
     return "; ".join(told) or None
