@@ -62,7 +62,7 @@ def prove(file: Path, model: nn.Module, tokens: npt.NDArray[np.int32]) -> Proof:
     found = runtime_layers(file, tokens.tolist())
     notes: list[str] = []
     with ExitStack() as stack:
-        followed = stack.enter_context(follow(layers_of(model), found.experts))
+        followed = stack.enter_context(follow(layers_of(model), found.experts, found.shares))
         plain, bound, ways = 0.0, 0.0, [None, _upstreams_yarn, _upstreams_gelu, _in_double]
         for way in ways:
             if way is not None and (note := stack.enter_context(way(model))) is None:
