@@ -37,6 +37,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "embedding_multiplier": 2.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
         },
     ),
+    # a state, experts without gates, attention, one in each layer; transformers takes shorter steps of time for as long as the shortest
+    # one, upstream does not
+    "NemotronHForCausalLM": (
+        "nemotron_h",
+        {key: value for key, value in _SIZES.items() if key != "num_hidden_layers"}
+        | {
+            "layers_block_type": ["mamba", "moe", "attention"], "head_dim": 64, "mamba_num_heads": 4, "mamba_head_dim": 64,
+            "ssm_state_size": 64, "n_groups": 1, "time_step_min": 1e-6, "n_routed_experts": 4, "moe_intermediate_size": 64,
+            "moe_shared_expert_intermediate_size": 64,
+        },
+    ),
     # all experts read all tokens, those of others as zeros; the fourth layer without RoPE
     "Llama4ForCausalLM": (
         "llama4_text",
