@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from kurtail_gguf.check.verify import verify
@@ -99,8 +100,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         _ONE_HEAD
         | {
             "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 384, "mamba_n_heads": 4,
-            "mamba_d_head": 64, "mamba_d_state": 64, "position_embedding_type": "rope", "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0,
+            "mamba_d_head": 64, "mamba_d_state": 64, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2, "logits_scaling": 2.0,
+        },
+    ),
+    "GPTNeoXForCausalLM": ("gpt_neox", _SIZES),
+    "Mamba2ForCausalLM": (
+        "mamba2",
+        {
+            "hidden_size": 128, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 64, "state_size": 64, "n_groups": 1,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
         },
     ),
     # each layer is one of the three
@@ -114,6 +123,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+#: Architectures that read more than text: their model_type, and the architecture of their text.
+WRAPPED = {"Qwen3_5ForConditionalGeneration": ("qwen3_5", "Qwen3_5ForCausalLM")}
 #: Keys that released checkpoints have, upstream's converter reads, and transformers no longer writes.
 KEYS = {
     "GPT2LMHeadModel": {"n_ctx": 1024},
@@ -242,6 +253,20 @@ def test_with_activations_of_eight_bits_and_text_of_its_own(stranger, tmp_path):
     assert info.runs_as == "W4A8KV16"
     assert info.provenance.calibration_name == "self"
     assert len(info.metadata["kurtail.online.name"]) == 12
+
+
+@pytest.mark.parametrize("architecture", WRAPPED)
+def test_of_a_model_that_reads_more_the_text_is_converted(architecture, stranger, tmp_path):
+    kind, text = WRAPPED[architecture]
+    source, out = tmp_path / "wrapped", tmp_path / "out.gguf"
+    shutil.copytree(stranger(text), source)
+    tensors = load_file(source / "model.safetensors")
+    save_file({name.replace("model.", "model.language_model.", 1): one for name, one in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    wrapped = {"architectures": [architecture], "model_type": kind, "text_config": config, "tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(wrapped), encoding="utf-8")
+    convert(ConvertConfig(str(source), out, weights="f32"), NullProgress())
+    assert len(read_gguf(out).metadata["kurtail.online.name"]) == 15
 
 
 def test_unquantized_what_upstream_splits_and_what_it_scales(stranger, tmp_path):

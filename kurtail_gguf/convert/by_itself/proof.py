@@ -63,7 +63,7 @@ def prove(file: Path, model: nn.Module, tokens: npt.NDArray[np.int32]) -> Proof:
     notes: list[str] = []
     with ExitStack() as stack:
         followed = stack.enter_context(follow(layers_of(model), found.experts, found.shares))
-        plain, bound, ways = 0.0, 0.0, [None, _upstreams_yarn, _upstreams_gelu, _in_double]
+        plain, bound, ways = 0.0, 0.0, [None, _upstreams_yarn, _upstreams_steps, _upstreams_gelu, _in_double]
         for way in ways:
             if way is not None and (note := stack.enter_context(way(model))) is None:
                 continue
@@ -131,6 +131,20 @@ def _where(own: list[Floats], runtime: RuntimeLayers) -> str:
         if not np.abs(found - expected).max() <= _LAYER * float(expected.std()):
             return f"first in layer {number}"
     return "first behind the last layer"
+
+
+@contextmanager
+def _upstreams_steps(model: nn.Module) -> Iterator[str | None]:
+    """Let steps of states be as small as they come; what a user should know of it, None for a model that limits none."""
+    limited = [module for module in model.modules() if tuple(getattr(module, "time_step_limit", None) or (0.0,))[0] > 0]
+    before = [module.time_step_limit for module in limited]
+    for module in limited:
+        module.time_step_limit = (0.0, *module.time_step_limit[1:])
+    try:
+        yield "the runtime does not limit steps of states from below (time_step_min)" if limited else None
+    finally:
+        for module, limit in zip(limited, before, strict=True):
+            module.time_step_limit = limit
 
 
 @contextmanager
