@@ -112,14 +112,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
         },
     ),
-    # each layer is one of the three
+    # each layer is one of the three kinds
     "NemotronHForCausalLM": (
         "nemotron_h",
         {key: value for key, value in _ONE_HEAD.items() if key != "num_hidden_layers"}
         | {
             "layers_block_type": ["mamba", "mlp", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 64, "ssm_state_size": 64,
-            # transformers takes shorter steps of time for as long as this, upstream does not
-            "n_groups": 1, "time_step_min": 1e-6,
+            # its steps of time have a shortest one in transformers
+            "n_groups": 1,
         },
     ),
 }
@@ -261,7 +261,8 @@ def test_of_a_model_that_reads_more_the_text_is_converted(architecture, stranger
     source, out = tmp_path / "wrapped", tmp_path / "out.gguf"
     shutil.copytree(stranger(text), source)
     tensors = load_file(source / "model.safetensors")
-    save_file({name.replace("model.", "model.language_model.", 1): one for name, one in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    renamed = {name.replace("model.", "model.language_model.", 1): one for name, one in tensors.items()}
+    save_file(renamed, source / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     wrapped = {"architectures": [architecture], "model_type": kind, "text_config": config, "tie_word_embeddings": False}
     (source / "config.json").write_text(json.dumps(wrapped), encoding="utf-8")
