@@ -14,7 +14,7 @@ from kurtail_gguf.convert.by_itself.architectures import BY_ITSELF, OWN, REFUSED
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "architectures.md"
 #: Where the architectures are listed that a tiny model of is converted and proven in the tests.
-TESTS = ROOT / "tests" / "end_to_end" / "test_by_itself.py"
+TESTS = sorted((ROOT / "tests" / "end_to_end").glob("test_by_itself*.py"))
 
 HEAD = """# Architectures
 
@@ -32,7 +32,7 @@ by `.venv/bin/python tools/architectures.py`.
 
 def proven() -> set[str]:
     """The architectures that the tests convert by themselves."""
-    return set(re.findall(r'"([A-Za-z0-9_]+)": \("', TESTS.read_text(encoding="utf-8")))
+    return {name for path in TESTS for name in re.findall(r'"([A-Za-z0-9_]+)": \(', path.read_text(encoding="utf-8"))}
 
 
 def table(found: Iterable[Way], tested: set[str]) -> str:

@@ -35,14 +35,18 @@ class RuntimeChecks:
     """Checks of what a file says to a page of prose; what both need is computed once.
 
     Args:
-        checkpoint: the model.
+        checkpoint: the model; None for one that no family describes, whose tokens are given.
         path: the file.
         provenance: what the file says of itself.
         progress: a stage for each check.
+        ids: tokens of a text; None for a page of prose.
     """
 
-    def __init__(self, checkpoint: Checkpoint, path: Path, provenance: Provenance, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint | None, path: Path, provenance: Provenance, progress: Progress, ids: list[int] | None = None
+    ) -> None:
         self._checkpoint, self._path, self._provenance, self._progress = checkpoint, path, provenance, progress
+        self._given = ids
 
     def logits(self, transforms: list[LayerTransforms]) -> str:
         """Original to rotated within single precision, rotated to the file by what its types account for.
@@ -58,14 +62,31 @@ class RuntimeChecks:
         Raises:
             Differs: what is wrong.
         """
+        assert self._checkpoint is not None
         with self._progress.stage("compare logits", 2 * self._checkpoint.spec.layers + 1) as stage:
             original = _said(self._checkpoint, self._ids, None, stage)
             turned = _said(self._checkpoint, self._ids, transforms, stage)
-            found = self._exact
+            _ = self._exact
             stage.advance(1, "the file in the runtime")
-        folding, whole = mean_divergence(original, turned), mean_divergence(original, found)
+        folding = mean_divergence(original, turned)
         if not folding <= SAME:
             raise Differs(f"the rotated weights give other predictions than the original ones: divergence {folding:.3g} nats")
+        return f"{len(self._ids)} tokens; divergence of rotated from original {abs(folding):.1e}, of the file {self.nearness(original)}"
+
+    def nearness(self, original: npt.NDArray[np.float32]) -> str:
+        """What the file says is what the model says, but for what its types account for.
+
+        Args:
+            original: log-probabilities of the model ``[tokens, vocabulary]``.
+
+        Returns:
+            The divergence, and how often the top token is the same.
+
+        Raises:
+            Differs: it is something else.
+        """
+        found = self._exact
+        whole = mean_divergence(original, found)
         different = f"the file's predictions differ from the original's: divergence {whole:.3g} nats"
         if self._provenance.weights == "f32" and not whole <= SAME:
             raise Differs(f"{different}, expected at most {SAME:g}")
@@ -73,10 +94,7 @@ class RuntimeChecks:
         if not whole <= NEARER * elsewhere:
             raise Differs(f"{different}, against {elsewhere:.3g} from its own at the next position")
         agree = float((original.argmax(-1) == found.argmax(-1)).mean())
-        return (
-            f"{len(self._ids)} tokens; divergence of rotated from original {abs(folding):.1e}, of the file {whole:.3g} "
-            f"nats; the top token is the same for {agree:.0%}"
-        )
+        return f"{whole:.3g} nats; the top token is the same for {agree:.0%}"
 
     def cache(self) -> str:
         """The file's own cache leaves what it says nearly as an f16 cache does.
@@ -106,7 +124,10 @@ class RuntimeChecks:
 
     @cached_property
     def _ids(self) -> list[int]:
+        if self._given is not None:
+            return self._given
         checkpoint = self._checkpoint
+        assert checkpoint is not None
         limit = min(TOKENS, checkpoint.spec.window or TOKENS, checkpoint.config.max_position_embeddings)
         return prose_tokens(load_tokenizer(checkpoint.directory), limit)[0].tolist()
 

@@ -6,17 +6,18 @@ model says, from the original over the rotated weights to the file in the runtim
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kurtail_gguf.check.basis import find_layer_transforms, find_online, find_r1
+from kurtail_gguf.check.by_itself import ChecksByItself
 from kurtail_gguf.check.runtime_checks import RuntimeChecks
+from kurtail_gguf.check.tensors import BOUNDS, FOUND_AGAIN, bounded, check_scales, check_shape, compare
+from kurtail_gguf.convert.by_itself.loading import by_itself
 from kurtail_gguf.messages.errors import Differs, KurtailError
 from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.method.calibration.tokens import load_tokenizer
@@ -42,16 +43,6 @@ TEXTS = (
     "naïve café, Übergröße, Москва, 東京, 한국어, שלום, مرحبا, 🙂🚀",
     "http://example.org/a?b=c&d=%20 user@example.org CamelCase snake_case ALLCAPS don't we'll",
 )
-
-#: Relative error ‖W′ − W‖ / ‖W‖ above which a tensor is not what was folded, by its type. Tensors of the wrong basis or
-#: order are at √2, one wrong head of nine at 0.47. GPTQ and tuning move weights farther than rounding does: 0.24 is the
-#: most in SmolLM2-135M.
-BOUNDS = {ggml.F32: 1e-4, ggml.Q8_0: 0.02, ggml.Q6_K: 0.05, ggml.Q4_0: 0.4, ggml.KT4: 0.4}
-#: The same for biases and routers, which are not rounded, where the basis was found again from 4-bit tensors.
-FOUND_AGAIN = 0.2
-#: Below it a weight is nothing that a half-precision scale could hold.
-_TINY = 1e-5
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -88,9 +79,16 @@ def verify(
     if provenance is None:
         raise KurtailError(f"{path} has no kurtail keys, so there is nothing to verify: give a file that convert wrote")
     source = resolve_source(model, work_dir, progress, allow_pickle)
+    if by_itself(source):
+        checks = ChecksByItself(info, provenance, source, work_dir, progress, allow_pickle)
+        yield _checked("metadata", lambda: _metadata(info, source))
+        yield _checked("tokenizer", lambda: _tokenizer(path, source))
+        for name, check in (("tensors", checks.tensors), ("proof", checks.proof), ("logits", checks.logits), ("cache", checks.cache)):
+            yield _checked(name, check)
+        return
     checkpoint = open_checkpoint(source, allow_pickle)
     file = FileTensors(info)
-    yield _checked("metadata", lambda: _metadata(info, checkpoint))
+    yield _checked("metadata", lambda: _metadata(info, source, checkpoint.spec.window))
     yield _checked("tokenizer", lambda: _tokenizer(path, source))
     try:
         transforms, detail = _tensors(checkpoint, file, provenance, progress)
@@ -110,11 +108,11 @@ def _checked(name: str, check: Callable[[], str]) -> Check:
         return Check(name, False, str(difference))
 
 
-def _metadata(info: GgufInfo, checkpoint: Checkpoint) -> str:
+def _metadata(info: GgufInfo, source: Path, context: int = 0) -> str:
     """Hyper-parameters and vocabulary are what upstream's converter writes for the model, and types what ours wrote."""
     if info.requantized is not None:
         raise Differs(f"it was quantized again after convert wrote it: its linears are {info.requantized}")
-    expected = read_header(checkpoint.directory, checkpoint.spec.window).metadata
+    expected = read_header(source, context).metadata
     prefixes = ("tokenizer.", f"{expected['general.architecture']}.", "general.architecture")
     keys = [key for key in expected if key.startswith(prefixes)]
     for key in keys:
@@ -174,10 +172,10 @@ def _tensors(
             worst = max(worst, _compare_table(checkpoint, file, checkpoint.head_name, HEAD, none if r1 is None else gain, r1))
         elif HEAD in file:
             raise Differs(f"tensor {HEAD} exists, but the model's head is its embedding")
-        _compare(file, "output_norm.weight", (gain if r1 is None else none).numpy())
+        compare(file, "output_norm.weight", (gain if r1 is None else none).numpy())
         for bias, name in ((f"{family.final_norm}.bias", "output_norm.bias"), (f"{family.head}.bias", "output.bias")):
             if bias in spec.ending:
-                _compare(file, name, checkpoint.tensor(bias).double().numpy())
+                compare(file, name, checkpoint.tensor(bias).double().numpy())
         stage.advance(1, "embedding and head")
         layers = []
         for layer in range(spec.layers):
@@ -188,19 +186,19 @@ def _tensors(
             for linear in dict.fromkeys((family.key, *own.linears, *own.unquantized_readers)):
                 name, expert = file_tensor(spec, layer, linear)
                 rows = file_rows(own, linear, folded[f"{linear}.weight"].numpy())
-                worst = max(worst, (_compare(file, name, rows, expert, unrounded), name))
+                worst = max(worst, (compare(file, name, rows, expert, unrounded), name))
                 if f"{linear}.bias" in folded:
                     bias = name.removesuffix("weight") + "bias"
                     rows = file_rows(spec, linear, folded[f"{linear}.bias"].numpy())
-                    _compare(file, bias, rows, unrounded=unrounded)
+                    compare(file, bias, rows, unrounded=unrounded)
             for norm in (family.query_norm, family.key_norm, *spec.norms):
                 if norm:
                     stored = f"blk.{layer}.{file_norm(spec, norm)}"
-                    _compare(file, f"{stored}.weight", family.norm.gain(folded[f"{norm}.weight"]).numpy())
+                    compare(file, f"{stored}.weight", family.norm.gain(folded[f"{norm}.weight"]).numpy())
                     if f"{norm}.bias" in folded:
-                        _compare(file, f"{stored}.bias", folded[f"{norm}.bias"].numpy())
+                        compare(file, f"{stored}.bias", folded[f"{norm}.bias"].numpy())
             if own.family.experts is not None and (bias := own.family.experts.choice_bias):
-                _compare(file, f"blk.{layer}.exp_probs_b.bias", folded[bias].numpy())
+                compare(file, f"blk.{layer}.exp_probs_b.bias", folded[bias].numpy())
             layers.append(transforms)
             stage.advance(1, f"layer {layer}")
     return layers, f"relative error at most {worst[0]:.1e} ({worst[1]})"
@@ -211,71 +209,12 @@ def _compare_table(
 ) -> tuple[float, str]:
     """Embedding or head, a chunk of rows at a time."""
     shape = (checkpoint.spec.vocab_size, checkpoint.spec.hidden_size)
-    _check_shape(file, stored, shape)
-    _check_scales(file, stored, None)
+    check_shape(file, stored, shape)
+    check_scales(file, stored, None)
     error = total = 0.0
     for start, rows in checkpoint.rows(name):
         expected = fold_reader(rows, factor, r1).numpy()
         found = file.rows(stored, start, len(rows))
         error += float(np.square(found - expected).sum())
         total += float(np.square(expected).sum())
-    return _bounded(file, stored, error, total), stored
-
-
-def _compare(
-    file: FileTensors, name: str, expected: npt.NDArray, expert: int | None = None, unrounded: float = BOUNDS[ggml.F32]
-) -> float:
-    """Relative error of a tensor; `Differs` where it is above its type's bound, or a scale is not usable.
-
-    ``unrounded`` is the bound of what is in single precision.
-    """
-    _check_shape(file, name, expected.shape, expert)
-    if expected.ndim == 2:
-        _check_scales(file, name, expected, expert)
-    found = file.values(name, expert).astype(np.float64)
-    return _bounded(file, name, float(np.square(found - expected).sum()), float(np.square(expected).sum()), expert, unrounded)
-
-
-def _check_shape(file: FileTensors, name: str, shape: tuple[int, ...], expert: int | None = None) -> None:
-    if name not in file:
-        raise Differs(f"tensor {name} is missing")
-    found = file.info(name).shape
-    if tuple(found if expert is None else found[1:]) != tuple(shape):
-        raise Differs(f"tensor {name} is {list(found)}, expected the model's {list(shape)}")
-
-
-def _check_scales(file: FileTensors, name: str, expected: npt.NDArray | None, expert: int | None = None) -> None:
-    scales = file.scales(name, expert)
-    if scales is None:
-        return
-    where = _where(name, expert)
-    bad = np.argwhere(~np.isfinite(scales))
-    if len(bad):
-        raise Differs(f"tensor {where}: the scale of row {bad[0][0]}, block {bad[0][1]} is {scales[tuple(bad[0])]}")
-    if expected is not None:
-        largest = np.abs(expected).reshape(*scales.shape, -1).max(-1)
-        bad = np.argwhere((scales == 0) & (largest > _TINY))
-        if len(bad):
-            row, block = bad[0]
-            weight = largest[row, block]
-            raise Differs(f"tensor {where}: the scale of row {row}, block {block} is 0, but its weights reach {weight:.3g}")
-
-
-def _bounded(
-    file: FileTensors, name: str, error: float, total: float, expert: int | None = None, unrounded: float = BOUNDS[ggml.F32]
-) -> float:
-    relative = math.sqrt(error / total) if total > 0 else math.sqrt(error)
-    info = file.info(name)
-    bound = unrounded if info.type_id == ggml.F32 else BOUNDS.get(info.type_id)
-    where = _where(name, expert)
-    if bound is None:
-        raise Differs(f"tensor {where} has the type {info.type_name}, which convert never writes")
-    # NaN is above every bound
-    if not relative <= bound:
-        limit = f"expected at most {bound:g}"
-        raise Differs(f"tensor {where} ({info.type_name}) has a relative error of {relative:.3g}, {limit}")
-    return relative
-
-
-def _where(name: str, expert: int | None) -> str:
-    return name if expert is None else f"{name} (expert {expert})"
+    return bounded(file, stored, error, total), stored

@@ -9,6 +9,7 @@ experts' weights, which it keeps in one tensor a layer.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +134,11 @@ def find_layers(config: Any) -> FoundLayers:
     return FoundLayers(path, len(layers), tuple(map(tuple, sites.values())), tuple(unread), share, sum(one.numel() for one in model.parameters()))
 
 
+def text_architecture(name: str) -> str:
+    """What transformers calls the text of an architecture that reads more than text, where it is a model of its own."""
+    return re.sub("ForConditionalGeneration$", "ForCausalLM", name)
+
+
 def _empty(config: Any, name: str) -> nn.Module:
     from transformers import AutoModelForCausalLM  # takes seconds to import
 
@@ -142,7 +148,7 @@ def _empty(config: Any, name: str) -> nn.Module:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
     except Exception as error:  # whatever it stumbles on is the config's fault
         raise UnsupportedArchitecture(f"{name}: transformers makes no model of config.json: {_line(error)}") from error
-    if type(model).__name__ != name:
+    if type(model).__name__ not in (name, text_architecture(name)):
         raise UnsupportedArchitecture(f"{name}: transformers has {type(model).__name__} for model_type {config.model_type}")
     return model.eval()
 

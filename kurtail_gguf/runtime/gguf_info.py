@@ -203,7 +203,10 @@ class GgufInfo:
         if provenance is None or provenance.weights == "f32":
             return None
         written = ggml.Q4_0 if provenance.target == "stock" else ggml.KT4
-        return "+".join(sorted(types.values())) if types.keys() - {written} else None
+        left = types.keys() - {written}
+        if written in types and left <= {ggml.F32, ggml.F16, ggml.BF16}:
+            return None  # a conversion by itself leaves some as they are
+        return "+".join(sorted(types.values())) if left else None
 
     @property
     def runtime_bits(self) -> tuple[int | None, int]:

@@ -2,7 +2,8 @@
 
 Request: ``path``; ``tokens``, ``[token, …]``; ``out``, where the result goes (.npz: ``said``, log-probabilities
 ``[tokens, vocabulary]``, and by the layers' numbers, ``output-0``, ``[tokens, hidden]``, all float32; ``experts-0``, the numbers
-of all experts of a layer, those that a token is routed to first, int32 ``[tokens, experts]``).
+of all experts of a layer, those that a token is routed to first, int32 ``[tokens, experts]``; ``shares-0``, of these, float32
+``[tokens, used]``).
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from kurtail_gguf.runtime import native, vendored
 
 #: ``GGML_TYPE_F32`` and ``GGML_TYPE_I32``.
 _F32, _I32 = 0, 26
-#: What upstream's graphs call the residual stream behind a layer, and its experts in order: what we do, and their type.
-_WATCHED = {b"l_out": ("output", _F32, np.float32), b"ffn_moe_argsort": ("experts", _I32, np.int32)}
+#: What upstream's graphs call the residual stream behind a layer, its experts in order, and the shares of those that are chosen, which
+#: are made in up to three steps, the last of which is kept: what we do, and their type.
+_WATCHED = {b"l_out": ("output", _F32, np.float32), b"ffn_moe_argsort": ("experts", _I32, np.int32)} | {
+    b"ffn_moe_weights" + step: ("shares", _F32, np.float32) for step in (b"", b"_softmax", b"_norm", b"_scaled")
+}
 
 
 class Watcher:

@@ -62,11 +62,13 @@ class RuntimeLayers:
         said: log-probabilities float32 ``[tokens, vocabulary]``.
         outputs: float32 ``[tokens, hidden]`` by the layers' numbers, as far as the architecture's graph names them.
         experts: likewise the numbers of all experts, those that a token is routed to first, int32 ``[tokens, experts]``.
+        shares: of these, float32 ``[tokens, used]``.
     """
 
     said: npt.NDArray[np.float32]
     outputs: dict[int, npt.NDArray[np.float32]]
     experts: dict[int, npt.NDArray[np.int32]]
+    shares: dict[int, npt.NDArray[np.float32]]
 
 
 def runtime_layers(path: Path, tokens: Sequence[int]) -> RuntimeLayers:
@@ -83,13 +85,13 @@ def runtime_layers(path: Path, tokens: Sequence[int]) -> RuntimeLayers:
     with tempfile.TemporaryDirectory(prefix="kurtail-layers-") as directory:
         out = Path(directory) / "layers.npz"
         _run(path, {"tokens": list(map(int, tokens)), "out": str(out)}, _LAYERS_WORKER)
-        kinds: dict[str, dict[int, npt.NDArray[Any]]] = {"output": {}, "experts": {}}
+        kinds: dict[str, dict[int, npt.NDArray[Any]]] = {"output": {}, "experts": {}, "shares": {}}
         with np.load(out) as found:
             for name in found.files:
                 kind, _, number = name.rpartition("-")
                 if kind:
                     kinds[kind][int(number)] = found[name]
-            return RuntimeLayers(found["said"], kinds["output"], kinds["experts"])
+            return RuntimeLayers(found["said"], kinds["output"], kinds["experts"], kinds["shares"])
 
 
 def mean_divergence(right: npt.NDArray[np.floating], found: npt.NDArray[np.floating]) -> float:

@@ -135,7 +135,21 @@ def test_a_model_follows_the_runtimes_choice():
     x, shares = torch.randn(3, _WIDTH), torch.tensor([[0.6, 0.4]]).expand(3, 2)
     own = torch.tensor([[0, 1], [2, 3], [1, 2]])
     ranked = np.array([[0, 1, 2, 3], [2, 1, 3, 0], [2, 1, 0, 3]], np.int32)
-    with follow(nn.ModuleList([layer]), {0: ranked}) as changed:
+    given = np.full((3, 2), 0.25, np.float32)
+    # one token of three is more than few: transformers' own shares stay
+    with follow(nn.ModuleList([layer]), {0: ranked}, {0: given}) as changed:
         found = layer(x, own, shares)
     assert changed == {0: 1}
     torch.testing.assert_close(found, layer(x, torch.tensor([[0, 1], [2, 1], [1, 2]]), shares))
+
+
+def test_where_few_tokens_are_concerned_shares_are_the_runtimes_too():
+    layer, _ = _experts("mixtral")
+    x, shares, own = torch.randn(40, _WIDTH), torch.full((40, 2), 0.5), torch.tensor([[0, 1]]).repeat(40, 1)
+    ranked, given = np.tile(np.array([[0, 1, 2, 3]], np.int32), (40, 1)), np.full((40, 2), 0.7, np.float32)
+    ranked[7] = 2, 0, 1, 3
+    with follow(nn.ModuleList([layer]), {0: ranked}, {0: given}) as changed:
+        found = layer(x, own, shares)
+    assert changed == {0: 1}
+    own[7], shares[7] = torch.tensor([2, 0]), 0.7
+    torch.testing.assert_close(found, layer(x, own, shares))

@@ -26,7 +26,8 @@ LAYERS = (
     ("method.cache",),
     ("convert.settings",),  # what is asked for, which comparisons and reports say too
     ("measure",),
-    ("convert", "check"),
+    ("convert",),
+    ("check",),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

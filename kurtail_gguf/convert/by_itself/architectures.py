@@ -9,7 +9,7 @@ from typing import Any
 from kurtail_gguf.convert.by_itself.conversion import check_share
 from kurtail_gguf.convert.by_itself.loading import upstreams_architectures
 from kurtail_gguf.messages.errors import UnsupportedArchitecture
-from kurtail_gguf.model.by_itself import find_layers
+from kurtail_gguf.model.by_itself import find_layers, text_architecture
 from kurtail_gguf.model.families.registry import WRAPPERS, has_entry
 
 #: What default configurations lack without which transformers makes no model, or none that runs.
@@ -62,7 +62,9 @@ def _default_config(architecture: str) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kinds = [kind for kind, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if architecture in (names, *_several(names))]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    wanted = (architecture, text_architecture(architecture))
+    kinds = [kind for one in wanted for kind, names in known if one in (names, *_several(names))]
     if not kinds:
         raise UnsupportedArchitecture("transformers has no model of that name that writes text, and code beside a checkpoint is not run")
     try:

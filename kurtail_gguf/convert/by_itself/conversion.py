@@ -78,8 +78,8 @@ def convert_by_itself(
     names = {linear.name: found.name_in_layers(linear.name) for linear in found.linears}
     unrounded = quantized / "unquantized.gguf"
     with measure("prove"):
-        known, columns = _known(model, found.linears, names)
-        plain = _provenance(config, "f32", UNROUNDED_KV_BITS, found.count, None)
+        known, columns = known_rows(model, found.linears, names)
+        plain = unrounded_provenance(config.seed, found.count)
         kept: set[str] = set()
         while True:
             made = write_by_itself(source, known, columns, None, unrounded, plain, progress, converter=converter, kept=kept)
@@ -87,7 +87,7 @@ def convert_by_itself(
                 raise UnsupportedArchitecture(
                     f"{source}: upstream's converter makes something else of every linear that was found: none can be quantized"
                 )
-            tokens = _text(tokenizer, model, unrounded)
+            tokens = short_text(tokenizer, model, unrounded)
             try:
                 proof = prove(unrounded, model, tokens)
                 break
@@ -102,7 +102,7 @@ def convert_by_itself(
             progress.tell(f"warning: {note}")
         kv = _cache_bits(config, unrounded, tokens)
     if config.weights == "f32":
-        plain = _provenance(config, "f32", kv, found.count, None)
+        plain = _provenance(config.seed, "f32", UNROUNDED_BITS, kv, found.count, None)
         with measure("export"):
             write_by_itself(source, known, columns, None, config.out, plain, progress, check_loads, converter, kept)
         return plain, found.count, _weights(linears), resumed
@@ -124,7 +124,7 @@ def convert_by_itself(
     with measure("quantize"):
         ids = None if text is None else text.ids
         quantize(model, linears, names, ids, config.activation_bits, quantized, progress)
-    provenance = _provenance(config, config.weights, kv, found.count, text)
+    provenance = _provenance(config.seed, config.weights, config.activation_bits, kv, found.count, text)
     with measure("export"):
         listed = {names[linear.name]: known[names[linear.name]] for linear in linears}
         write_by_itself(source, listed, columns, quantized, config.out, provenance, progress, check_loads, converter, kept)
@@ -212,7 +212,8 @@ def _settings(config: ConvertConfig, texts: dict[str, str], source: Path, device
     }  # fmt: skip
 
 
-def _text(tokenizer: Any, model: nn.Module, file: Path) -> npt.NDArray[np.int32]:
+def short_text(tokenizer: Any, model: nn.Module, file: Path) -> npt.NDArray[np.int32]:
+    """Tokens int32 ``[n]`` that a model's file is proven on."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
     # what the file says, and the runtime goes by, may be less: BLOOM's configuration has no context
     info = read_gguf(file)
@@ -236,10 +237,11 @@ def _weights(linears: tuple[FoundLinear, ...]) -> int:
     return sum(linear.numel for linear in linears)
 
 
-def _known(
+def known_rows(
     model: nn.Module, linears: tuple[FoundLinear, ...], names: dict[str, str]
 ) -> tuple[dict[str, npt.NDArray[np.float64]], dict[str, int]]:
-    """By what the linears' rows are known to the export, and how many values they have."""
+    """By what linears' rows are known to the export (:func:`write_by_itself`), and how many values they have; ``names`` are those
+    from the list of layers on."""
     sums = {}
     for linear in linears:
         each = [row_sums(matrix.cpu().numpy()) for matrix in linear.matrices(model.get_parameter(linear.name).detach())]
@@ -247,12 +249,16 @@ def _known(
     return sums, {names[linear.name]: linear.columns for linear in linears}
 
 
-def _provenance(config: ConvertConfig, weights: str, kv: int, layers: int, text: CalibrationTokens | None) -> Provenance:
+def unrounded_provenance(seed: int, layers: int) -> Provenance:
+    """What a file of unquantized weights says of itself."""
+    return _provenance(seed, "f32", UNROUNDED_BITS, UNROUNDED_KV_BITS, layers, None)
+
+
+def _provenance(seed: int, weights: str, activations: int, kv: int, layers: int, text: CalibrationTokens | None) -> Provenance:
     return Provenance(
-        rotation="none", objective="none", weights=weights, tune_steps=0, seed=config.seed, r1_kind="none", r1_size=0,
+        rotation="none", objective="none", weights=weights, tune_steps=0, seed=seed, r1_kind="none", r1_size=0,
         r2_kind="none", r2_size=0, r3_kind="none", r3_size=0, r4_kind="none", r4_size=0,
-        activation_bits=UNROUNDED_BITS if weights == "f32" else config.activation_bits,
-        kv_bits=kv, kv_k_bits=(kv,) * layers, kv_v_bits=(kv,) * layers,
+        activation_bits=activations, kv_bits=kv, kv_k_bits=(kv,) * layers, kv_v_bits=(kv,) * layers,
         calibration_name="" if text is None else text.name, calibration_tokens=0 if text is None else int(text.ids.size),
         calibration_sha256="" if text is None else text.sha256,
     )  # fmt: skip

@@ -62,8 +62,8 @@ def prove(file: Path, model: nn.Module, tokens: npt.NDArray[np.int32]) -> Proof:
     found = runtime_layers(file, tokens.tolist())
     notes: list[str] = []
     with ExitStack() as stack:
-        followed = stack.enter_context(follow(layers_of(model), found.experts))
-        plain, bound, ways = 0.0, 0.0, [None, _upstreams_yarn, _upstreams_gelu]
+        followed = stack.enter_context(follow(layers_of(model), found.experts, found.shares))
+        plain, bound, ways = 0.0, 0.0, [None, _upstreams_yarn, _upstreams_steps, _upstreams_gelu, _in_double]
         for way in ways:
             if way is not None and (note := stack.enter_context(way(model))) is None:
                 continue
@@ -72,7 +72,7 @@ def prove(file: Path, model: nn.Module, tokens: npt.NDArray[np.int32]) -> Proof:
             if way is None:
                 plain, bound = difference, BOUND * max(1.0, float(expected.std()))
             else:
-                notes.append(note)
+                notes.extend(filter(None, [note]))
                 bound *= GELU_BOUND / BOUND if way is _upstreams_gelu else 1
             if difference <= bound:
                 return Proof(difference, bound, _note(notes, plain, sum(followed.values())))
@@ -84,7 +84,9 @@ def prove(file: Path, model: nn.Module, tokens: npt.NDArray[np.int32]) -> Proof:
 
 
 def _note(notes: list[str], plain: float, ties: int) -> str | None:
-    told = [f"{note}: without rounding anything else its log-probabilities differ by up to {plain:.1e} from transformers'" for note in notes[-1:]]
+    told = []
+    if notes:
+        told.append(f"{' and '.join(notes)}: without rounding anything else its log-probabilities differ by up to {plain:.1e} from transformers'")
     if ties:
         told.append(f"of its router's choices {ties} are ties, which the runtime decides otherwise than transformers")
     return "; ".join(told) or None
@@ -132,6 +134,31 @@ def _where(own: list[Floats], runtime: RuntimeLayers) -> str:
 
 
 @contextmanager
+def _upstreams_steps(model: nn.Module) -> Iterator[str | None]:
+    """Let steps of states be as small as they come; what a user should know of it, None for a model that limits none."""
+    limited = [module for module in model.modules() if tuple(getattr(module, "time_step_limit", None) or (0.0,))[0] > 0]
+    before = [module.time_step_limit for module in limited]
+    for module in limited:
+        module.time_step_limit = (0.0, *module.time_step_limit[1:])
+    try:
+        yield "the runtime does not limit steps of states from below (time_step_min)" if limited else None
+    finally:
+        for module, limit in zip(limited, before, strict=True):
+            module.time_step_limit = limit
+
+
+@contextmanager
+def _in_double(model: nn.Module) -> Iterator[str]:
+    """Let a model compute in double precision: what sums of exponentials leave of single precision, as in layers with a state, is
+    no difference between two models."""
+    model.double()
+    try:
+        yield ""
+    finally:
+        model.float()
+
+
+@contextmanager
 def _upstreams_gelu(model: nn.Module) -> Iterator[str | None]:
     """Let a model's GELU be what upstream computes on CPUs; what a user should know of it, None for one without."""
     kinds = (module for module in model.modules() if "gelu" in type(module).__name__.lower())
@@ -169,4 +196,4 @@ def _upstreams_yarn(model: nn.Module) -> Iterator[str | None]:
 def _from_table(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
     x = inputs[0]
     found = nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
-    return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, found))
+    return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, found)).to(x.dtype)

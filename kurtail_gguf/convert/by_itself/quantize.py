@@ -56,6 +56,8 @@ class Quantizer:
         self._rounded: Tensor | None = None
         self._hessian: Tensor | None = None
         self._importance: Tensor | None = None
+        #: How many experts of layers had fewer tokens of their own than a Hessian needs.
+        self.starved = 0
 
     def read(self, product: Product) -> Tensor:
         """What a product reads, transformed and rounded; the weights are rounded, on all of it, the first time."""
@@ -88,6 +90,7 @@ class Quantizer:
             tokens, places = torch.where(experts == expert)
             importance = shares[tokens, places].square()
             if (lack := FEWEST_TOKENS - len(tokens)) > 0:
+                self.starved += 1
                 tokens = torch.cat([tokens, others])
                 importance = torch.cat([importance, (usual * lack / len(others)).expand(len(others))])
             self._importance = importance
@@ -178,6 +181,8 @@ def quantize(
         for weight, linear in weights.items():
             # what no token of the text reached, too
             quantizer.to_nearest(linear, weight)
+        if quantizer.starved:
+            progress.tell(f"{quantizer.starved} experts of layers use other tokens too: fewer than {FEWEST_TOKENS} of their own")
 
 
 def _transformed(matrix: Tensor) -> Tensor:

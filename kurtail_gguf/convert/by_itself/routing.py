@@ -1,9 +1,10 @@
 """transformers' experts as the runtime chose them, where its router had no clear choice.
 
-Two experts whose scores differ by less than single precision resolves have the same share. Which of them is taken is decided by how
-sums were rounded, and every token after it sees another text. So the model is asked with the runtime's choices, each with the
-share that transformers gave to its own: where these were ties, nothing changes but rounding, and where they were not, the shares are
-wrong, the model answers otherwise, and the proof fails.
+Which of two experts is taken whose scores differ by less than single precision resolves is decided by how sums were rounded, and
+every token after it sees another text. So the model is asked with the runtime's choices. Where few tokens of a layer are concerned they
+take the runtime's shares too, as scores may be chosen by with a bias that shares do not have; what the shares are, the others prove.
+Where many are, each takes the share that transformers gave to its own choice: of true ties they are the same, and of others
+the model answers otherwise, and the proof fails.
 """
 
 from __future__ import annotations
@@ -20,13 +21,20 @@ from torch import Tensor, nn
 from kurtail_gguf.model.experts import routes
 
 
+#: Share of a layer's tokens up to which they are few.
+_FEW = 0.05
+
+
 @contextmanager
-def follow(layers: nn.ModuleList, chosen: Mapping[int, npt.NDArray[np.int32]]) -> Iterator[dict[int, int]]:
+def follow(
+    layers: nn.ModuleList, chosen: Mapping[int, npt.NDArray[np.int32]], weighed: Mapping[int, npt.NDArray[np.float32]]
+) -> Iterator[dict[int, int]]:
     """While entered, experts of a model's layers are chosen as given.
 
     Args:
         layers: its decoder layers.
         chosen: by a layer's number, the experts of each token in order, int32 ``[tokens, experts]``; layers without are left alone.
+        weighed: likewise the shares of those that are used, float32 ``[tokens, used]``.
 
     Yields:
         By the layers' numbers, how many choices were others when the model was asked last.
@@ -41,6 +49,10 @@ def follow(layers: nn.ModuleList, chosen: Mapping[int, npt.NDArray[np.int32]]) -
             x, experts, shares = given
             followed = replaced(experts, ranked[:, : experts.shape[1]].to(experts))
             changed[layer] = int((followed != experts).sum())
+            others, given_shares = (followed != experts).any(-1), weighed.get(layer)
+            if given_shares is not None and given_shares.shape == shares.shape and others.float().mean() <= _FEW:
+                followed[others] = ranked[others.cpu(), : experts.shape[1]].to(followed)
+                shares = torch.where(others[:, None], torch.from_numpy(given_shares).to(shares), shares)
             return (x, followed, shares), {}
 
         return before

@@ -36,7 +36,14 @@ REALS = {
     "attn_logit_softcapping": 1e6, "final_logit_softcapping": 1e6, "layer_norm_eps": 1.0, "norm_eps": 1.0, "norm_epsilon": 1.0,
 }  # fmt: skip
 #: Keys that may be null, which means the architecture's default.
-_MAY_BE_NULL = frozenset({"num_key_value_heads", "head_dim", "sliding_window", "n_routed_experts", "num_experts_per_tok"})
+_MAY_BE_NULL = frozenset(
+    {
+        "num_key_value_heads", "head_dim", "sliding_window", "n_routed_experts", "num_experts_per_tok", "num_experts",
+        "moe_intermediate_size",
+    }
+)  # fmt: skip
+#: Of model types that may have experts or none: how many there are, which may be 0.
+_MAY_BE_ZERO = {"granitemoehybrid": "num_local_experts"}
 #: Keys of the tokens that begin and end a text: an id, a list of them, or null for none.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id")
 #: Bytes of a JSON file, at most: an index of 100,000 tensors has 10 MB.
@@ -80,6 +87,8 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
             continue
         if value == 0 and key == "sliding_window" and config.get("use_sliding_window") is False:
             continue  # what transformers writes for none
+        if value == 0 and key == _MAY_BE_ZERO.get(str(config.get("model_type"))):
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
             raise SourceError(f"{path}: {key} is {_shown(value)}, expected an integer from 1 to {limit}")
     for key, largest in REALS.items():

@@ -2,7 +2,8 @@
 
 Which of the file's tensors is which linear of the model is seen from the values: a checkpoint may keep experts one by one or all
 in one tensor, upstream may rename a weight, cut it into several, join several and reorder rows, and what multiplies an input is
-transformed all the same. A tensor with other values, or with its columns in another order, stays as upstream writes it.
+transformed all the same, as it is where rows are multiplied by a factor or whole blocks of columns change places. A tensor with
+other values, or with single columns in another order, stays as upstream writes it.
 """
 
 from __future__ import annotations
@@ -143,4 +144,4 @@ def _table_type(width: int) -> int | None:
 
 def _load(directory: Path, rows: Rows) -> npt.NDArray[np.uint8]:
     with safe_open(rows_file(directory, rows.linear, rows.expert), "np") as file:
-        return file.get_tensor("rows")[rows.places]
+        return rows.of(file.get_tensor("rows"))

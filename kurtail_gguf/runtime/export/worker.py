@@ -9,6 +9,7 @@ that was unpacked from a GGUF file another subclass copies the vocabulary as tha
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from kurtail_gguf.runtime import ggml, vendored
 from kurtail_gguf.runtime.export.by_itself_model import by_itself_class
 from kurtail_gguf.runtime.export.card import usable_card
 from kurtail_gguf.runtime.export.header_worker import copy_key
+from kurtail_gguf.runtime.export.hparams import has_other_words, known_to_upstream
 from kurtail_gguf.runtime.export.keys import add_key, add_online, add_provenance
 from kurtail_gguf.runtime.export.rows import RowsToWrite, chunks_of
 from kurtail_gguf.runtime.gguf_info import K_OFFSET, UNPACKED_KEYS
@@ -282,8 +284,22 @@ def _model_class(source: Path) -> type:
     base = conversion.get_model_class(architecture)
     # Mistral 3's is a shell around one of two others; that around Mistral 4's is for no model that is converted here
     base = _without_prediction(getattr(base, "Ministral3Model", base))
+    if has_other_words(architecture):
+        base = _told(base, known_to_upstream(architecture, hparams))
     keys = source / UNPACKED_KEYS
     return _with_vocabulary(base, keys) if keys.is_file() else base
+
+
+def _told(base: type, hparams: dict[str, Any]) -> type:
+    """A subclass of upstream's model class that reads these hyper-parameters and not config.json."""
+
+    class Told(base):  # type: ignore[misc, valid-type]
+        model_arch = base.model_arch
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{"hparams": copy.deepcopy(hparams), **options})
+
+    return Told
 
 
 def _without_prediction(base: type) -> type:

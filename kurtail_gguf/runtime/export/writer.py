@@ -129,7 +129,7 @@ def write_by_itself(
     Args:
         source: the HF directory.
         sums: by the names of the linears' weights from the list of layers on, what their rows are known by
-            (:func:`kurtail_gguf.runtime.export.rows.row_sums`), ``[rows]``, or ``[experts, rows]``.
+            (:func:`kurtail_gguf.runtime.export.rows.row_sums`), of experts one after the other.
         columns: by the same names, how many values a row has.
         packed: directory of their packed rows (:func:`kurtail_gguf.runtime.export.rows.rows_file`), of the transformed weight in
             the order of the model's rows; None for a file of float32.
