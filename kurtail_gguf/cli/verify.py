@@ -22,7 +22,8 @@ def verify_command(file: Path, reference: str, allow_pickle: bool) -> None:
 
     It compares metadata and vocabulary with what upstream's converter writes, every tensor with the model's under the file's
     rotations, the model's predictions with the file's in the runtime, and those with the predictions under the file's own
-    cache types. It prints "pass", or the first difference with exit status 1.
+    cache types. A file that was converted by itself is compared with what upstream's converter makes of its model, tensor by
+    tensor. It prints "pass", or the first difference with exit status 1.
     """
     # click takes seconds to start where torch is imported, so --help does without
     from kurtail_gguf.check.verify import verify

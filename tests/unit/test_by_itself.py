@@ -147,6 +147,8 @@ def test_the_tensor_that_a_graph_multiplies_by_itself_is_told():
         ("LlamaForCausalLM", OWN, ""),
         ("Mistral3ForConditionalGeneration", OWN, "of its text: Mi"),
         ("BloomForCausalLM", BY_ITSELF, "8 linears in 2 layers"),
+        ("Qwen3_5ForConditionalGeneration", BY_ITSELF, "248 linears in 32 layers"),
+        ("BambaForCausalLM", REFUSED, "the proof fails: upstream's graph"),
         ("BertModel", REFUSED, "transformers has no model of that name that writes text"),
     ],
 )

@@ -20,6 +20,14 @@ _LACKING: dict[str, dict[str, Any]] = {
 OWN, BY_ITSELF, REFUSED = "own entry", "by itself", "refused"
 
 
+#: What the proof or upstream's converter refuses of a tiny model, and so, by all that is known, of every other.
+_DISPROVEN = {
+    "BambaForCausalLM": "the proof fails: upstream's graph computes other attention than transformers",
+    "BitNetForCausalLM": "upstream's converter knows another layout of it, and rounds weights to three values",
+    "FalconMambaForCausalLM": "the proof fails: upstream's graph has one epsilon for all norms, transformers two",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """How an architecture is converted.
@@ -46,6 +54,8 @@ def way_of(architecture: str) -> Way:
         return Way(architecture, OWN)
     if own := sorted({family.architecture for (wrapper, _), family in WRAPPERS.items() if wrapper == architecture}):
         return Way(architecture, OWN, f"of its text: {', '.join(own)}")
+    if architecture in _DISPROVEN:
+        return Way(architecture, REFUSED, _DISPROVEN[architecture])
     try:
         config = _default_config(architecture)
     except UnsupportedArchitecture as error:
