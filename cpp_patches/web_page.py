@@ -88,6 +88,8 @@ def build(source: Path, place: Path, out: Path) -> None:
     """Build the page into ``out``, in a directory below ``place`` that is removed at the end: npm's modules are 700 MB."""
     npm = tools()
     place.mkdir(parents=True, exist_ok=True)
+    for killed in place.glob("web-page-*"):
+        shutil.rmtree(killed)
     log = place / "web-page.log"
     log.unlink(missing_ok=True)
     print("building llama-server's web page with npm", flush=True)

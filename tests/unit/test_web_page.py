@@ -52,6 +52,7 @@ def node(version: str) -> str:
 
 def test_the_same_sources_are_built_once(make, tmp_path):
     page = tmp_path / "ui" / "dist" / "index.html"
+    (tmp_path / "build" / "web-page-of-a-killed-run" / "ui").mkdir(parents=True)
     make(npm=NPM, node=node("v20.19.2"))
     assert page.read_text(encoding="utf-8") == "first"
     assert (tmp_path / "why").read_text(encoding="utf-8") == ""
