@@ -9,10 +9,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +201,9 @@ _CONFIGS = {
 
 #: Files whose tests take minutes each: begun first, so that of two processes neither waits long for the other at the end.
 _LONG = ("test_quality.py", "test_cost.py")
+
+#: Programs that playwright can drive, which has none of its own here.
+_BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chromium-browser")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -426,6 +431,21 @@ def write_mmlu() -> Callable[[Path, str, str, str], None]:
             path.write_text("question,choice0,choice1,choice2,choice3,answer\n" + rows, encoding="utf-8")
 
     return write
+
+
+@pytest.fixture
+def shown() -> Iterator[SimpleNamespace]:
+    """An empty page in a real browser without a window; ``said`` and ``asked`` are what it complains of and asks for."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra test)")
+    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser: apt-get install {_BROWSERS[0]}")
+    with sync_api.sync_playwright() as playwright, playwright.chromium.launch(executable_path=browser) as running:
+        tab, said, asked = running.new_page(viewport={"width": 1000, "height": 800}), [], []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: asked.append(request.url))
+        yield SimpleNamespace(tab=tab, said=said, asked=asked)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -109,6 +109,12 @@ def build_dir() -> Path:
     return candidates[-1].parent
 
 
+def page_lacking(build: Path) -> str:
+    """Why llama-server was built without its web page, one line; empty where it has one."""
+    told = build / "web-page.txt"
+    return told.read_text(encoding="utf-8") if told.is_file() else ""
+
+
 def set_up(tests: bool) -> None:
     """Create .venv and install the package, the runtime and the bindings into it, whatever of that is missing."""
     if sys.version_info < (3, 11):
@@ -139,6 +145,8 @@ def set_up(tests: bool) -> None:
     if tests:
         options += ["-Ccmake.define.KURTAIL_TESTS=ON", "-Cbuild.targets=kurtail_runtime;kurtail_bindings;kurtail_tests"]
     pip(*options, ".[test]" if tests else ".", log="pip-install.log", what="package and runtime")
+    if lacking := page_lacking(build_dir()):
+        say(lacking)
     say("installing the llama_cpp bindings")
     run([BIN / "kurtail-gguf", "install-bindings"], ROOT / "build" / "bindings.log", "bindings")
     stamp.write_text(json.dumps(settings))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -16,6 +15,7 @@ from kurtail_gguf.cli.bindings import install_bindings_command
 from kurtail_gguf.cli.compare import compare_command
 from kurtail_gguf.cli.convert import convert_command
 from kurtail_gguf.cli.dump import dump_command
+from kurtail_gguf.cli.environment import prepare_environment
 from kurtail_gguf.cli.eval import eval_command
 from kurtail_gguf.cli.inspect import inspect_command
 from kurtail_gguf.cli.lora import convert_lora_command
@@ -81,9 +81,7 @@ class _Interrupts:
 
 def main() -> None:
     """Entry point of the installed program."""
-    # Threads that wait go to sleep: those of torch and of the runtime would spin and take cores from whatever shares the
-    # machine. OpenMP reads it when torch is imported, which only commands do; children inherit it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    prepare_environment()
     interrupts = _Interrupts()
     # a terminated run cleans up and prints how to continue, as an interrupted one does
     signal.signal(signal.SIGTERM, interrupts)

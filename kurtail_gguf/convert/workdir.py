@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import TextIO
 
 from kurtail_gguf.convert.stages import STAGES
 from kurtail_gguf.files.atomic import SCRATCH, remove, write_atomically
+from kurtail_gguf.files.locks import lock
 from kurtail_gguf.messages.errors import KurtailError
 
 _SETTINGS = "settings.json"
@@ -81,7 +81,7 @@ def _acquired(file: TextIO, path: Path) -> bool:
         KurtailError: nobody can have it there.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno(), wait=False)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -246,6 +246,7 @@ def test_where_the_runtime_computes_another_model_nothing_is_left(stranger, outp
     assert list(outputs.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of what a library has given up
 def test_with_activations_of_eight_bits_and_text_of_its_own(stranger, tmp_path):
     out = tmp_path / "out.gguf"
     convert(ConvertConfig(str(stranger("ArceeForCausalLM")), out, activations=8, calibration_tokens=1024, kv=16), NullProgress())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -22,7 +21,6 @@ from kurtail_gguf.runtime.provenance import Provenance
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra eval)")
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chromium-browser")
 
 
 @pytest.fixture
@@ -166,21 +164,6 @@ def test_a_page_that_cannot_be_written_is_one_line(converted, tmp_path):
     config, result, summary = converted
     with pytest.raises(KurtailError, match=r"cannot write .*gone.*; .*\.gguf is complete"):
         write_report(replace(config, report=tmp_path / "gone" / "o.html"), result, summary, "W4A4KV4", ("kurtail-gguf",))
-
-
-@pytest.fixture
-def shown():
-    """An empty page in a real browser without a window; ``said`` and ``asked`` are what it complains of and asks for."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra test)")
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser: apt-get install {BROWSERS[0]}")
-    with sync_api.sync_playwright() as playwright, playwright.chromium.launch(executable_path=browser) as running:
-        tab, said, asked = running.new_page(viewport={"width": 1000, "height": 800}), [], []
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: asked.append(request.url))
-        yield SimpleNamespace(tab=tab, said=said, asked=asked)
 
 
 def test_a_browser_draws_the_plots_and_has_nothing_to_complain_of(page, shown, tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.families.registry import has_entry
 from kurtail_gguf.model.loading import checkpoint
+from kurtail_gguf.model.loading.quiet import quiet
 from kurtail_gguf.model.loading.untrusted import read_json
 from kurtail_gguf.model.loading.weight_files import stamp
 from kurtail_gguf.runtime import native
@@ -59,10 +60,11 @@ def load_model(directory: Path, allow_pickle: bool, device: torch.device) -> nn.
 
     quantized = _is_mxfp4(read_json(directory / "config.json", remedy="MODEL must be a directory that contains config.json"))
     try:
-        model, told = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True,
-            use_safetensors=None if allow_pickle else True, **({"quantization_config": Mxfp4Config(dequantize=True)} if quantized else {}),
-        )  # fmt: skip
+        with quiet():
+            model, told = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                use_safetensors=None if allow_pickle else True, **({"quantization_config": Mxfp4Config(dequantize=True)} if quantized else {}),
+            )  # fmt: skip
     except Exception as error:  # whatever transformers makes of a damaged checkpoint
         raise SourceError(f"{directory}: transformers cannot load it: {error}") from error
     for kind in ("missing_keys", "mismatched_keys"):

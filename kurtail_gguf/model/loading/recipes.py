@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kurtail_gguf.files.atomic import file_sha256, publish, replacing
+from kurtail_gguf.files.locks import lock
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.messages.progress import Progress
 
@@ -214,10 +214,14 @@ def fetch_recipe(recipe: Recipe, progress: Progress) -> Path:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other run downloads into the folder. Where a file system has no locks, go on without."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no directories
+        yield
+        return
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor)
         yield
     finally:
         os.close(descriptor)

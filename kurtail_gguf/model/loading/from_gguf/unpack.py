@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from kurtail_gguf.model.loading.from_gguf.config import file_config, find_file_f
 from kurtail_gguf.model.loading.from_gguf.file import SourceFile
 from kurtail_gguf.model.loading.from_gguf.rope import FREQUENCIES, LONG, SHORT
 from kurtail_gguf.model.loading.from_gguf.weights import Weights
+from kurtail_gguf.model.loading.quiet import quiet
 from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, write_header
 
 
@@ -85,7 +84,7 @@ def _write_tokenizer(gguf: Path, target: Path) -> None:
     """What transformers makes of the vocabulary; tokenizes texts here. What is written into files is copied from the keys."""
     from transformers import PreTrainedTokenizerFast
 
-    with _quiet():
+    with quiet():
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(target, gguf_file=UNPACKED_KEYS, local_files_only=True)
             tokenizer.save_pretrained(target)
@@ -96,20 +95,3 @@ def _write_tokenizer(gguf: Path, target: Path) -> None:
                 f"{reason[0][:200] if reason else 'no reason given'}): the file is damaged or of an unsupported kind of tokenizer; "
                 "convert from the Hugging Face checkpoint instead"
             ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own bars and warnings off the terminal, where ours are drawn."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
