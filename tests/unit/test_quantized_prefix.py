@@ -42,10 +42,10 @@ def _layers(checkpoint, online, scaled=True):
     """Folded layers with all but R1, so that the residual stream stays the checkpoint's own."""
     spec = checkpoint.spec
     rng = np.random.default_rng(1)
-    diagonals = [site for site in spec.sites if site.norm or site.source] if scaled else []
     for layer in range(spec.layers):
+        diagonals = [site for site in spec.at(layer).sites if (site.norm or site.source) and site.expert is None and scaled]
         r2 = torch.from_numpy(np.stack([random_orthogonal(spec.head_dim, rng) for _ in range(spec.kv_heads)]))
-        scales = {site.kind: torch.from_numpy(np.exp(0.3 * rng.standard_normal(site.scale_size))) for site in diagonals}
+        scales = {site.diagonal: torch.from_numpy(np.exp(0.3 * rng.standard_normal(site.scale_size))) for site in diagonals}
         yield layer, fold_layer(checkpoint.layer(layer), spec.at(layer), LayerTransforms(None, r2, online, scales))
 
 

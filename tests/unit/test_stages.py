@@ -52,8 +52,7 @@ def test_what_stages_leave_is_discarded_from_the_last_to_the_first():
 @pytest.mark.parametrize(
     ("kind", "window", "asked"),
     [
-        ("mixtral", None, {"activations": "auto", "tune": 0}),
-        ("mixtral", None, {"tune": 8}),
+        ("mixtral", None, {"rotation": "spinquant", "tune": 0}),
         ("phi3", None, {"rotation": "spinquant", "tune": 0}),
         ("mistral", 100, {}),
         ("mistral", 100, {"rotation": "hadamard", "weights": "rtn", "activations": "auto"}),

@@ -36,7 +36,7 @@ class Calibration(Stage):
     """What is learned from: ``--calibration-tokens``, and more of the same for tuning, as far as there is more."""
 
     name = "calibration"
-    leaves = (_TOKENS, _STEPS, SCRATCH)
+    leaves = (SCRATCH, _TOKENS, _STEPS)
 
     def wanted(self, job: Job) -> bool:
         return job.config.needs_calibration

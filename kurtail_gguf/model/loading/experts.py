@@ -41,7 +41,7 @@ class SingleExperts(nn.Module):
             shares: what their outputs are multiplied by, ``[tokens, used]``.
         """
         added = torch.zeros_like(hidden)
-        for expert in experts.unique().tolist():
+        for expert in experts.cpu().unique().tolist():
             tokens, places = torch.where(experts == expert)
             gate, up, down = (name.format(expert) for name in (self._names.gate, self._names.up, self._names.down))
             x = hidden[tokens]
