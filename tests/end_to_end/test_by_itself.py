@@ -104,7 +104,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.2, "logits_scaling": 2.0,
         },
     ),
-    "GPTNeoXForCausalLM": ("gpt_neox", _SIZES),
     "Mamba2ForCausalLM": (
         "mamba2",
         {
