@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from kurtail_gguf.check.verify import verify
@@ -104,7 +103,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.2, "logits_scaling": 2.0,
         },
     ),
-    "GPTNeoXForCausalLM": ("gpt_neox", _SIZES),
     "Mamba2ForCausalLM": (
         "mamba2",
         {
@@ -123,8 +121,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-#: Architectures that read more than text: their model_type, and the architecture of their text.
-WRAPPED = {"Qwen3_5ForConditionalGeneration": ("qwen3_5", "Qwen3_5ForCausalLM")}
 #: Keys that released checkpoints have, upstream's converter reads, and transformers no longer writes.
 KEYS = {
     "GPT2LMHeadModel": {"n_ctx": 1024},
@@ -254,21 +250,6 @@ def test_with_activations_of_eight_bits_and_text_of_its_own(stranger, tmp_path):
     assert info.runs_as == "W4A8KV16"
     assert info.provenance.calibration_name == "self"
     assert len(info.metadata["kurtail.online.name"]) == 12
-
-
-@pytest.mark.parametrize("architecture", WRAPPED)
-def test_of_a_model_that_reads_more_the_text_is_converted(architecture, stranger, tmp_path):
-    kind, text = WRAPPED[architecture]
-    source, out = tmp_path / "wrapped", tmp_path / "out.gguf"
-    shutil.copytree(stranger(text), source)
-    tensors = load_file(source / "model.safetensors")
-    renamed = {name.replace("model.", "model.language_model.", 1): one for name, one in tensors.items()}
-    save_file(renamed, source / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    wrapped = {"architectures": [architecture], "model_type": kind, "text_config": config, "tie_word_embeddings": False}
-    (source / "config.json").write_text(json.dumps(wrapped), encoding="utf-8")
-    convert(ConvertConfig(str(source), out, weights="f32"), NullProgress())
-    assert len(read_gguf(out).metadata["kurtail.online.name"]) == 15
 
 
 def test_unquantized_what_upstream_splits_and_what_it_scales(stranger, tmp_path):

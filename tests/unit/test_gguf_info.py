@@ -77,6 +77,16 @@ def test_what_a_file_runs_as(keys, type_id, bits, word):
     assert (info.runtime_bits, info.runs_as) == (bits, word)
 
 
+def test_linears_left_as_they_are_beside_others_are_no_other_types():
+    quantized, left, other = (
+        TensorInfo(f"blk.0.attn_{name}.weight", kind, "t", (64, 64), 64 * 34, 0)
+        for name, kind in (("q", ggml.KT4), ("k", ggml.BF16), ("v", ggml.Q8_0))
+    )
+    assert _info(_keys(), [quantized, left]).runs_as == "W4A4KV4"
+    assert _info(_keys(), [left]).requantized == "t"
+    assert _info(_keys(), [quantized, left, other]).requantized is not None
+
+
 def test_a_file_that_does_not_say_what_it_is():
     with pytest.raises(GgufError, match="x.gguf does not name its architecture: key general.architecture is missing"):
         GgufInfo(Path("x.gguf"), {}, ()).hyper("block_count")
