@@ -23,6 +23,8 @@ from prepare import cache_dir
 
 #: What the page's bundler requires: Node's major and minor version.
 NODE = (20, 19)
+#: Seconds after which npm is given up: a registry that does not answer must not hold up the build of everything else.
+LONGEST = 600
 #: What npm leaves in the sources of a build by hand, and what is made here.
 NOT_SOURCES = ("node_modules", "dist", ".svelte-kit", ".kurtail")
 
@@ -75,8 +77,11 @@ def run_npm(npm: str, arguments: list[str], place: Path, log: Path, settings: di
         NoPage: it failed; the last line that it wrote is told.
     """
     with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run([npm, *arguments], cwd=place, env={**os.environ, **settings}, stdin=subprocess.DEVNULL,
-                              stdout=file, stderr=subprocess.STDOUT, check=False)
+        try:
+            done = subprocess.run([npm, *arguments], cwd=place, env={**os.environ, **settings}, stdin=subprocess.DEVNULL,
+                                  stdout=file, stderr=subprocess.STDOUT, check=False, timeout=LONGEST)
+        except subprocess.TimeoutExpired:
+            raise NoPage(f"npm {' '.join(arguments[:2])} took more than {LONGEST} s; see {log} and rerun the build") from None
     if done.returncode:
         lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("npm error") and "A complete log" not in line] or lines
