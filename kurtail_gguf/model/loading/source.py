@@ -33,9 +33,9 @@ def resolve_source(model: str, work_dir: Path, progress: Progress, allow_pickle:
     """The HF directory to convert.
 
     Args:
-        model: an HF directory, or its root in the Hub's cache; a GGUF file of a family that has an entry, or any part of one that was
-            split; a recipe's name; a model
-            of the Hub (:func:`kurtail_gguf.model.loading.hub.parse_hub_model`). A path that exists wins over names.
+        model: an HF directory, or its root in the Hub's cache; a GGUF file of a family that has an entry, or any part of one that
+            was split; a recipe's name; a model of the Hub (:func:`kurtail_gguf.model.loading.hub.parse_hub_model`). A path that
+            exists wins over names.
         work_dir: where a GGUF file given by the user is converted to (``work_dir/source``, reused by
             the next run); a recipe's model is converted in the user's cache instead.
         progress: told about downloads and conversions.
