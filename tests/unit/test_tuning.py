@@ -163,7 +163,7 @@ def test_more_is_kept_where_there_is_more_memory(tiny_checkpoint, monkeypatch):
         assert bool(layer_files.memory_shortage(checkpoint, 64, CPU)) == short
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "granite", "gemma2", "phi", "cohere2", "nemotron"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "granite", "gemma2", "phi", "cohere2", "nemotron", "granite-moe-shared"])
 def test_the_teacher_is_transformers(kind, tiny_checkpoint, tmp_path):
     directory = tiny_checkpoint(kind)
     checkpoint = open_checkpoint(directory)

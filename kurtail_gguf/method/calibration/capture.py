@@ -179,6 +179,7 @@ def capture(
                 np.save(directory / _name(layer, name, _CHANNELS), (squares / ids.size).sqrt().cpu().numpy())
             if experts is not None:
                 experts.watch = None
+                del experts.linear  # it has the weights too
             kurtosis = []
             for number, (sample, site) in enumerate(zip(samples, own.residual_sites, strict=False)):
                 kind, rows = site.kind, sample.rows()

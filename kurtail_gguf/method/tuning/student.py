@@ -126,9 +126,13 @@ class Student:
             for name, scale in each.items()
             if name not in self._of_experts[layer]
         }
-        if (experts := self._runner.experts(layer)) is not None:
-            experts.linear = self._experts(layer, codes, each)
-        return self._runner.run(layer, weights | self.layers[layer].rest, hidden, self._positions)
+        weights |= self.layers[layer].rest
+        if (experts := self._runner.experts(layer)) is None:
+            return self._runner.run(layer, weights, hidden, self._positions)
+        experts.linear = self._experts(layer, codes, each)
+        output = self._runner.run(layer, weights, hidden, self._positions)
+        del experts.linear  # it has the codes
+        return output
 
     def _experts(self, layer: int, codes: dict[str, Tensor], scales: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
         """What multiplies by an expert's linears: weights of one of them at a time are there, now and going backward."""
