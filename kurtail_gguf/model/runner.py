@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -11,7 +12,8 @@ from torch.func import functional_call
 
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
-from kurtail_gguf.model.loading.experts import SingleExperts, module_weights, single_experts
+from kurtail_gguf.model.loading.experts import Linear, Watch, module_weights, single_experts
+from kurtail_gguf.model.precision import linear as product
 from kurtail_gguf.model.precision import multiply_in
 from kurtail_gguf.numerics.simulation.attention import CacheSettings
 from kurtail_gguf.numerics.simulation.hooks import empty_model
@@ -49,7 +51,7 @@ class LayerRunner:
         max_length: the longest sequence that will be run.
         cache: rounds queries, keys and values as the runtime does; None leaves them alone.
         multiplied_in: what the linears multiply in, everything else being float32 (``model/precision.py``).
-        single: whether experts are multiplied one linear after the other, by what :meth:`experts` is told to.
+        single: whether experts are multiplied one linear after the other.
 
     Raises:
         SourceError: a sliding window shorter than that which the runtime does not have.
@@ -95,10 +97,6 @@ class LayerRunner:
         """The layer's module, to hang hooks on (weights on the meta device)."""
         return self._layers[layer]
 
-    def experts(self, layer: int) -> SingleExperts | None:
-        """Of a layer, where they are single; None where it has none."""
-        return self._experts[layer]
-
     def positions(self, length: int) -> Positions:
         """What attention has to know of the first positions."""
         numbers = torch.arange(length, device=self._device)[None]
@@ -122,6 +120,8 @@ class LayerRunner:
         weights: dict[str, torch.Tensor],
         hidden: torch.Tensor,
         positions: Positions,
+        linear: Linear | None = None,
+        watch: Watch | None = None,
     ) -> torch.Tensor:
         """The layer's output, float32 ``[batch, length, hidden]``, for an input of the same shape.
 
@@ -130,13 +130,15 @@ class LayerRunner:
             weights: as :meth:`Checkpoint.layer` gives them with :meth:`dtype_of`.
             hidden: residual stream before the layer.
             positions: as :meth:`positions` gives them for ``hidden``.
+            linear: what multiplies by single experts' linears; None for their weights among ``weights``.
+            watch: told of what single experts read.
         """
-        output = functional_call(
-            self._layers[layer],
-            module_weights(self._checkpoint.spec.at(layer), weights, self._single),
-            (hidden,),
-            positions.arguments(layer),
-        )
+        experts = self._experts[layer] if self._single else None
+        own = module_weights(self._checkpoint.spec.at(layer), weights, self._single)
+        # lent for the pass: it holds a layer's weights
+        multiplied = linear or (lambda name, x: product(x, weights[f"{name}.weight"], self._multiplied_in))
+        with nullcontext() if experts is None else experts.lent(multiplied, watch):
+            output = functional_call(self._layers[layer], own, (hidden,), positions.arguments(layer))
         return output[0] if isinstance(output, tuple) else output
 
 

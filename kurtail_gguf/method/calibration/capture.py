@@ -22,7 +22,7 @@ from kurtail_gguf.messages.progress import Progress
 from kurtail_gguf.model.loading.checkpoint import Checkpoint
 from kurtail_gguf.model.loading.prefetch import layer_stream
 from kurtail_gguf.model.loading.experts import module_of
-from kurtail_gguf.model.precision import forward_dtype, linear
+from kurtail_gguf.model.precision import forward_dtype
 from kurtail_gguf.model.runner import LayerRunner
 from kurtail_gguf.model.sites import FFN, FFN_OUTPUT, Site
 from kurtail_gguf.model.spec import ModelSpec
@@ -165,21 +165,15 @@ def capture(
                 for site in range(len(spec.residual_sites) + 1)
             ]
             with _Hooks(runner.module(layer), own, weights) as hooks:
-                if (experts := runner.experts(layer)) is not None:
-                    experts.linear = lambda name, x, weights=weights: linear(x, weights[f"{name}.weight"], narrow)
-                    experts.watch = hooks.watch_expert
                 for start in range(0, sequences, BATCH):
                     batch = torch.from_numpy(hidden[start : start + BATCH]).to(device)
-                    output = runner.run(layer, weights, batch, positions)
+                    output = runner.run(layer, weights, batch, positions, watch=hooks.watch_expert)
                     hidden[start : start + BATCH] = output.cpu().numpy()
                     for sample, seen in zip(samples, hooks.take(), strict=True):
                         sample.add(start, seen)
             hooks.forget_starved()
             for name, squares in hooks.squares.items():
                 np.save(directory / _name(layer, name, _CHANNELS), (squares / ids.size).sqrt().cpu().numpy())
-            if experts is not None:
-                experts.watch = None
-                del experts.linear  # it has the weights too
             kurtosis = []
             for number, (sample, site) in enumerate(zip(samples, own.residual_sites, strict=False)):
                 kind, rows = site.kind, sample.rows()
@@ -341,7 +335,7 @@ class _Hooks:
         self._add(kind, x * torch.rsqrt(output.square().mean(-1, keepdim=True) + self._spec.eps) if normed else x)
 
     def watch_expert(self, expert: int, tokens: torch.Tensor, shares: torch.Tensor, inner: torch.Tensor) -> None:
-        """As ``SingleExperts.watch``."""
+        """As ``model.loading.experts.Watch``."""
         if _EXPERTS not in self.squares:
             self.squares[_EXPERTS] = torch.zeros(self._spec.experts, inner.shape[-1], device=inner.device)
         self._tokens[expert] = self._tokens.get(expert, 0) + len(tokens)

@@ -127,12 +127,7 @@ class Student:
             if name not in self._of_experts[layer]
         }
         weights |= self.layers[layer].rest
-        if (experts := self._runner.experts(layer)) is None:
-            return self._runner.run(layer, weights, hidden, self._positions)
-        experts.linear = self._experts(layer, codes, each)
-        output = self._runner.run(layer, weights, hidden, self._positions)
-        del experts.linear  # it has the codes
-        return output
+        return self._runner.run(layer, weights, hidden, self._positions, self._experts(layer, codes, each))
 
     def _experts(self, layer: int, codes: dict[str, Tensor], scales: dict[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
         """What multiplies by an expert's linears: weights of one of them at a time are there, now and going backward."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kurtail_gguf.files.row_file import RowFile
 from kurtail_gguf.messages.progress import Progress
@@ -64,14 +64,10 @@ def run_teacher(
             hidden[batch] = runner.embed(torch.from_numpy(ids[batch].astype(np.int64))).cpu().numpy()
         for layer in range(spec.layers):
             weights = next(layers)
-            if (experts := runner.experts(layer)) is not None:
-                experts.linear = lambda name, x, weights=weights: nn.functional.linear(x, weights[f"{name}.weight"])
             for batch in batches:
                 x = torch.from_numpy(hidden[batch]).to(device)
                 hidden[batch] = runner.run(layer, weights, x, positions).cpu().numpy()
             del weights  # the next layer wants their memory
-            if experts is not None:
-                del experts.linear  # it has them too
             stage.advance(1, f"layer {layer}")
         ending = Ending.of(checkpoint, torch.device("cpu"))
         for batch in batches:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from kurtail_gguf.model.spec import ModelSpec
 
 #: ``linear(name, x)``: the product of a block linear, by its name below the layer's prefix, with its input.
 Linear = Callable[[str, Tensor], Tensor]
+#: ``watch(expert, tokens, shares, inner)``: an expert's number, its tokens int64 ``[n]``, their shares ``[n]``, and what its down reads
+#: ``[n, width]``.
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class SingleExperts(nn.Module):
@@ -19,18 +23,22 @@ class SingleExperts(nn.Module):
 
     Args:
         names: of the experts' linears.
-
-    Attributes:
-        linear: what multiplies; set before each pass. It is asked for gate and up with the same input.
-        watch: told of every expert's number, tokens int64 ``[n]``, shares ``[n]`` and what its down reads ``[n, width]``.
     """
-
-    linear: Linear
-    watch: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
 
     def __init__(self, names: ExpertNames) -> None:
         super().__init__()
         self._names = names
+        self._linear: Linear | None = None
+        self._watch: Watch | None = None
+
+    @contextmanager
+    def lent(self, linear: Linear, watch: Watch | None) -> Iterator[None]:
+        """While entered, multiply by ``linear``, which is asked for gate and up with the same input, and tell ``watch``."""
+        self._linear, self._watch = linear, watch
+        try:
+            yield
+        finally:
+            self._linear = self._watch = None
 
     def forward(self, hidden: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         """What experts add, float32 ``[tokens, hidden]``.
@@ -40,15 +48,17 @@ class SingleExperts(nn.Module):
             experts: those of each token, int64 ``[tokens, used]``.
             shares: what their outputs are multiplied by, ``[tokens, used]``.
         """
+        linear, watch = self._linear, self._watch
+        assert linear is not None
         added = torch.zeros_like(hidden)
         for expert in experts.cpu().unique().tolist():
             tokens, places = torch.where(experts == expert)
             gate, up, down = (name.format(expert) for name in (self._names.gate, self._names.up, self._names.down))
             x = hidden[tokens]
-            inner = nn.functional.silu(self.linear(gate, x)) * self.linear(up, x)
-            if self.watch is not None:
-                self.watch(expert, tokens, shares[tokens, places], inner)
-            added = added.index_add(0, tokens, self.linear(down, inner) * shares[tokens, places, None])
+            inner = nn.functional.silu(linear(gate, x)) * linear(up, x)
+            if watch is not None:
+                watch(expert, tokens, shares[tokens, places], inner)
+            added = added.index_add(0, tokens, linear(down, inner) * shares[tokens, places, None])
         return added
 
 
