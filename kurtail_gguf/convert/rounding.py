@@ -8,7 +8,6 @@ from kurtail_gguf.model.spec import ModelSpec
 from kurtail_gguf.numerics.formats.targets import BLOCK_FORMATS
 from kurtail_gguf.numerics.hadamard import MAX_R4, hadamard_size
 from kurtail_gguf.numerics.simulation.attention import CacheSettings
-from kurtail_gguf.numerics.simulation.rounding import round_to
 from kurtail_gguf.numerics.simulation.runtime import RuntimeRounding
 from kurtail_gguf.runtime.provenance import STOCK_ACTIVATION_BITS
 from kurtail_gguf.runtime.quick_rounding import quick_rounding
@@ -27,7 +26,7 @@ def runtime_rounding(config: ConvertConfig, spec: ModelSpec) -> RuntimeRounding:
         r3, online = _r3(spec.head_dim, kv), _online(config.rotation, spec, block)
     # where R2 is not folded, upstream rotates V by itself; in our files it does not
     cache = CacheSettings(bits=kv, rotation=r3, rotate_v=False, paired=spec.family.rope_pairs)
-    return RuntimeRounding(bits, block, online, cache, rounded=quick_rounding() or round_to)
+    return RuntimeRounding(bits, block, online, cache, rounded=quick_rounding())
 
 
 def _r3(head_dim: int, kv: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -69,9 +70,9 @@ class QuickRounding:
 
 
 @cache
-def quick_rounding() -> QuickRounding | None:
-    """The rounding of the installed runtime; None where its libraries are elsewhere, or one for each instruction set."""
+def quick_rounding() -> Callable[[Tensor, int, int], Tensor]:
+    """The rounding of the installed runtime; torch's where its libraries are elsewhere, or one for each instruction set."""
     try:
         return QuickRounding()
     except (KurtailError, OSError, AttributeError):
-        return None
+        return round_to

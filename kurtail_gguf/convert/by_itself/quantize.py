@@ -27,8 +27,8 @@ from kurtail_gguf.model.experts import routes
 from kurtail_gguf.model.products import Product, Products
 from kurtail_gguf.numerics.formats import kt4
 from kurtail_gguf.numerics.simulation.attention import rotated
-from kurtail_gguf.numerics.simulation.rounding import round_to
 from kurtail_gguf.runtime.export.rows import rows_file
+from kurtail_gguf.runtime.quick_rounding import quick_rounding
 
 #: Tokens whose products are summed at once.
 _TOKENS = 4096
@@ -64,7 +64,7 @@ class Quantizer:
         linear, x = self._linears[product.parameter], product.read
         if self._read is not x:  # linears of one site follow each other, and are given the same tensor
             self._read, self._hessian = x, None
-            self._rounded = round_to(rotated(x, kt4.BLOCK), self._bits, kt4.BLOCK)
+            self._rounded = quick_rounding()(rotated(x, kt4.BLOCK), self._bits, kt4.BLOCK)
         assert self._rounded is not None
         if linear.experts is None or product.expert is not None:
             self._quantize(product.parameter, product.expert, None)
