@@ -18,15 +18,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kurtail_gguf.messages.errors import SourceError
 from kurtail_gguf.messages.progress import NullProgress
@@ -35,6 +36,8 @@ from kurtail_gguf.runtime import native
 from kurtail_gguf.runtime.activation_bits import FILE_BITS, VARIABLE
 from kurtail_gguf.runtime.bindings import BindingsError, require_bindings
 from kurtail_gguf.runtime.export import export_reference
+from kurtail_gguf.runtime.gguf_info import read_gguf
+from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 ROOT = Path(__file__).parents[2]
 #: Where the texts are that quality is measured on; KURTAIL_DATA names another directory.
@@ -345,3 +348,60 @@ def bindings() -> None:
         require_bindings()
     except BindingsError as error:
         _lacking(str(error))
+
+
+#: Share of the divergence from what is said at the next position that 4 bits of random weights may leave.
+_NEARER = 0.5
+
+
+def _save_random_model(directory: Path, kind: str, given: dict[str, Any], keys: dict[str, Any], files: Iterable[Path]) -> None:
+    """An HF directory.
+
+    Args:
+        directory: an empty one.
+        kind: model_type.
+        given: what its config says.
+        keys: what is written into config.json beside what transformers writes.
+        files: of a tokenizer, copied.
+    """
+    torch.manual_seed(1)  # what is added to below
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**given), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    model.save_pretrained(directory)
+    saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    (directory / "config.json").write_text(json.dumps(saved | keys), encoding="utf-8")
+    for path in files:
+        shutil.copy(path, directory)
+
+
+def _assert_sense_in_four_bits(source: Path, file: Path) -> None:
+    """What a file says is nearer to what its model says than to that at the next position."""
+    info = read_gguf(file)
+    assert info.runs_as in ("W4A4KV8", "W4A4KV16")
+    tokens = [[1, *np.random.default_rng(5).integers(3, 320, 60).tolist()]]
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        right = torch.log_softmax(model(torch.tensor(tokens)).logits[0], -1).numpy()
+    found = runtime_log_probabilities(file, tokens)
+    here, elsewhere = mean_divergence(right, found), mean_divergence(right, np.roll(found, 1, axis=0))
+    print(f"{info.architecture} {info.runs_as} in four bits: divergence {here:.3f}, from the next position's {elsewhere:.3f}; spread {right.std():.2f}")
+    assert here < _NEARER * elsewhere
+
+
+@pytest.fixture(scope="session")
+def save_random_model() -> Callable[..., None]:
+    """:func:`_save_random_model`."""
+    return _save_random_model
+
+
+@pytest.fixture(scope="session")
+def assert_sense_in_four_bits() -> Callable[[Path, Path], None]:
+    """:func:`_assert_sense_in_four_bits`."""
+    return _assert_sense_in_four_bits

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from kurtail_gguf.check.verify import verify
 from kurtail_gguf.convert.pipeline import convert
@@ -21,7 +18,6 @@ from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.messages.errors import UnsupportedArchitecture
 from kurtail_gguf.messages.progress import NullProgress, Progress, Stage
 from kurtail_gguf.runtime.gguf_info import read_gguf
-from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 _SIZES = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 1024,
@@ -130,14 +126,11 @@ KEYS = {
 SENTENCEPIECE = frozenset({"ArceeForCausalLM", "GemmaForCausalLM", "Gemma4ForCausalLM"})
 #: Of these, those that it reads from tokenizer.json alone.
 AS_JSON = frozenset({"Gemma4ForCausalLM"})
-#: Share of the divergence from what is said at the next position that 4 bits of random weights may leave.
-NEARER = 0.5
-
 pytestmark = pytest.mark.usefixtures("bindings")
 
 
 @pytest.fixture(scope="session")
-def stranger(tiny_spm, tiny_bpe, tmp_path_factory):
+def stranger(save_random_model, tiny_spm, tiny_bpe, tmp_path_factory):
     """``stranger(architecture, **changes)``: the HF directory of a tiny random model with a real tokenizer, made once."""
 
     @functools.cache
@@ -145,22 +138,8 @@ def stranger(tiny_spm, tiny_bpe, tmp_path_factory):
         tokenizer, vocabulary = (tiny_spm, 400) if architecture in SENTENCEPIECE else (tiny_bpe, 49152)
         kind, given = CASES[architecture]
         directory = tmp_path_factory.mktemp("tiny")
-        config = CONFIG_MAPPING[kind](**given | changes, vocab_size=vocabulary)
-        torch.manual_seed(1)  # what is added to below
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.dim() > 1:
-                    parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-                else:
-                    parameter.add_(0.1 * noise)
-        model.save_pretrained(directory)
-        saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        (directory / "config.json").write_text(json.dumps(saved | KEYS.get(architecture, {})), encoding="utf-8")
-        for path in tokenizer.glob("tokenizer*"):
-            shutil.copy(path, directory)
+        given = given | changes | {"vocab_size": vocabulary}
+        save_random_model(directory, kind, given, KEYS.get(architecture, {}), tokenizer.glob("tokenizer*"))
         if architecture in AS_JSON:
             AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
         return directory
@@ -169,20 +148,11 @@ def stranger(tiny_spm, tiny_bpe, tmp_path_factory):
 
 
 @pytest.mark.parametrize("architecture", CASES)
-def test_it_is_proven_and_in_four_bits_makes_sense(architecture, stranger, text, tmp_path):
+def test_it_is_proven_and_in_four_bits_makes_sense(architecture, stranger, assert_sense_in_four_bits, text, tmp_path):
     source, out = stranger(architecture), tmp_path / "out.gguf"
     config = ConvertConfig(str(source), out, calibration=(str(text),), calibration_tokens=1024)
     convert(config, NullProgress())
-    info = read_gguf(out)
-    assert info.runs_as in ("W4A4KV8", "W4A4KV16")
-    tokens = [[1, *np.random.default_rng(5).integers(3, 320, 60).tolist()]]
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    with torch.no_grad():
-        right = torch.log_softmax(model(torch.tensor(tokens)).logits[0], -1).numpy()
-    found = runtime_log_probabilities(out, tokens)
-    here, elsewhere = mean_divergence(right, found), mean_divergence(right, np.roll(found, 1, axis=0))
-    print(f"{architecture} {info.runs_as} in four bits: divergence {here:.3f}, from the next position's {elsewhere:.3f}; spread {right.std():.2f}")
-    assert here < NEARER * elsewhere
+    assert_sense_in_four_bits(source, out)
 
 
 class _Killed(NullProgress):

@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kurtail_gguf.convert.pipeline import convert
 from kurtail_gguf.convert.settings import ConvertConfig
 from kurtail_gguf.messages.progress import NullProgress
 from kurtail_gguf.runtime.gguf_info import UNPACKED_KEYS, read_gguf
-from kurtail_gguf.runtime.logits import mean_divergence, runtime_log_probabilities
 
 _SIZES = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -71,35 +68,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 KEYS = {"GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]}}
 #: Those for which transformers takes a tokenizer of its own, of a vocabulary that upstream's converter must know.
 OWN_TOKENIZER = frozenset({"Qwen3_5MoeForCausalLM"})
-#: Share of the divergence from what is said at the next position that 4 bits of random weights may leave.
-NEARER = 0.5
-
 pytestmark = pytest.mark.usefixtures("bindings")
 
 
 @pytest.fixture(scope="session")
-def mixture(tiny_bpe, smollm2, tmp_path_factory):
+def mixture(save_random_model, tiny_bpe, smollm2, tmp_path_factory):
     """``mixture(architecture)``: the HF directory of a tiny random model with a real tokenizer, made once."""
 
     @functools.cache
     def make(architecture: str) -> Path:
         kind, given = CASES[architecture]
         directory = tmp_path_factory.mktemp("mixture")
-        torch.manual_seed(1)  # what is added to below
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**given, vocab_size=49152), dtype=torch.float32)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for _, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.dim() > 1:
-                    parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-                else:
-                    parameter.add_(0.1 * noise)
-        model.save_pretrained(directory)
-        saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        (directory / "config.json").write_text(json.dumps(saved | KEYS.get(architecture, {})), encoding="utf-8")
-        for path in (*tiny_bpe.glob("tokenizer*"), *([smollm2 / UNPACKED_KEYS] if architecture in OWN_TOKENIZER else [])):
-            shutil.copy(path, directory)
+        files = (*tiny_bpe.glob("tokenizer*"), *([smollm2 / UNPACKED_KEYS] if architecture in OWN_TOKENIZER else []))
+        save_random_model(directory, kind, given | {"vocab_size": 49152}, KEYS.get(architecture, {}), files)
         return directory
 
     return make
@@ -114,20 +95,11 @@ class _Told(NullProgress):
 
 
 @pytest.mark.parametrize("architecture", [name for name in CASES if name != "GptOssForCausalLM"])
-def test_it_is_proven_and_in_four_bits_makes_sense(architecture, mixture, text, tmp_path):
+def test_it_is_proven_and_in_four_bits_makes_sense(architecture, mixture, assert_sense_in_four_bits, text, tmp_path):
     source, out = mixture(architecture), tmp_path / "out.gguf"
     convert(ConvertConfig(str(source), out, calibration=(str(text),), calibration_tokens=1024), NullProgress())
-    info = read_gguf(out)
-    assert info.runs_as in ("W4A4KV8", "W4A4KV16")
-    assert any("_exps" in name for name in info.metadata["kurtail.online.name"])
-    tokens = [[1, *np.random.default_rng(5).integers(3, 320, 60).tolist()]]
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    with torch.no_grad():
-        right = torch.log_softmax(model(torch.tensor(tokens)).logits[0], -1).numpy()
-    found = runtime_log_probabilities(out, tokens)
-    here, elsewhere = mean_divergence(right, found), mean_divergence(right, np.roll(found, 1, axis=0))
-    print(f"{architecture} {info.runs_as} in four bits: divergence {here:.3f}, from the next position's {elsewhere:.3f}; spread {right.std():.2f}")
-    assert here < NEARER * elsewhere
+    assert any("_exps" in name for name in read_gguf(out).metadata["kurtail.online.name"])
+    assert_sense_in_four_bits(source, out)
 
 
 def _copy(source: Path, target: Path) -> tuple[Path, dict[str, np.ndarray]]:
